@@ -1,0 +1,83 @@
+"""What each swappable component must be callable as, in the order of the data.
+
+    prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
+
+A component is any callable of the right shape: there is nothing to inherit and nothing to register. Ours are frozen, keyword-only
+dataclasses whose fields are their YAML keys; yours may be a plain function.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+from rlmod.types import Problem, Prompts, Rollouts, Texts
+
+
+@runtime_checkable
+class Problems(Protocol):
+    def __call__(self) -> list[Problem]:
+        """The problems of a set, in a fixed order."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    completions_per_prompt: int
+    temperature: float
+
+    def __call__(self, policy: nn.Module, prompts: Prompts, seed: int) -> Rollouts:
+        """``completions_per_prompt`` rows a prompt, the rows of prompt i with ``group`` i.
+
+        Fills prompt_ids, prompt_mask, completion_ids, mask, group, truncated; and, where the engine can hand them
+        over, logprobs, entropy and sampler_logprobs. The same seed and weights give the same rows.
+        """
+        ...
+
+
+@runtime_checkable
+class Guide(Protocol):
+    def __call__(self, prompts: Prompts, rollouts: Rollouts, seed: int) -> Rollouts:
+        """The rollouts joined by the guide's own rows (``from_guide`` True), whole groups together."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float]]:
+        """One number a rollout, or a mapping of named terms whose sum is the reward."""
+        ...
+
+
+@runtime_checkable
+class Shaper(Protocol):
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        """The advantage of every token, over whole groups; 0 where ``rollouts.mask`` is False."""
+        ...
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        """The weight of every token of one optimizer step, over all ranks; 0 where ``rollouts.mask`` is False."""
+        ...
+
+
+@runtime_checkable
+class Loss(Protocol):
+    def __call__(
+        self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+        """The loss of every token, and scalar metrics (means over the counted tokens).
+
+        ``logprobs`` are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``.
+        """
+        ...
+
+
+Optimizer = Callable[..., object]
+"""A partial of a torch optimizer: called with the parameters."""
+Schedule = Callable[..., object]
+"""A partial of a learning-rate schedule: called with the optimizer, and ``num_training_steps`` where it takes it."""

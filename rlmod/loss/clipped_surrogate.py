@@ -1,0 +1,44 @@
+"""PPO's clipped surrogate, token by token."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import masked_mean
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedSurrogate:
+    """L_{i,t} = -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), with w_{i,t} = exp(log pi_theta - log pi_old).
+
+    Source: PPO, arXiv:1707.06347, eq. 7; separate bounds ("clip-higher"), DAPO, arXiv:2503.14476, eq. 10.
+    Differs: no dual clip (verl has it on by default).
+    Degenerate: on-policy (w = 1) the value is -A and the gradient that of REINFORCE; A = 0 gives no gradient.
+    Needs: logprobs, advantages, mask.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"loss.clip_low must be above 0 and at most 1, got {self.clip_low}")
+        if self.clip_high <= 0:
+            raise ValueError(f"loss.clip_high must be above 0, got {self.clip_high}")
+
+    def __call__(
+        self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        ratio = torch.where(rollouts.mask, logprobs - rollouts.logprobs, 0).exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        unclipped_loss, clipped_loss = -ratio * rollouts.advantages, -clipped * rollouts.advantages
+        metrics = {
+            "ratio": masked_mean(ratio.detach(), rollouts.mask),
+            # Where the clip is what counts: these tokens give no gradient.
+            "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), rollouts.mask),
+        }
+        return torch.maximum(unclipped_loss, clipped_loss), metrics

@@ -1,0 +1,123 @@
+"""Pure functions: log-probabilities and entropy, statistics under a mask, over groups and over ranks."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+FloatTensor = TypeVar("FloatTensor", bound=Tensor)
+
+
+def token_logprobs(
+    logits: Float[Tensor, "R T V"], ids: Int[Tensor, "R T"], temperature: float = 1.0
+) -> Float[Tensor, "R T"]:
+    """log softmax(logits / temperature) at ``ids``, in nats, in float32 or wider."""
+    logits = _at_temperature(logits, temperature)
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Float[Tensor, "*axes V"], temperature: float = 1.0) -> Float[Tensor, "*axes"]:
+    """H = logsumexp(z) - sum_v p_v z_v with z = logits / temperature: over the full vocabulary, in nats."""
+    logits = _at_temperature(logits, temperature)
+    log_normalizer = logits.logsumexp(-1, keepdim=True)
+    p = (logits - log_normalizer).exp()
+    # A token of probability 0 (logit -inf) adds nothing; 0 * inf would be NaN.
+    return log_normalizer.squeeze(-1) - (p * logits.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide if temperature == 1.0 else wide / temperature
+
+
+def masked_mean(
+    values: Float[Tensor, "R T"], mask: Bool[Tensor, "R T"], dim: int | None = None
+) -> Float[Tensor, "..."]:
+    """The mean where the mask is True; 0 where it is True nowhere. Values under a False may be anything, NaN included."""
+    counted = torch.where(mask, values, 0)
+    if dim is None:
+        return counted.sum() / mask.sum().clamp(min=1)
+    return counted.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def group_index(group: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], int]:
+    """The groups renumbered 0, 1, ... without gaps, and how many there are."""
+    names, index = torch.unique(group, return_inverse=True)
+    return index, len(names)
+
+
+def group_sum(
+    values: Float[Tensor, "R *axes"], index: Int[Tensor, " R"], groups: int
+) -> Float[Tensor, "groups *axes"]:
+    return values.new_zeros(groups, *values.shape[1:]).index_add_(0, index, values)
+
+
+def standardize(
+    values: Float[Tensor, "R T"],
+    counted: Bool[Tensor, "R T"],
+    index: Int[Tensor, " R"],
+    groups: int,
+    *,
+    eps: float,
+    divide_by_std: bool = True,
+    over_ranks: bool = False,
+) -> Float[Tensor, "R T"]:
+    """(x - mean) / (std + eps) with the statistics of each group's counted entries; std with ddof 1; 0 where not counted.
+
+    Entries that are all equal give exactly 0: their std is no more than rounding residue (0.35 added up and divided),
+    and dividing by it would turn the residue into an advantage. ``over_ranks`` takes the statistics over all ranks.
+    """
+    sums, maxima = (all_sum, all_max) if over_ranks else (_same, _same)
+    highest = maxima(_group_max(values, counted, index, groups))
+    lowest = -maxima(_group_max(-values, counted, index, groups))
+    n = sums(group_sum(counted.sum(1).to(values.dtype), index, groups))
+    mean = sums(group_sum(torch.where(counted, values, 0).sum(1), index, groups)) / n.clamp(min=1)
+    centered = torch.where(counted & (highest > lowest)[index, None], values - mean[index, None], 0)
+    if not divide_by_std:
+        return centered
+    variance = sums(group_sum(centered.square().sum(1), index, groups)) / (n - 1).clamp(min=1)
+    return centered / (variance.sqrt()[index, None] + eps)
+
+
+def _group_max(values: Tensor, counted: Tensor, index: Tensor, groups: int) -> Tensor:
+    rows = values.masked_fill(~counted, -torch.inf).amax(1)
+    return rows.new_full((groups,), -torch.inf).scatter_reduce_(0, index, rows, "amax")
+
+
+def has_signal(
+    rewards: Float[Tensor, " R"],
+    index: Int[Tensor, " R"],
+    groups: int,
+    threshold: float,
+    rows: Bool[Tensor, " R"] | None = None,
+) -> Bool[Tensor, " groups"]:
+    """Groups with 0 < #correct < G, where correct means reward > threshold (DAPO, arXiv:2503.14476, eq. 11).
+
+    ``rows`` restricts which rows count.
+    """
+    counted = torch.ones_like(rewards) if rows is None else rows.to(rewards.dtype)
+    correct = group_sum((rewards > threshold) * counted, index, groups)
+    return (correct > 0) & (correct < group_sum(counted, index, groups))
+
+
+def all_sum(value: FloatTensor) -> FloatTensor:
+    """The sum over all ranks; the value itself where there is one."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def all_max(value: FloatTensor) -> FloatTensor:
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def _reduced(value: FloatTensor, operation: dist.ReduceOp.RedOpType) -> FloatTensor:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, op=operation)
+    return value
+
+
+def _same(value: FloatTensor) -> FloatTensor:
+    return value

@@ -1,0 +1,2 @@
+from pathlib import Path
+SHIPPED = Path(__file__).parent / "policies"

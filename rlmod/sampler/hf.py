@@ -1,0 +1,156 @@
+"""Sampling with transformers' ``generate``."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from rlmod import ops
+from rlmod.types import Prompts, Rollouts, concatenate
+
+
+@dataclass(frozen=True, kw_only=True)
+class HF:
+    """G completions a prompt, with the log-probability of each sampled token and the full-vocabulary entropy at its position.
+
+    Both are captured while sampling, of softmax(logits / temperature) *before* top-k and top-p cut it: of the policy, not of what is
+    left of it. Nothing is computed for long on behalf of rows that have ended: ``generate`` is interrupted whenever half of its
+    rows are done, and goes on with the others and their key-value cache.
+    """
+
+    completions_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: the whole vocabulary."""
+    max_new_tokens: int = 1024
+    rows_per_batch: int | None = None
+    """At most so many rows are sampled at once; null: all of them."""
+    greedy: bool = False
+    """Take the most likely token instead of sampling; for evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.completions_per_prompt < 1:
+            raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {self.completions_per_prompt}")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"sampler.temperature must be above 0, got {self.temperature}; for the most likely token: sampler.greedy=true"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"sampler.top_k must be 0 (the whole vocabulary) or more, got {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampler.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.rows_per_batch is not None and self.rows_per_batch < 1:
+            raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
+
+    @torch.no_grad()
+    def __call__(self, policy: PreTrainedModel, prompts: Prompts, seed: int) -> Rollouts:
+        group = torch.arange(len(prompts), device=prompts.ids.device).repeat_interleave(self.completions_per_prompt)
+        device = prompts.ids.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            parts = [self._sample(policy, prompts, rows) for rows in group.split(self.rows_per_batch or len(group))]
+        return concatenate(parts)
+
+    def _sample(self, policy: PreTrainedModel, prompts: Prompts, group: Int[Tensor, " R"]) -> Rollouts:
+        ids, attention = prompts.ids[group], prompts.mask[group]
+        eos = torch.tensor(_eos_ids(policy), device=ids.device)
+        rows, width = ids.shape
+        completion = ids.new_full((rows, self.max_new_tokens), policy.generation_config.pad_token_id)
+        mask = torch.zeros_like(completion, dtype=torch.bool)
+        logprobs = torch.zeros(completion.shape, device=ids.device)
+        entropy = torch.zeros_like(logprobs)
+
+        running = torch.arange(rows, device=ids.device)
+        cache, done = DynamicCache(config=policy.config), 0
+        while len(running) and done < self.max_new_tokens:
+            last = _LastLogits()
+            recorder = _Recorder(last, self.temperature, eos)
+            sequences = policy.generate(
+                input_ids=ids,
+                attention_mask=attention.long(),
+                past_key_values=cache,
+                generation_config=self._generation_config(policy, self.max_new_tokens - done),
+                logits_processor=LogitsProcessorList([last]),
+                stopping_criteria=StoppingCriteriaList([recorder]),
+            )
+            new = sequences[:, ids.shape[1] :]
+            ended = (new[..., None] == eos).any(-1)
+            counts = ended.int().cumsum(1) - ended.int() == 0
+            span = slice(done, done + new.shape[1])
+            completion[running, span] = torch.where(counts, new, completion[running, span])
+            mask[running, span] = counts
+            logprobs[running, span] = torch.stack(recorder.logprobs, 1) * counts
+            entropy[running, span] = torch.stack(recorder.entropy, 1) * counts
+            done += new.shape[1]
+            go_on = (~ended.any(1)).nonzero()[:, 0]
+            running, ids = running[go_on], sequences[go_on]
+            attention = torch.nn.functional.pad(attention[go_on], (0, new.shape[1]), value=True)
+            cache.batch_select_indices(go_on)
+        truncated = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+        truncated[running] = True
+        return Rollouts(
+            prompt_ids=prompts.ids[group],
+            prompt_mask=prompts.mask[group],
+            completion_ids=completion[:, :done],
+            mask=mask[:, :done],
+            group=group,
+            logprobs=logprobs[:, :done],
+            entropy=entropy[:, :done],
+            sampler_logprobs=logprobs[:, :done],
+            truncated=truncated,
+        )
+
+    def _generation_config(self, policy: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=not self.greedy,
+            temperature=None if self.greedy else self.temperature,
+            top_p=None if self.greedy else self.top_p,
+            top_k=None if self.greedy else self.top_k,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=policy.generation_config.eos_token_id,
+            pad_token_id=policy.generation_config.pad_token_id,
+        )
+
+
+def _eos_ids(policy: PreTrainedModel) -> list[int]:
+    ids = policy.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+
+class _LastLogits(LogitsProcessor):
+    """Keeps the raw logits of a position: ``generate`` puts a caller's processors before temperature, top-k and top-p."""
+
+    def __call__(self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        self.logits = scores
+        return scores
+
+
+class _Recorder(StoppingCriteria):
+    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when half of the rows have ended."""
+
+    def __init__(self, last: _LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
+        self.last, self.temperature, self.eos = last, temperature, eos
+        self.ended: Bool[Tensor, " R"] | None = None
+        self.logprobs: list[Float[Tensor, " R"]] = []
+        self.entropy: list[Float[Tensor, " R"]] = []
+
+    def __call__(self, input_ids: Int[Tensor, "R length"], scores: object, **_: object) -> Bool[Tensor, " R"]:
+        chosen = input_ids[:, -1]
+        self.logprobs.append(ops.token_logprobs(self.last.logits[:, None], chosen[:, None], self.temperature)[:, 0])
+        self.entropy.append(ops.entropy(self.last.logits, self.temperature))
+        ended = (chosen[:, None] == self.eos).any(-1)
+        self.ended = ended if self.ended is None else self.ended | ended
+        return torch.full_like(ended, bool(2 * self.ended.sum() >= len(ended)))

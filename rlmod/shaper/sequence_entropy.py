@@ -1,0 +1,76 @@
+"""GRPO-S: rewards shaped completion by completion by the mean entropy of the policy that sampled."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import masked_mean
+from rlmod.shaper import _entropy
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceEntropy:
+    """With Hbar_i = mean_t H_{i,t}, for a correct completion (reward > threshold) and a wrong one of a group:
+
+        r+_i =  b1 r_i + b2 n Hbar_i / sum_{k correct} Hbar_k
+        r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k wrong} (1/Hbar_k)
+
+    n and m count the two classes. A as in GRPO over the group, from the statistics that ``normalization`` names (see TokenEntropy),
+    the same for every token of a completion. Goes with loss=sequence_surrogate and weighting=rollout_mean.
+
+    Source: GTPO, arXiv:2508.04349 (v6), eq. 8, 9; ``mean="geometric"``: App. C, Hbar_i = (prod_t H_{i,t})^(1/|o_i|) and
+    denominators (prod Hbar)^(1/n). Defaults b1 = 1, b2 = 0.1: sec. 3.1 (0.2 hurts).
+    Differs: [D] ``normalization``; entropies below 1e-6 count as 1e-6; ``entropy_clip`` clips H before the mean; std with ddof 1
+    and eps 1e-6.
+    Degenerate: b2 = 0 gives GRPO's z-score (shaper=uniform) for rewards of 0 and 1; so do equal entropies. A group of one class
+    carries no signal: advantage 0.
+    Needs: rewards, group, mask, entropy.
+    """
+
+    compares_within_group: ClassVar[bool] = True
+
+    beta1: float = 1.0
+    beta2: float = 0.1
+    normalization: _entropy.Normalization = "zero_inclusive"
+    entropy_clip: tuple[float, float] | None = None
+    """[low, high] in nats."""
+    mean: _entropy.Mean = "arithmetic"
+    threshold: float = 0.5
+    """A completion is correct when its reward is above this."""
+    eps: float = 1e-6
+    """Added to the std."""
+
+    def __post_init__(self) -> None:
+        _entropy.check_fields(
+            ("beta1", self.beta1), ("beta2", self.beta2), self.normalization, self.mean, self.entropy_clip, self.eps
+        )
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        assert rollouts.mask is not None
+        positive, negative, classes = self.shaped(rollouts)
+        per_row = _entropy.advantages(
+            positive, negative, classes, normalization=self.normalization, eps=self.eps
+        )
+        return per_row * rollouts.mask
+
+    def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"], _entropy.Classes]:
+        """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
+        assert rollouts.rewards is not None and rollouts.group is not None
+        assert rollouts.mask is not None and rollouts.entropy is not None
+        counted = rollouts.mask.any(1, keepdim=True)
+        classes = _entropy.Classes.of(rollouts.rewards, rollouts.group, counted, self.threshold)
+        entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
+        if self.mean == "arithmetic":
+            of_row = masked_mean(entropy, rollouts.mask, dim=1)
+        else:
+            of_row = masked_mean(entropy.log(), rollouts.mask, dim=1).exp()
+        # A row without a counted token has mean 0; it is in no class, but must stay divisible.
+        of_row = torch.where(counted, of_row[:, None], 1)
+        positive, negative = _entropy.shaped_rewards(
+            rollouts.rewards, of_row, classes, base=self.beta1, bonus=self.beta2, mean=self.mean
+        )
+        return positive, negative, classes

@@ -1,0 +1,82 @@
+"""GTPO: rewards shaped token by token by the entropy of the policy that sampled."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.shaper import _entropy
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEntropy:
+    """At token t of a correct completion (reward > threshold), and of a wrong one:
+
+        r+_{i,t} =  a1 r_i + a2 d_t H_{i,t} / sum_{k correct} H_{k,t}
+        r-_{j,t} = -a1     - a2 h_t (1/H_{j,t}) / sum_{k wrong} (1/H_{k,t})
+
+    The sums run over the group's completions of the same class that are at least t tokens long; d_t and h_t count them. Then
+    A+ = (r+ - mean R+) / std R+, and A- from r- alike, with the statistics over the whole batch or the group (``scope``):
+
+        zero_inclusive  over every counted token, r+ being 0 on the wrong and r- on the correct completions
+        joint           one set over r+ + r-
+        own_class       over the class's own tokens only
+
+    Source: GTPO, arXiv:2508.04349 (v6), eq. 3, 5, 6; ``mean="geometric"``: App. C, where the denominators are
+    (prod H)^(1/d_t) and (prod 1/H)^(1/h_t), without the factors d_t, h_t. Defaults a1 = 1, a2 = 0.1: sec. 3.1.
+    Differs: [D] ``normalization`` and ``scope``: the paper says both "over all tokens in the entire batch" and "in the
+    group", and not whether R+ holds the zeros. The default is what Props 2.3 and B.4 need. [D] Entropies below 1e-6 count
+    as 1e-6 (the guard of the fractions). [D] ``entropy_clip`` clamps H first (sec. 3.1 says entropy is clipped at 0.2 and 0.28).
+    [D] The std has ddof 1 and eps 1e-6.
+    Degenerate: a2 = 0 gives token-mean GRPO with the baseline sum |o| r / sum |o|; equal entropies shape uniformly; one class
+    member left at t has r+ = a1 r + a2. A group of one class carries no signal: advantage 0, and it is left out of the
+    statistics of the batch, so that dropping it changes nothing [D].
+    Needs: rewards, group, mask, entropy.
+    """
+
+    compares_within_group: ClassVar[bool] = True
+    varies_over_tokens: ClassVar[bool] = True
+
+    alpha1: float = 1.0
+    alpha2: float = 0.1
+    normalization: _entropy.Normalization = "zero_inclusive"
+    scope: Literal["batch", "group"] = "batch"
+    entropy_clip: tuple[float, float] | None = None
+    """[low, high] in nats."""
+    mean: _entropy.Mean = "arithmetic"
+    threshold: float = 0.5
+    """A completion is correct when its reward is above this."""
+    eps: float = 1e-6
+    """Added to the std."""
+
+    def __post_init__(self) -> None:
+        _entropy.check_fields(
+            ("alpha1", self.alpha1), ("alpha2", self.alpha2), self.normalization, self.mean, self.entropy_clip, self.eps
+        )
+        if self.scope not in ("batch", "group"):
+            raise ValueError(f"shaper.scope must be batch or group, got {self.scope!r}")
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        positive, negative, classes = self.shaped(rollouts)
+        over_batch = self.scope == "batch"
+        return _entropy.advantages(
+            positive,
+            negative,
+            classes.pooled() if over_batch else classes,
+            normalization=self.normalization,
+            eps=self.eps,
+            over_ranks=over_batch,
+        )
+
+    def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"], _entropy.Classes]:
+        """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
+        assert rollouts.rewards is not None and rollouts.group is not None
+        assert rollouts.mask is not None and rollouts.entropy is not None
+        classes = _entropy.Classes.of(rollouts.rewards, rollouts.group, rollouts.mask, self.threshold)
+        entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
+        positive, negative = _entropy.shaped_rewards(
+            rollouts.rewards, entropy, classes, base=self.alpha1, bonus=self.alpha2, mean=self.mean
+        )
+        return positive, negative, classes
