@@ -1,2 +1,119 @@
+"""The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
+
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlmod.types import Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SHIPPED = Path(__file__).parent / "policies"
+"""The tiny policies that come with rlmod, by name; tools/tiny_policies.py trains them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFPolicy:
+    """Any causal language model of transformers: a folder, a name on the hub, or ``tiny`` and ``strong``, which rlmod ships."""
+
+    path: str
+    dtype: str = "float32"
+    """Of the weights that are trained; mixed precision is trainer.precision."""
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"policy.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+
+    @property
+    def location(self) -> str:
+        shipped = SHIPPED / self.path
+        is_shipped = self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
+        return str(shipped) if is_shipped else self.path
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Padding on the left; without a pad token, the EOS token pads (masks are explicit, so nothing confuses the two)."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.location)
+        except (OSError, ValueError) as error:
+            raise ValueError(self._cannot("tokenizer", error)) from error
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"policy.path={self.path}: the tokenizer has no EOS token, so no completion could ever end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        return tokenizer
+
+    def model(self, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.location, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(self._cannot("model", error)) from error
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings: "
+                "they do not belong together"
+            )
+        settings = model.generation_config
+        known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        settings.eos_token_id = sorted({tokenizer.eos_token_id, *(i for i in known if i is not None)})
+        settings.pad_token_id = tokenizer.pad_token_id
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def _cannot(self, what: str, error: Exception) -> str:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shipped = ", ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
+        return (
+            f"policy.path={self.path}: no {what} could be loaded ({reason}). "
+            f"Give a folder in Hugging Face format, a name on the hub, or one of the shipped: {shipped}"
+        )
+
+
+def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:
+    """The logits from which each completion token was, or would be, drawn.
+
+    Completions need no attention mask: they are padded on the right, where no counted position looks.
+    """
+    assert rollouts.prompt_ids is not None and rollouts.prompt_mask is not None and rollouts.completion_ids is not None
+    attention = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.completion_ids, dtype=torch.bool)], 1)
+    length = rollouts.completion_ids.shape[1]
+    logits = policy(
+        input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1),
+        attention_mask=attention.long(),
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=length + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, :-1]
+
+
+def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
+    """The text of each completion: the counted tokens, without special ones."""
+    assert rollouts.completion_ids is not None and rollouts.mask is not None
+    rows = zip(rollouts.completion_ids.tolist(), rollouts.mask.tolist(), strict=True)
+    ids = [[token for token, counts in zip(row, mask, strict=True) if counts] for row, mask in rows]
+    return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def save_policy(policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it."""
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -13,7 +13,6 @@ Units: log-probabilities and entropies in nats; lengths in tokens, EOS included,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +43,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.problems)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Prompts":
         """Lightning moves a batch with this."""
         return replace(
             self,
@@ -109,15 +108,15 @@ class Rollouts:
     def _filled(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
-    def rows(self, index: slice | Tensor) -> Self:
+    def rows(self, index: slice | Tensor) -> "Rollouts":
         """The rows that a slice, an index or a boolean tensor picks, in every field."""
         return replace(self, **{name: value[index] for name, value in self._filled().items()})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Rollouts":
         """Lightning moves a batch with this."""
         return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in self._filled().items()})
 
-    def trimmed(self) -> Self:
+    def trimmed(self) -> "Rollouts":
         """Without the columns that are padding in every row. A column that only masked-out tokens use goes too."""
         changes: dict[str, Tensor] = {}
         if self.mask is not None:

@@ -1,6 +1,7 @@
 """What the two entropy shapers of GTPO share: the classes, the shaped rewards, and the three ways to normalise them."""
 
-from typing import Literal, NamedTuple, Self, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,19 +31,19 @@ class Classes(NamedTuple):
         group: Int[Tensor, " R"],
         counted: Bool[Tensor, "R T"],
         threshold: float,
-    ) -> Self:
+    ) -> "Classes":
         index, groups = group_index(group)
         signal = has_signal(rewards, index, groups, threshold, rows=counted.any(1))[index]
         correct = (rewards > threshold)[:, None]
         counted = counted & signal[:, None]
         return cls(counted & correct, counted & ~correct, index, groups)
 
-    def pooled(self) -> Self:
+    def pooled(self) -> "Classes":
         """All groups as one."""
         return self._replace(index=torch.zeros_like(self.index), groups=1)
 
 
-def clipped(entropy: Float[Tensor, "R T"], bounds: tuple[float, float] | None) -> Float[Tensor, "R T"]:
+def clipped(entropy: Float[Tensor, "R T"], bounds: Sequence[float] | None) -> Float[Tensor, "R T"]:
     low, high = bounds or (FLOOR, torch.inf)
     return entropy.clamp(max(low, FLOOR), high)
 
@@ -109,7 +110,7 @@ def check_fields(
     bonus: tuple[str, float],
     normalization: str,
     mean: str,
-    entropy_clip: tuple[float, float] | None,
+    entropy_clip: Sequence[float] | None,
     eps: float,
 ) -> None:
     for name, value in (base, bonus):

@@ -1,5 +1,6 @@
 """GRPO-S: rewards shaped completion by completion by the mean entropy of the policy that sampled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ class SequenceEntropy:
     beta1: float = 1.0
     beta2: float = 0.1
     normalization: _entropy.Normalization = "zero_inclusive"
-    entropy_clip: tuple[float, float] | None = None
+    entropy_clip: Sequence[float] | None = None
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5

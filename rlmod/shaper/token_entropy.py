@@ -1,5 +1,6 @@
 """GTPO: rewards shaped token by token by the entropy of the policy that sampled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -43,7 +44,7 @@ class TokenEntropy:
     alpha2: float = 0.1
     normalization: _entropy.Normalization = "zero_inclusive"
     scope: Literal["batch", "group"] = "batch"
-    entropy_clip: tuple[float, float] | None = None
+    entropy_clip: Sequence[float] | None = None
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5

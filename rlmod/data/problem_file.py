@@ -1,0 +1,128 @@
+"""Problems from a file: JSON Lines, JSON, CSV or Parquet."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlmod.data._records import Conversion
+from rlmod.types import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemFile:
+    """The problems of a file, one record each, in its order.
+
+    ``.jsonl`` has one object a line, ``.json`` one list of objects, ``.csv`` a header; ``.parquet`` may nest. The cells
+    of a CSV are text and stay as they are; elsewhere a whole number kept as a float loses its ``.0``.
+
+    A source is ``path:line``; in JSON and Parquet, which have no lines to speak of, ``path:record``, counted from 1.
+    """
+
+    path: str | Path
+    prompt_field: str = "prompt"
+    """Holds text, or a list of chat messages. Dotted names lead into objects and lists: ``reward_model.ground_truth``,
+    ``prompt.0.content``."""
+    answer_field: str = "answer"
+    template: str | None = None
+    """Makes the prompt of several fields, in place of prompt_field: ``{Body} {Question}``."""
+    answer_pattern: str | None = None
+    """A regular expression; the first group of its last match in the answer field is the answer: ``#### (.+)``."""
+    limit: int | None = None
+    """At most so many problems; null: all of them."""
+    skip: int = 0
+    """Problems to leave out at the beginning, so that one file can be both the training and the held-out set."""
+
+    def __post_init__(self) -> None:
+        if Path(self.path).suffix.lower() not in READERS:
+            raise ValueError(
+                f"data.path (or data.validation_path) must end in {', '.join(READERS)}, got {self.path}; "
+                "for a folder or a name on the hub: data=hub_dataset"
+            )
+        self._conversion()
+
+    def __call__(self) -> list[Problem]:
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            raise ValueError(
+                f"data.path (or data.validation_path): {self.path} is a folder; "
+                "name a file in it, or take the folder with data=hub_dataset"
+            )
+        if not path.is_file():
+            below = "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
+            raise ValueError(f"data.path (or data.validation_path): there is no file {self.path}{below}")
+        records = READERS[path.suffix.lower()](path)
+        return self._conversion()(((f"{self.path}:{line}", record) for line, record in records), str(self.path))
+
+    def _conversion(self) -> Conversion:
+        return Conversion(
+            prompt_field=self.prompt_field,
+            answer_field=self.answer_field,
+            template=self.template,
+            answer_pattern=self.answer_pattern,
+            limit=self.limit,
+            skip=self.skip,
+        )
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: each line must be one JSON object: {error.msg}") from error
+
+
+def _json(path: Path) -> Iterator[tuple[int, object]]:
+    text = "".join(line for _, line in _lines(path))
+    try:
+        records = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        hint = "; if every line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(
+            f"{path}:{error.lineno}: the file must be one JSON list of objects: {error.msg}{hint}"
+        ) from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: the file must be one JSON list of objects, got {type(records).__name__}")
+    yield from enumerate(records, 1)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            # A quoted cell can hold newlines: a record starts on the line after the one before ended.
+            line, start = reader.line_num, line + 1
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}:{start}: a row must have as many cells as the header, {len(reader.fieldnames or ())}"
+                )
+            yield start, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line + 1}: malformed CSV: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file that pyarrow can read: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # utf-8-sig: spreadsheets put a byte-order mark before the first column's name.
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else None) as file:
+        try:
+            yield from enumerate(file, 1)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: the file must be UTF-8 text: {error}") from error
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,134 @@
+"""How a collection becomes optimizer steps: one Lightning epoch is one collection and the steps taken on it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from rlmod.interfaces import Weighting
+from rlmod.prompts import EncodedProblems
+from rlmod.settings import Batch
+from rlmod.types import Prompts, Rollouts
+
+
+class RolloutLoader:
+    """Collects when the epoch's first micro-batch is asked for, and hands the collection over in micro-batches.
+
+    It is sized, or Lightning would fetch one batch ahead and train on samples that are one update stale; and ``__iter__``
+    is a generator, or Lightning would collect twice in the first epoch.
+    """
+
+    def __init__(
+        self, collect: Callable[[], Rollouts], weighting: Weighting, batch: Batch, micro_batches: int
+    ) -> None:
+        self.collect, self.weighting, self.batch, self.micro_batches = collect, weighting, batch, micro_batches
+
+    def __len__(self) -> int:
+        return self.batch.passes * self.batch.updates * self.micro_batches
+
+    def __iter__(self) -> Iterator[Rollouts]:
+        rollouts = self.collect()
+        for _ in range(self.batch.passes):
+            for step in parts(rollouts, self.batch.updates):
+                weighted = replace(step, weights=self.weighting(step))
+                for micro_batch in parts(weighted, self.micro_batches):
+                    yield micro_batch.trimmed()
+
+
+def parts(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
+    """``number`` equal slices."""
+    size, rest = divmod(len(rollouts), number)
+    assert rest == 0, f"{len(rollouts)} rows in {number} parts"
+    for start in range(0, len(rollouts), size):
+        yield rollouts.rows(slice(start, start + size))
+
+
+class PromptLoader:
+    """Some problems of a set in batches, always in the same order."""
+
+    def __init__(self, problems: EncodedProblems, indices: Sequence[int], size: int) -> None:
+        self.problems, self.indices, self.size = problems, indices, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.size)
+
+    def __iter__(self) -> Iterator[Prompts]:
+        for start in range(0, len(self.indices), self.size):
+            yield self.problems.batch(self.indices[start : start + self.size])
+
+
+class RLData(L.LightningDataModule):
+    """Prompts for the collections, shuffled anew each time they are gone through, and held-out prompts for validation.
+
+    Each rank has problems of its own: every world_size-th of the shuffled order. The position of each rank is in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: EncodedProblems,
+        held_out: EncodedProblems | None,
+        batch: Batch,
+        weighting: Weighting,
+        completions_per_prompt: int,
+        validation_prompts: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.train, self.held_out = train, held_out
+        self.batch, self.weighting, self.completions_per_prompt = batch, weighting, completions_per_prompt
+        self.validation_prompts, self.seed = validation_prompts, seed
+        self.drawn = 0
+        """Prompts that this rank has drawn so far."""
+
+    def draw(self, number: int) -> Prompts:
+        """The next prompts of this rank."""
+        assert self.trainer is not None
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        places = [(self.drawn + i) * ranks + rank for i in range(number)]
+        self.drawn += number
+        rounds = {place // len(self.train.problems) for place in places}
+        order = {r: self._order(r) for r in rounds}
+        size = len(self.train.problems)
+        return self.train.batch([order[place // size][place % size] for place in places])
+
+    def _order(self, round: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round)
+        return torch.randperm(len(self.train.problems), generator=generator).tolist()
+
+    def train_dataloader(self) -> RolloutLoader:
+        assert self.trainer is not None
+        ranks = self.trainer.world_size
+        module: Any = self.trainer.lightning_module
+        return RolloutLoader(
+            lambda: module.collect(self.draw, self.batch.prompts // ranks),
+            self.weighting,
+            self.batch,
+            self.batch.micro_batches(self.completions_per_prompt, ranks),
+        )
+
+    def val_dataloader(self) -> "PromptLoader":
+        assert self.trainer is not None and self.held_out is not None
+        mine = range(self.trainer.global_rank, len(self.held_out.problems), self.trainer.world_size)
+        return PromptLoader(self.held_out, mine, self.validation_prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank calls this when a checkpoint is made; what rank 0 returns is saved."""
+        drawn: list[Any] = [self.drawn]
+        if dist.is_available() and dist.is_initialized():
+            drawn = [None] * dist.get_world_size()
+            dist.all_gather_object(drawn, self.drawn)
+        return {"drawn": drawn}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        if len(state_dict["drawn"]) != self.trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was made by {len(state_dict['drawn'])} ranks, this run has {self.trainer.world_size}: "
+                "the positions in the data cannot be carried over"
+            )
+        self.drawn = state_dict["drawn"][self.trainer.global_rank]

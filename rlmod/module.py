@@ -1,0 +1,174 @@
+"""One iteration of post-training, in the order of the data.
+
+    prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
+
+    collect        prompts to shaped rollouts      once an epoch, without gradients
+    training_step  a micro-batch to its loss       many times an epoch; the weighting has made its weights span the step
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from numpy.random import SeedSequence
+from torch import Tensor
+from torchmetrics import MetricCollection
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmod import ops
+from rlmod.collect import Collected, Filter, collect, read
+from rlmod.interfaces import Guide, Loss, Optimizer, Reward, Sampler, Schedule, Shaper
+from rlmod.metrics import MeanAtK, PassAtK
+from rlmod.policy import completion_logits, completion_texts
+from rlmod.scoring import score
+from rlmod.settings import Validation
+from rlmod.types import Prompts, Rollouts
+
+
+class RLModule(L.LightningModule):
+    def __init__(
+        self,
+        *,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
+        guide: Guide | None,
+        reward: Reward,
+        filter: Filter,
+        shaper: Shaper,
+        loss: Loss,
+        optimizer: Optimizer,
+        schedule: Schedule | None,
+        validation: Validation,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.policy, self.tokenizer = policy, tokenizer
+        self.sampler, self.guide, self.reward, self.filter = sampler, guide, reward, filter
+        self.shaper, self.loss, self.optimizer, self.schedule = shaper, loss, optimizer, schedule
+        self.validation, self.seed = validation, seed
+        self.validation_metrics = MetricCollection(
+            {validation.objective: MeanAtK()} | {f"val/pass@{k}": PassAtK(k) for k in validation.pass_at},
+            compute_groups=False,
+        )
+        self.collected: Collected | None = None
+        """The current epoch's collection, advantages filled in; for callbacks to watch."""
+        self.validated: list[Collected] = []
+        """What the current or last validation sampled, batch by batch; for callbacks to watch."""
+        self.validated_at: int | None = None
+        """The optimizer step after which that was."""
+        self.tokens_sampled = 0
+
+    @torch.no_grad()
+    def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
+        """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
+        with evaluating(self.policy):
+            collected = collect(
+                policy=self.policy,
+                decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
+                draw=lambda n: draw(n).to(self.device),
+                prompts=prompts,
+                sampler=self.sampler,
+                guide=self.guide,
+                reward=self.reward,
+                filter=self.filter,
+                seed=lambda i: self.derived_seed(self.current_epoch, i),
+            )
+            rollouts = self.scored(collected.rollouts)
+        rollouts = replace(rollouts, advantages=self.shaper(rollouts))
+        self.collected = replace(collected, rollouts=rollouts)
+        self.tokens_sampled += int(collected.metrics["completions/tokens"])
+        return rollouts
+
+    def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
+        logprobs = ops.token_logprobs(completion_logits(self.policy, batch), batch.completion_ids, self.sampler.temperature)
+        per_token, metrics = self.loss(logprobs, batch)
+        loss = (per_token * batch.weights).sum()
+        self.log_over_step(loss, metrics, int(batch.mask.sum()))
+        # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
+        # accumulated micro-batches, and the number of ranks.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def scored(self, rollouts: Rollouts) -> Rollouts:
+        """With pi_old's log-probabilities and entropy, where the sampler could not hand them over."""
+        if rollouts.logprobs is not None and rollouts.entropy is not None:
+            return rollouts
+        logits = completion_logits(self.policy, rollouts)
+        mask, temperature = rollouts.mask, self.sampler.temperature
+        return replace(
+            rollouts,
+            logprobs=ops.token_logprobs(logits, rollouts.completion_ids, temperature) * mask,
+            entropy=ops.entropy(logits, temperature) * mask,
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+        if ops.all_max(norm) == 0:
+            optimizer.zero_grad(set_to_none=True)
+
+    def log_over_step(self, loss: Tensor, metrics: dict[str, Tensor], tokens: int) -> None:
+        # The micro-batches' losses add up to the step's, and their other metrics are means over their own tokens.
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        self.log("train/loss", loss.detach() / steps, on_step=False, on_epoch=True, reduce_fx="sum")
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=max(tokens, 1))
+
+    def on_train_epoch_end(self) -> None:
+        assert self.collected is not None
+        self.log_dict(dict(self.collected.metrics), sync_dist=self.trainer.world_size > 1)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated = []
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+        settings = self.validation
+        rollouts = settings.sampler(self.policy, batch, self.derived_seed(settings.seed, batch_idx))
+        texts = read(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
+        rewards, _ = score(settings.reward, texts)
+        self.validation_metrics.update((rewards > settings.threshold).view(len(batch), -1).to(self.device))
+        self.validated.append(
+            Collected(rollouts=replace(rollouts, rewards=rewards.to(self.device)), texts=texts, metrics={})
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.validation_metrics.compute())
+        self.validation_metrics.reset()
+        self.validated_at = self.global_step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.schedule is None:
+            return optimizer
+        takes_steps = "num_training_steps" in signature(self.schedule).parameters
+        steps = {"num_training_steps": int(self.trainer.estimated_stepping_batches)} if takes_steps else {}
+        schedule = self.schedule(optimizer, **steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_sampled"] = self.tokens_sampled
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_sampled = checkpoint["tokens_sampled"]
+
+    def derived_seed(self, *position: int) -> int:
+        """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""
+        return int(SeedSequence([self.seed, self.global_rank, *position]).generate_state(1)[0])
+
+
+@contextmanager
+def evaluating(policy: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, and as it was afterwards: pi_old is the policy that the ratios are taken with."""
+    before = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(before)

@@ -1,0 +1,46 @@
+"""String equality with the answer."""
+
+import re
+from dataclasses import dataclass
+
+from rlmod.types import Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatch:
+    """reward_i = right if extracted(completion_i) = answer_i, else wrong
+
+    as strings, white space around them removed. Extracted is the last match of ``pattern``: its group 1, or the whole
+    match where it has no group. Without a pattern it is the whole completion.
+
+    Source: none; the plainest verifiable reward.
+    Degenerate: a completion that the pattern does not match is wrong, also where the answer is empty.
+    Needs: completions, answers.
+    """
+
+    pattern: str | None = None
+    """A Python regular expression; null: the whole completion. Flags go inside: ``(?m)^#### (.*)$``."""
+    right: float = 1.0
+    wrong: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"reward.pattern is no regular expression: {self.pattern!r}: {error}") from error
+
+    def __call__(self, texts: Texts) -> list[float]:
+        return [
+            self.right if self._extracted(completion) == answer.strip() else self.wrong
+            for completion, answer in zip(texts.completions, texts.answers, strict=True)
+        ]
+
+    def _extracted(self, completion: str) -> str | None:
+        if self.pattern is None:
+            return completion.strip()
+        matches = list(re.finditer(self.pattern, completion))
+        if not matches:
+            return None
+        last = matches[-1]
+        text = last[1] if last.re.groups else last[0]
+        return None if text is None else text.strip()

@@ -1,0 +1,45 @@
+"""DAPO's soft punishment of completions that come near the token limit."""
+
+from dataclasses import dataclass
+
+from rlmod.types import Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """With start = max_tokens - buffer:
+
+        reward_i = 0                                           for |o_i| <= start
+                   penalty * (start - |o_i|) / buffer          for start < |o_i| <= max_tokens
+                   -penalty                                    beyond
+
+    Source: DAPO, arXiv:2503.14476, eq. 13, with max_tokens = L_max and buffer = L_cache.
+    Differs: ``penalty`` (there 1).
+    Degenerate: buffer = max_tokens punishes every token from the first; penalty = 0 turns it off.
+    Needs: lengths.
+    """
+
+    max_tokens: int
+    """Where the penalty is whole: the sampler's limit."""
+    buffer: int
+    """How many tokens before it the penalty begins."""
+    penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"reward.max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 < self.buffer <= self.max_tokens:
+            raise ValueError(
+                f"reward.buffer must be above 0 and at most reward.max_tokens ({self.max_tokens}), got {self.buffer}"
+            )
+        if self.penalty < 0:
+            raise ValueError(f"reward.penalty must be 0 or more (it is subtracted), got {self.penalty}")
+
+    def __call__(self, texts: Texts) -> list[float]:
+        if texts.lengths is None:
+            raise ValueError(
+                "the reward Overlong needs the lengths of the completions in tokens; recorded completions have none: "
+                "leave this term out"
+            )
+        start = self.max_tokens - self.buffer
+        return [self.penalty * min(0.0, max(-1.0, (start - length) / self.buffer)) for length in texts.lengths]

@@ -1,0 +1,56 @@
+"""Several rewards, each with a name and a weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from rlmod.scoring import RewardError, score
+from rlmod.types import Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """reward_i = sum over the terms of weight * reward of the term_i
+
+    It returns weight * reward under each term's name, so that what is logged adds up to the reward.
+
+    Source: none.
+    Degenerate: a weight of 0 still computes its term, and shows it as 0.
+    Needs: what its terms need.
+    """
+
+    terms: Mapping[str, Mapping[str, Any]]
+    """name -> {weight: a number, reward: a component or a plain function}"""
+
+    def __post_init__(self) -> None:
+        if OmegaConf.is_config(self.terms):  # what Hydra passes without `_convert_: all`
+            object.__setattr__(self, "terms", OmegaConf.to_object(self.terms))
+        if not self.terms:
+            raise ValueError("reward.terms is empty: give it at least one name: {weight: ..., reward: ...}")
+        for name, term in self.terms.items():
+            key = f"reward.terms.{name}"
+            if not isinstance(term, Mapping):
+                raise ValueError(f"{key} must be {{weight: ..., reward: ...}}, got {term!r}")
+            for part in ("weight", "reward"):
+                if term.get(part) is None:
+                    raise ValueError(f"{key}.{part} is missing; a term is {{weight: ..., reward: ...}}")
+            if unknown := sorted(set(term) - {"weight", "reward"}):
+                raise ValueError(f"{key}.{unknown[0]} is unknown; a term is {{weight: ..., reward: ...}}")
+            weight = term["weight"]
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+                raise ValueError(f"{key}.weight must be a finite number, got {weight!r}")
+            if not callable(term["reward"]):
+                raise ValueError(f"{key}.reward must have a _target_, got {term['reward']!r}")
+
+    def __call__(self, texts: Texts) -> dict[str, Tensor]:
+        return {name: term["weight"] * self._total(name, texts) for name, term in self.terms.items()}
+
+    def _total(self, name: str, texts: Texts) -> Tensor:
+        try:
+            return score(self.terms[name]["reward"], texts)[0]
+        except RewardError as error:
+            raise RewardError(f"reward.terms.{name}: {error}") from error

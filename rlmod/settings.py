@@ -1,0 +1,71 @@
+"""The sizes of an iteration, and how held-out problems are sampled and judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlmod.interfaces import Reward, Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The sizes of one iteration."""
+
+    prompts: int = 32
+    """A collection holds so many groups, over all ranks."""
+    updates: int = 1
+    """Optimizer steps that one pass over the collection is split into."""
+    passes: int = 1
+    """Times that the collection is gone through."""
+    micro_batch: int = 64
+    """Rows of one forward and backward pass on one rank; a matter of memory alone, the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "updates", "passes", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
+
+    def micro_batches(self, completions_per_prompt: int, ranks: int = 1) -> int:
+        """Micro-batches of one optimizer step on one rank. ValueError where they do not come out even."""
+        if self.prompts % ranks:
+            raise ValueError(f"batch.prompts={self.prompts} cannot be shared out among {ranks} ranks: give a multiple")
+        rows = self.prompts // ranks * completions_per_prompt
+        if rows % self.updates:
+            raise ValueError(
+                f"batch.updates={self.updates} does not divide the {rows} rows of a collection ({self.prompts // ranks} prompts "
+                f"x {completions_per_prompt} completions a rank): give one of {_divisors(rows)}"
+            )
+        step = rows // self.updates
+        if step % min(self.micro_batch, step):
+            raise ValueError(
+                f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows a collection "
+                f"/ batch.updates={self.updates}): give one of {_divisors(step)}"
+            )
+        return step // min(self.micro_batch, step)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How held-out problems are sampled and judged: mean@n over the sampler's n completions, and pass@k for each k."""
+
+    sampler: Sampler
+    reward: Reward
+    threshold: float = 0.5
+    """A completion is correct when its reward is above this."""
+    pass_at: Sequence[int] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        n = self.sampler.completions_per_prompt
+        for k in self.pass_at:
+            if not 1 <= k <= n:
+                raise ValueError(
+                    f"validation.pass_at holds {k}, but k must be between 1 and validation.sampler.completions_per_prompt = {n}"
+                )
+
+    @property
+    def objective(self) -> str:
+        return f"val/mean@{self.sampler.completions_per_prompt}"

@@ -1,0 +1,162 @@
+"""``rlmod-train experiment=gtpo policy.path=Qwen/Qwen2.5-0.5B data=problem_file data.path=problems.jsonl``"""
+
+import json
+import logging
+import platform
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rlmod import cli
+
+if TYPE_CHECKING:
+    import lightning as L
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
+    started = time.perf_counter()
+    # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
+    from rlmod import compat
+    from rlmod.parts import Parts
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    logging.captureWarnings(True)
+    OmegaConf.resolve(cfg)
+    parts = Parts.of(cfg)
+    compat.check(parts)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    tokenizer = parts.policy.tokenizer()
+    problems = parts.encoder.encode(parts.train(), tokenizer)
+    held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
+
+    import lightning as L
+
+    from rlmod.callbacks.checkpoints import newest
+    from rlmod.loader import RLData
+    from rlmod.module import RLModule
+
+    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
+    _quiet_lightning()
+    L.seed_everything(cfg.seed, verbose=False)
+    module = RLModule(
+        policy=parts.policy.model(tokenizer),
+        tokenizer=tokenizer,
+        sampler=parts.sampler,
+        guide=parts.guide,
+        reward=parts.reward,
+        filter=parts.filter,
+        shaper=parts.shaper,
+        loss=parts.loss,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        validation=parts.validation,
+        seed=cfg.seed,
+    )
+    data = RLData(
+        train=problems,
+        held_out=held_out,
+        batch=parts.batch,
+        weighting=parts.weighting,
+        completions_per_prompt=parts.sampler.completions_per_prompt,
+        validation_prompts=cfg.validation.prompts_per_batch,
+        seed=cfg.seed,
+    )
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        logger=[instantiate(logger) for logger in cfg.logger.values()],
+        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
+    )
+    trainer.accumulate_grad_batches = parts.batch.micro_batches(
+        parts.sampler.completions_per_prompt, trainer.world_size
+    )
+    return _fitted(trainer, module, data, checkpoint, folder, started)
+
+
+def _fitted(
+    trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
+) -> float | None:
+    from rlmod.callbacks.checkpoints import Checkpoints
+    from rlmod.report import write_report
+
+    if data.held_out is None:
+        trainer.limit_val_batches = 0
+    before = _held_out(trainer, module, data) if checkpoint is None else None
+    fit_started = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    training = time.perf_counter() - fit_started
+    interrupted = any(isinstance(c, Checkpoints) and c.interrupted for c in trainer.callbacks)
+    after = None if interrupted else _held_out(trainer, module, data)
+    result = {
+        "held_out": None
+        if data.held_out is None
+        else {
+            "metric": module.validation.objective,
+            "problems": len(data.held_out.problems),
+            "before": before,
+            "after": after,
+        },
+        "seconds": {"training": training, "total": time.perf_counter() - started},
+        "steps": trainer.global_step,
+        "tokens": module.tokens_sampled,
+        "seed": module.seed,
+        "versions": {name: version(name) for name in ("rlmod", "torch", "lightning", "transformers")}
+        | {"python": platform.python_version()},
+        "completed": not interrupted,
+    }
+    if trainer.is_global_zero:
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        page = write_report(folder)
+        _say(result, page)
+    if interrupted:
+        raise KeyboardInterrupt(f"resume={folder}")
+    return after
+
+
+def _held_out(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
+    """Held-out accuracy of the policy as it is now; not measured again where the last validation was of these weights."""
+    if data.held_out is None:
+        return None
+    if module.validated_at != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    return float(trainer.callback_metrics[module.validation.objective])
+
+
+def _say(result: dict[str, Any], page: Path) -> None:
+    held_out = result["held_out"]
+    if held_out and held_out["after"] is not None:
+        start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
+        print(
+            f"held-out {held_out['metric'].removeprefix('val/')}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; "
+            f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
+        )
+    print(f"report: {page}")
+
+
+def _quiet_lightning() -> None:
+    """Leaves out what Lightning says of devices and of our own choices; its warnings about anything else stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for harmless in (
+        "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
+        "The `val_dataloader` does not have many workers",
+        "The `train_dataloader` does not have many workers",
+        "The number of training batches",
+        "`isinstance(treespec, LeafSpec)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{harmless}")
+
+
+def main() -> None:
+    cli.run(train, "train")
+
+
+if __name__ == "__main__":
+    main()

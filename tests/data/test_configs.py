@@ -1,0 +1,78 @@
+"""The files of conf/data, as Hydra makes them."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from rlmod.prompts import PromptEncoder
+
+FOLDER = Path(__file__).parents[2] / "conf" / "data"
+
+
+def group(name: str, /, **overrides: object):
+    return OmegaConf.merge({"data": OmegaConf.load(FOLDER / f"{name}.yaml")}, {"data": overrides}).data
+
+
+def save(path: Path, count: int) -> str:
+    path.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("*.yaml")])
+def test_the_shape_of_every_file(name):
+    data = group(name)
+    assert {"train", "validation", "encoder"} <= data.keys()
+    max_tokens = None if name == "arithmetic" else 1024
+    assert instantiate(data.encoder) == PromptEncoder(max_tokens=max_tokens)
+    # One place for each setting: what the sources share is interpolated.
+    sources = OmegaConf.to_container(data, resolve=False)
+    shared = {"prompt_field", "answer_field", "template", "answer_pattern", "modulus", "seed"} & sources.keys()
+    assert all(sources[part][key] == f"${{data.{key}}}" for part in ("train", "validation") for key in shared)
+
+
+def test_arithmetic():
+    data = group("arithmetic", operations="+", train={"size": 30})
+    train, validation = instantiate(data.train)(), instantiate(data.validation)()
+    assert (len(train), len(validation)) == (30, 512)
+    assert not {p.prompt for p in train} & {p.prompt for p in validation}
+    assert not any(set("-*") & set(p.prompt) for p in train + validation)
+    assert group("arithmetic").train.size == 20_000
+
+
+def test_problem_file(tmp_path):
+    path = save(tmp_path / "a.jsonl", 600)
+    data = group("problem_file", path=path, validation_path=save(tmp_path / "b.jsonl", 5), limit=3)
+    assert (len(instantiate(data.train)()), len(instantiate(data.validation)())) == (3, 5)
+    # One file as both: the first 512 are held out.
+    data = group("problem_file", path=path, validation_path=path, skip=512)
+    assert (len(instantiate(data.train)()), len(instantiate(data.validation)())) == (88, 512)
+
+
+def test_without_validation(tmp_path):
+    data = group("problem_file", path=save(tmp_path / "a.jsonl", 3), validation=None)
+    assert instantiate(data.validation) is None
+    assert len(instantiate(data.train)()) == 3
+
+
+def test_verl_parquet(tmp_path):
+    path = tmp_path / "train.parquet"
+    prompt = [{"role": "user", "content": "1+1=?"}]
+    pd.DataFrame([{"prompt": prompt, "reward_model": {"style": "rule", "ground_truth": "2"}}]).to_parquet(path)
+    data = group("verl_parquet", path=str(path), validation_path=str(path))
+    (problem,) = instantiate(data.train)()
+    assert (problem.prompt, problem.answer) == (tuple(prompt), "2")
+    assert instantiate(data.validation)() == [problem]
+
+
+def test_hub_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra rlmod[datasets]")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d").mkdir()
+    save(tmp_path / "d" / "train.jsonl", 4)
+    save(tmp_path / "d" / "test.jsonl", 2)
+    data = group("hub_dataset", name=str(tmp_path / "d"))
+    assert (len(instantiate(data.train)()), len(instantiate(data.validation)())) == (4, 2)

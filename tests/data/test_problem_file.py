@@ -1,0 +1,184 @@
+import csv
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlmod.data.problem_file import ProblemFile
+from rlmod.types import Problem
+
+RECORDS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+3=", "answer": "6"}]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a text, or records as JSON Lines, and says where."""
+
+    def written(content: str | list, name: str = "problems.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else "".join(json.dumps(r) + "\n" for r in content))
+        return path
+
+    return written
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "answer"])
+        writer.writeheader()
+        writer.writerows(RECORDS)
+
+
+FORMATS = {
+    ".jsonl": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    ".json": lambda path: path.write_text(json.dumps(RECORDS, indent=2)),
+    ".csv": write_csv,
+    ".parquet": lambda path: pd.DataFrame(RECORDS).to_parquet(path),
+    ".JSONL": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_problems(tmp_path, suffix):
+    path = tmp_path / f"problems{suffix}"
+    FORMATS[suffix](path)
+    problems = ProblemFile(path=path)()
+    assert [(p.prompt, p.answer) for p in problems] == [("1+1=", "2"), ("2+2=", "4"), ("3+3=", "6")]
+    first = 2 if suffix == ".csv" else 1  # after the header
+    assert [p.source for p in problems] == [f"{path}:{first + i}" for i in range(3)]
+
+
+def test_the_source_is_the_line(write):
+    path = write("\n" + json.dumps(RECORDS[0]) + "\n\n  \n" + json.dumps(RECORDS[1]) + "\n\n")
+    assert [p.source for p in ProblemFile(path=str(path))()] == [f"{path}:2", f"{path}:5"]
+
+
+def test_the_source_is_the_line_a_csv_record_starts_on(write):
+    path = write('\ufeffprompt,answer\n"two\nlines",1\nthree,2\n', "problems.csv")
+    problems = ProblemFile(path=path)()
+    assert [(p.prompt, p.source) for p in problems] == [("two\nlines", f"{path}:2"), ("three", f"{path}:4")]
+
+
+def test_limit_and_skip_cut_one_file_in_two(write):
+    path = write(RECORDS)
+    assert [p.answer for p in ProblemFile(path=path, limit=2)()] == ["2", "4"]
+    assert [p.answer for p in ProblemFile(path=path, skip=2)()] == ["6"]
+    assert [(p.answer, p.source) for p in ProblemFile(path=path, limit=1, skip=1)()] == [("4", f"{path}:2")]
+
+
+def test_nothing_beyond_the_limit_is_read(write):
+    path = write(json.dumps(RECORDS[0]) + "\nbroken\n")
+    assert len(ProblemFile(path=path, limit=1)()) == 1
+
+
+def test_answers_of_a_parquet_file(tmp_path):
+    path = tmp_path / "p.parquet"
+    frame = pd.DataFrame({"prompt": ["a", "b"], "f": [27.0, 0.25], "i": np.array([3, 4]), "b": [True, False]})
+    frame["d"] = [Decimal("2.00"), Decimal("0.25")]
+    frame.to_parquet(path)
+    for field, answers in {"f": ["27", "0.25"], "i": ["3", "4"], "b": ["True", "False"], "d": ["2", "0.25"]}.items():
+        assert [p.answer for p in ProblemFile(path=path, answer_field=field)()] == answers
+
+
+CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1=?"}]
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": CHAT,
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"split": "train", "index": 0, "question": "1+1=?"},
+}
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: pd.DataFrame([VERL, VERL]).to_parquet(path),
+        lambda path: pd.DataFrame([VERL | {"prompt": np.array(CHAT, dtype=object)}] * 2).to_parquet(path),
+        lambda path: pq.write_table(pa.Table.from_pylist([VERL, VERL]), path),
+    ],
+    ids=["pandas", "pandas-numpy", "pyarrow"],
+)
+def test_verl_parquet(tmp_path, save):
+    path = tmp_path / "train.parquet"
+    save(path)
+    problems = ProblemFile(path=path, answer_field="reward_model.ground_truth")()
+    assert problems == [Problem(prompt=tuple(CHAT), answer="2", source=f"{path}:{n}") for n in (1, 2)]
+    assert (
+        ProblemFile(path=path, prompt_field="prompt.1.content", answer_field="ability", limit=1)()[0].prompt == "1+1=?"
+    )
+
+
+BAD_FILES = [
+    ("empty.jsonl", "", "empty.jsonl holds no problems"),
+    ("blank.jsonl", "\n \n", "holds no problems"),
+    ("empty.json", "", "holds no problems"),
+    ("list.json", "[]", "holds no problems"),
+    ("empty.csv", "", "holds no problems"),
+    ("header.csv", "prompt,answer\n", "holds no problems"),
+    ("a.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt": ', r"a\.jsonl:2: each line must be one JSON object"),
+    ("a.jsonl", "[1]\n", r"a\.jsonl:1: a record must be an object with named fields, got list"),
+    ("a.json", '[{"prompt": "a"},\n{]', r"a\.json:2: the file must be one JSON list of objects"),
+    ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: .* name the file \.jsonl"),
+    ("a.json", '{"data": []}', "must be one JSON list of objects, got dict"),
+    ("a.json", "[3]", r"a\.json:1: a record must be an object with named fields, got int"),
+    ("a.csv", "prompt,answer\na,1\nb\n", r"a\.csv:3: a row must have as many cells as the header, 2"),
+    ("a.csv", "prompt,answer\na,1,2\n", r"a\.csv:2: a row must have as many cells"),
+    ("a.csv", 'prompt,answer\na,"1\n', r"a\.csv:2: malformed CSV"),
+    ("a.parquet", "not Parquet", r"a\.parquet: not a Parquet file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_files(write, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        ProblemFile(path=write(content, name))()
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "é", "answer": 1}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file must be UTF-8"):
+        ProblemFile(path=path)()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "a.txt"}, r"data\.path .* must end in \.jsonl, \.json, \.csv, \.parquet, got a\.txt"),
+        ({"limit": 0}, r"data\.limit .* must be null \(all problems\) or at least 1, got 0"),
+        ({"skip": -1}, r"data\.skip .* must be at least 0, got -1"),
+        ({"template": "no field"}, r"data\.template='no field' must name the fields it takes"),
+        ({"template": "{q} \\boxed{}"}, r"data\.template=.* literally is doubled"),
+        ({"template": "{q"}, r"data\.template='\{q' is no str\.format template"),
+        ({"answer_pattern": "("}, r"data\.answer_pattern=\( is no regular expression"),
+        ({"answer_pattern": "#### .+"}, r"data\.answer_pattern=.* needs a group"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ProblemFile(**{"path": "a.jsonl"} | fields)
+
+
+def test_a_missing_file(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"data\.path .* no file a\.jsonl; relative paths start at {tmp_path}"):
+        ProblemFile(path="a.jsonl")()
+    with pytest.raises(ValueError, match=r"data\.path .* no file .*/a\.jsonl$"):
+        ProblemFile(path=tmp_path / "a.jsonl")()
+
+
+def test_a_folder(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"data\.path .* is a folder; .* data=hub_dataset"):
+        ProblemFile(path=tmp_path / "a.jsonl")()
+
+
+def test_skipping_everything(write):
+    with pytest.raises(ValueError, match=r"holds no problems after the 3 that data\.skip"):
+        ProblemFile(path=write(RECORDS), skip=3)()

@@ -1,0 +1,42 @@
+"""The public problem files that recipes name, where they lie beside the repository."""
+
+from pathlib import Path
+
+import pytest
+
+from rlmod.data.problem_file import ProblemFile
+
+FOLDER = Path(__file__).parents[3] / "shared" / "data"
+
+
+def real(name: str) -> Path:
+    if not (FOLDER / name).is_file():
+        pytest.skip(f"{FOLDER / name} is not here")
+    return FOLDER / name
+
+
+@pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])
+def test_gsm8k(name, count):
+    path = real(f"gsm8k/{name}.jsonl")
+    problems = ProblemFile(path=path, prompt_field="question", answer_pattern="#### (.+)")()
+    assert len(problems) == count
+    assert all(any(c.isdigit() for c in p.answer) and "\n" not in p.answer for p in problems)
+    if name == "test":
+        assert problems[0].answer == "18"
+        assert problems[0].prompt.startswith("Janet\u2019s ducks lay 16 eggs")
+
+
+def test_svamp():
+    problems = ProblemFile(path=real("svamp/test.jsonl"), template="{Body} {Question}", answer_field="Answer")()
+    assert len(problems) == 1000
+    assert problems[0].answer == "145"
+    assert problems[0].prompt.endswith("into 93 groups How big is each group of bananas?")
+
+
+@pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("amc23", 40)])
+def test_competitions(name, count):
+    problems = ProblemFile(path=real(f"{name}/test.jsonl"), prompt_field="problem")()
+    assert len(problems) == count
+    assert all(p.answer.lstrip("-").isdecimal() for p in problems)
+    if name == "amc23":
+        assert problems[0].answer == "27"

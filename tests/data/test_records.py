@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from rlmod.data._records import Conversion
+from rlmod.types import Problem
+
+CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1=?"}]
+DEFAULTS = dict(prompt_field="prompt", answer_field="answer", template=None, answer_pattern=None, limit=None, skip=0)
+
+
+def problem(record: object, **fields: object) -> Problem:
+    return Conversion(**DEFAULTS | fields)([("f:1", record)], "f")[0]
+
+
+def test_dotted_fields_lead_into_objects_and_lists():
+    record = {"a.b": "literal", "q": {"text": ["no", "yes"]}, "r": {"truth": 3}}
+    fields = {"prompt_field": "q.text.1", "answer_field": "r.truth"}
+    assert problem(record, **fields) == Problem(prompt="yes", answer="3", source="f:1")
+    assert problem(record, **fields | {"prompt_field": "a.b"}).prompt == "literal"
+
+
+def test_template():
+    record = {"body": "Set {x} and {", "n": 3.0, "extra": {"q": "How many?"}, "answer": 1}
+    template = "{body}: {n} {extra.q} {n:.2f} Use \\boxed{{}}.\n"
+    expected = "Set {x} and {: 3 How many? 3.00 Use \\boxed{}.\n"
+    assert problem(record, template=template, prompt_field="absent").prompt == expected
+
+
+def test_numpys_objects_are_taken_as_pythons():
+    record = {"prompt": np.array(CHAT, dtype=object), "answer": np.float64(27)}
+    assert problem(record) == Problem(prompt=tuple(CHAT), answer="27", source="f:1")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((27.0, "27"), (145.0, "145"), (0.5, "0.5"), (-0.0, "0"), (0, "0"), (7, "7"), (10**20, "1" + "0" * 20)),
+        *((" 1,000 \n", "1,000"), ("27.0", "27.0"), ("\\frac{1}{2}", "\\frac{1}{2}"), ("0", "0"), (True, "True")),
+    ],
+)
+def test_answers_are_text_without_artefacts(value, text):
+    assert problem({"prompt": "?", "answer": value}).answer == text
+
+
+def test_the_answer_pattern_takes_its_last_match():
+    record = {"prompt": "?", "answer": "#### 1\nno:\n####  1,234 \n"}
+    assert problem(record, answer_pattern="#### (.+)").answer == "1,234"
+
+
+BAD_RECORDS = [
+    ({"prompt": "a", "gt": {"x": 1, "y": 2}}, {}, r":1: data\.answer_field=answer, .* there are: prompt, gt\.x, gt\.y"),
+    ({"question": "a", "answer": 1}, {}, r":1: data\.prompt_field=prompt, .* there are: question, answer"),
+    ({}, {}, "there are no fields"),
+    ({"prompt": "a", "gt": {"x": 1}}, {"answer_field": "gt.z"}, r"data\.answer_field=gt\.z"),
+    ({"prompt": ["a"], "answer": 1}, {"prompt_field": "prompt.1"}, r"data\.prompt_field=prompt\.1"),
+    ({"q": "a", "answer": 1}, {"template": "{question}"}, r":1: data\.template asks for 'question', .* are: q, answer"),
+    (
+        {"q": None, "answer": 1},
+        {"template": "{q}"},
+        r"data\.template asks for 'q', but the record has .* nothing in it",
+    ),
+    ({"q": ["a"], "answer": 1}, {"template": "{q}"}, r":1: data\.template must give text or a number, got list"),
+    ({"prompt": " \n", "answer": 1}, {}, r":1: the prompt that data\.prompt_field gives is empty"),
+    ({"prompt": [], "answer": 1}, {}, r":1: the prompt that data\.prompt_field gives is empty"),
+    ({"q": "", "answer": 1}, {"template": "{q} "}, r":1: the prompt that data\.template gives is empty"),
+    ({"prompt": 3, "answer": 1}, {}, "must give text or a list of chat messages, got int"),
+    ({"prompt": "a", "answer": " "}, {}, r":1: the answer that data\.answer_field=answer gives is empty"),
+    ({"prompt": "a", "answer": None}, {}, r"data\.answer_field=answer, but the record has .* nothing in it"),
+    ({"prompt": "a", "answer": float("nan")}, {}, "nothing in it"),
+    ({"prompt": "a", "answer": [1]}, {}, r":1: data\.answer_field=answer must give text or a number, got list"),
+    ({"prompt": "a", "answer": "so 1"}, {"answer_pattern": "#### (.+)"}, r":1: data\.answer_pattern=.* ends in 'so 1'"),
+    ({"prompt": "a", "answer": "####"}, {"answer_pattern": "####(.*)"}, ":1: the answer .* is empty"),
+    ({"prompt": ["a"], "answer": 1}, {}, ":1: a chat message must have role and content, got str"),
+    ({"prompt": [{"from": "u", "value": "a"}], "answer": 1}, {}, "role and content, got the keys from, value"),
+    ({"prompt": [{"role": "human", "content": "a"}], "answer": 1}, {}, "role must be one of .*user.*, got 'human'"),
+    ({"prompt": [{"role": "user", "content": [1]}], "answer": 1}, {}, ":1: .*content must be text, got list"),
+    ({"prompt": [{"role": "user", "content": ""}], "answer": 1}, {}, ":1: the prompt is empty"),
+    (
+        {"prompt": [*CHAT, {"role": "assistant", "content": "2"}], "answer": 2},
+        {},
+        "last chat message is the assistant's",
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "fields", "message"), BAD_RECORDS)
+def test_bad_records(record, fields, message):
+    with pytest.raises(ValueError, match=message):
+        problem(record, **fields)

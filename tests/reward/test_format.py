@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from rlmod.reward.format import Format
+from rlmod.types import Texts
+
+
+def rewards(reward, *completions):
+    return list(reward(Texts(completions=completions, answers=[""] * len(completions))))
+
+
+def test_the_whole_completion_has_to_match():
+    reward = Format(pattern=r"<a>.*</a>")
+    assert rewards(reward, "<a>1</a>", "so <a>1</a>", "<a>1</a> so", "<a>1") == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_dot_matches_line_ends():
+    assert rewards(Format(pattern=r"<a>.*</a>"), "<a>1\n2</a>") == [1.0]
+
+
+def test_a_trailing_line_end_counts():
+    assert rewards(Format(pattern=r"\d+$"), "12", "12\n") == [1.0, 0.0]
+
+
+def test_right_and_wrong_are_the_rewards():
+    assert rewards(Format(pattern="a", right=0.5, wrong=-0.25), "a", "b") == [0.5, -0.25]
+
+
+def test_a_broken_pattern_names_its_key():
+    with pytest.raises(ValueError, match=r"reward\.pattern .*'\['"):
+        Format(pattern="[")
+
+
+def test_the_pattern_of_the_yaml():
+    reward = hydra.utils.instantiate(OmegaConf.load(Path(__file__).parents[2] / "conf/reward/format.yaml"))
+    assert rewards(reward, "<think>\n1\n</think>\n<answer>2</answer>\n", "<answer>2</answer>") == [1.0, 0.0]

@@ -1,0 +1,222 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from rlmod.reward import math_verify
+from rlmod.reward.math_verify import MathVerify
+from rlmod.types import Problem, Texts
+
+REPOSITORY = Path(__file__).parents[2]
+ENDLESS = "\\boxed{9^{9^{9^{9}}}}"  # verify evaluates it, in one C routine that no signal handler of Python interrupts
+
+
+def rewards(completions, answers, **fields):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no row may have failed
+        return MathVerify(**fields)(Texts(completions=completions, answers=answers))
+
+
+def alive(pid):
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], check=False, capture_output=True, text=True
+    ).stdout.strip()
+    return state != "" and not state.startswith("Z")
+
+
+@pytest.fixture(scope="module")
+def gsm8k():
+    path = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs the GSM8K test set at {path}")
+    solutions = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    gold = [solution.rsplit("####", 1)[1].strip() for solution in solutions]
+    assert len(gold) == 1319
+    return solutions, gold, [str(int(number.replace(",", "")) + 1) for number in gold]
+
+
+@pytest.mark.parametrize("form", ["number", "solution", "box", "sentence"])
+def test_all_of_gsm8k_scores_1_against_itself_and_0_against_one_more(gsm8k, form):
+    solutions, gold, one_more = gsm8k
+    completions = {
+        "number": gold,
+        "solution": solutions,
+        "box": [f"So it is $\\boxed{{{number}}}$." for number in gold],
+        "sentence": [solution.replace("####", "The answer to all 3 questions is $") for solution in solutions],
+    }[form]
+    assert rewards(completions, gold) == [1.0] * 1319
+    assert rewards(completions, one_more) == [0.0] * 1319
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("costs $1,234.", "1234"),
+        ("costs \\$1,234.", "1,234"),
+        ("a loss, so -$5", "-5"),
+        ("a loss, so \u22125", "-5"),
+        ("Total:18", "18"),
+        ("eighteen (18).", "18"),
+        ("**$18**", "18"),
+        ("####18", "18"),
+        ("#### 18\n\nQuestion: what is 5?", "18"),
+        ("#### Step 3\nSo it is 12", "12"),
+        ("To find the answer, add 5 and 3 to get 8", "8"),
+        ("It is 8\n- 3 eggs", "3"),
+        ("It is 8\n-3", "-3"),
+        ("\\boxed{1}, no: \\boxed{2}. That took 3 lines", "2"),
+        ("\\boxed{50\\%}", "50"),
+        ("50%", "0.5"),
+        ("18.00", "18"),
+        ("0.75", "\\frac{3}{4}"),
+        ("it is $\\frac{3}{4}$ of it", "3/4"),
+        ("\\[ x = \\frac{1}{2} \\]", "\\frac12"),
+        ("\\boxed{\\sqrt{2}/2}", "$\\frac{1}{\\sqrt{2}}$"),
+        ("\\boxed{x^2+2x+1}", "(x+1)^2"),
+        ("\\boxed{18\\text{ dollars}}", "18"),
+        ("1" * 5000, "1" * 5000),
+    ],
+)
+def test_what_is_read_as_the_answer(completion, answer):
+    assert rewards([completion], [answer]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("5 eggs, then 6", "5"),
+        ("It is 8\n- 3", "5"),  # 8 - 3
+        ("\\boxed{1} or \\boxed{2}", "1"),
+        ("\\boxed{2} is not 3", "3"),
+        ("The answer is 5. No, 7.", "5"),
+        ("5", "-5"),
+        ("12.34", "1234"),
+        ("", "1"),
+        ("no idea", "1"),
+        ("\\boxed{18", "18"),
+    ],
+)
+def test_what_is_wrong(completion, answer):
+    assert rewards([completion], [answer]) == [0.0]
+
+
+def test_a_row_that_hangs_is_killed_and_counted_and_the_others_keep_their_scores():
+    rewards(["1"], ["1"])
+    before = math_verify._worker.process
+    start = time.monotonic()
+    with pytest.warns(
+        UserWarning, match=r"2 of 5 rows took longer than 0\.5 s .* row 1, whose completion ends .*9\^\{9\}"
+    ) as shown:
+        scores = MathVerify(timeout_seconds=0.5)(
+            Texts(completions=["1", ENDLESS, "2", ENDLESS, "4"], answers=["1", "1", "2", "7", "5"])
+        )
+    assert len(shown) == 1
+    assert scores == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert time.monotonic() - start > 1.0
+    assert before.returncode == -signal.SIGKILL  # waited for: no zombie
+    assert not alive(before.pid)
+
+
+def test_a_worker_that_dies_is_counted_and_replaced():
+    rewards(["1"], ["1"])
+    math_verify._worker.process.kill()
+    with pytest.warns(UserWarning, match=r"1 of 2 rows failed .* row 0 \(the worker died with exit status -9\)"):
+        assert MathVerify()(Texts(completions=["1", "2"], answers=["1", "2"])) == [0.0, 1.0]
+
+
+def test_an_error_while_comparing_is_told_from_a_wrong_answer(monkeypatch):
+    from rlmod.reward import _worker
+
+    def broken(*args, **kwargs):
+        raise TypeError
+
+    assert _worker.grade("1", "1") == ("right", "")
+    monkeypatch.setattr(_worker, "verify", broken)
+    assert _worker.grade("1", "1") == ("error", "TypeError")
+
+
+def test_one_worker_serves_all_rows_and_calls():
+    rewards(["1", "2"], ["1", "2"])
+    first = math_verify._worker.process.pid
+    rewards(["3"], ["3"])
+    assert math_verify._worker.process.pid == first
+
+
+@pytest.mark.parametrize("answer", ["", "\\frac{", "$$"])
+def test_an_answer_that_cannot_be_read_is_named_with_its_source(answer):
+    good, bad = (Problem(prompt="?", answer=a, source=f"train.jsonl:{line}") for line, a in ((11, "1"), (12, answer)))
+    texts = Texts(completions=["1", "1"], answers=["1", answer], problems=[good, bad])
+    with pytest.raises(ValueError, match=r"cannot parse the answer .*\(train\.jsonl:12\)") as caught:
+        MathVerify()(texts)
+    assert repr(answer) in str(caught.value)
+    with pytest.raises(ValueError, match="cannot parse the answer"):
+        MathVerify()(Texts(completions=["1"], answers=[answer]))
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_time_out_has_to_be_a_time(seconds):
+    with pytest.raises(ValueError, match=r"reward\.timeout_seconds must be above 0"):
+        MathVerify(timeout_seconds=seconds)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_trainer(ending):
+    """Ctrl-C, which the terminal sends to the whole process group, and a trainer that cannot clean up."""
+    script = """
+        from rlmod.reward import math_verify
+        from rlmod.types import Texts
+        reward = math_verify.MathVerify(timeout_seconds=2)
+        reward(Texts(completions=["1"], answers=["1"]))
+        print(math_verify._worker.process.pid, flush=True)
+        reward(Texts(completions=[%r], answers=["1"]))
+    """
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script) % ENDLESS],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    worker = int(trainer.stdout.readline())
+    assert alive(worker)
+    assert os.getpgid(worker) != os.getpgid(trainer.pid)  # Ctrl-C does not reach it
+    time.sleep(0.5)  # into the row that hangs
+    os.killpg(trainer.pid, ending)
+    _, errors = trainer.communicate(timeout=10)
+    assert trainer.returncode == -ending
+    assert errors.count("Traceback") == (1 if ending == signal.SIGINT else 0)  # the trainer's own
+    assert "_worker.py" not in errors
+    deadline = time.monotonic() + (1 if ending == signal.SIGINT else 10)
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(worker)
+
+
+def test_neither_side_imports_more_than_it_needs():
+    script = """
+        import runpy, sys
+        runpy.run_path("rlmod/reward/_worker.py")
+        assert "math_verify" in sys.modules and "torch" not in sys.modules and "rlmod" not in sys.modules
+        for name in [name for name in sys.modules if name.startswith("math_verify")]:
+            del sys.modules[name]
+        import rlmod.reward.math_verify
+        assert not {"math_verify", "transformers", "pytorch_lightning", "lightning"} & set(sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        check=False,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rlmod.reward.exact_match import ExactMatch
+from rlmod.reward.overlong import Overlong
+from rlmod.reward.weighted import Weighted
+from rlmod.scoring import RewardError, build, score
+from rlmod.types import Texts
+
+TEXTS = Texts(completions=["6", "7", "6"], answers=["6", "6", "6"], lengths=[10, 8, 4])
+EXACT = "rlmod.reward.exact_match.ExactMatch"
+OVERLONG = {"_target_": "rlmod.reward.overlong.Overlong", "max_tokens": 10, "buffer": 4}
+
+
+def fail(texts):
+    raise KeyError("no such field")
+
+
+def test_the_weighted_terms_add_up_to_the_reward():
+    reward = Weighted(
+        terms={
+            "correct": {"weight": 2.0, "reward": ExactMatch()},
+            "overlong": {"weight": 0.5, "reward": Overlong(max_tokens=10, buffer=4)},
+        }
+    )
+    total, terms = score(reward, TEXTS)
+    # overlong: (6 - 10)/4 = -1, (6 - 8)/4 = -0.5, 0; halved
+    assert {name: term.tolist() for name, term in terms.items()} == {"correct": [2, 0, 2], "overlong": [-0.5, -0.25, 0]}
+    assert total.tolist() == [1.5, -0.25, 2]
+
+
+def test_a_term_may_be_weighted_itself():
+    inner = Weighted(terms={"a": {"weight": 3, "reward": ExactMatch()}, "b": {"weight": 1, "reward": ExactMatch()}})
+    total, terms = score(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
+    assert terms["both"].tolist() == total.tolist() == [2, 0, 2]
+
+
+CONFIG = {
+    "_target_": "rlmod.reward.weighted.Weighted",
+    "terms": {
+        "correct": {"weight": 1.0, "reward": {"_target_": EXACT}},
+        "overlong": {"weight": 1.0, "reward": OVERLONG},
+    },
+}
+
+
+@pytest.mark.parametrize("make", [build, hydra.utils.instantiate], ids=["build", "hydra"])
+def test_it_is_built_from_a_configuration_with_overrides(make):
+    config = OmegaConf.merge(OmegaConf.create(CONFIG), OmegaConf.from_dotlist(["terms.overlong.weight=0.5"]))
+    assert score(make(config), TEXTS)[0].tolist() == [0.5, -0.25, 1]
+
+
+def test_the_yaml_composes_with_the_samplers_limit():
+    folder = Path(__file__).parents[2] / "conf"
+    config = OmegaConf.create(
+        {"sampler": {"max_new_tokens": 2000}, "reward": OmegaConf.load(folder / "reward" / "weighted.yaml")}
+    )
+    reward = build(config.reward)
+    assert reward.terms["overlong"]["reward"] == Overlong(max_tokens=2000, buffer=16)
+    assert list(reward.terms) == ["correct", "overlong"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({}, r"^reward\.terms is empty"),
+        ({"a": {"reward": ExactMatch()}}, r"^reward\.terms\.a\.weight is missing"),
+        ({"a": {"weight": 1.0}}, r"^reward\.terms\.a\.reward is missing"),
+        ({"a": {"weight": 1.0, "reward": ExactMatch(), "wieght": 2.0}}, r"^reward\.terms\.a\.wieght is unknown"),
+        ({"a": {"weight": "1", "reward": ExactMatch()}}, r"^reward\.terms\.a\.weight must be a finite number, got '1'"),
+        ({"a": {"weight": float("nan"), "reward": ExactMatch()}}, r"^reward\.terms\.a\.weight must be a finite number"),
+        ({"a": {"weight": 1.0, "reward": {"pattern": "x"}}}, r"^reward\.terms\.a\.reward must have a _target_"),
+    ],
+)
+def test_a_wrong_term_names_its_key(terms, message):
+    with pytest.raises(ValueError, match=message):
+        Weighted(terms=terms)
+
+
+def test_an_error_inside_a_term_names_the_term_and_its_cause():
+    reward = Weighted(terms={"mine": {"weight": 1.0, "reward": fail}})
+    with pytest.raises(RewardError, match=r"^reward\.terms\.mine: the reward fail raised KeyError: 'no such field'"):
+        score(reward, TEXTS)
+
+
+def test_a_nan_inside_a_term_is_found_even_under_a_weight_of_zero():
+    reward = Weighted(terms={"mine": {"weight": 0.0, "reward": lambda texts: torch.tensor([0.0, torch.nan, 0.0])}})
+    with pytest.raises(RewardError, match=r"^reward\.terms\.mine: .* nan for row 1; its completion begins '7'"):
+        score(reward, TEXTS)
