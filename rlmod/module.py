@@ -62,6 +62,7 @@ class RLModule(L.LightningModule):
         """What the current or last validation sampled, batch by batch; for callbacks to watch."""
         self.validated_at: int | None = None
         """The optimizer step after which that was."""
+        self.validated_problems = 0
         self.tokens_sampled = 0
 
     @torch.no_grad()
@@ -110,20 +111,20 @@ class RLModule(L.LightningModule):
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
 
     def log_over_step(self, loss: Tensor, metrics: dict[str, Tensor], tokens: int) -> None:
         # The micro-batches' losses add up to the step's, and their other metrics are means over their own tokens.
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.log("train/loss", loss.detach() / steps, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("train/loss", loss.detach() / steps, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
         for name, value in metrics.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=max(tokens, 1))
 
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
-        self.log_dict(dict(self.collected.metrics), sync_dist=self.trainer.world_size > 1)
+        self.log_dict(dict(self.collected.metrics), batch_size=1, sync_dist=self.trainer.world_size > 1)
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
@@ -139,9 +140,11 @@ class RLModule(L.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.validation_metrics.compute())
+        self.log_dict(self.validation_metrics.compute(), batch_size=1)
         self.validation_metrics.reset()
         self.validated_at = self.global_step
+        rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
+        self.validated_problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])

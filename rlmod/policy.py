@@ -74,6 +74,7 @@ class HFPolicy:
         known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = sorted({tokenizer.eos_token_id, *(i for i in known if i is not None)})
         settings.pad_token_id = tokenizer.pad_token_id
+        model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 import time
 import warnings
 from importlib.metadata import version
@@ -45,7 +46,7 @@ def train(cfg: DictConfig) -> float | None:
     from rlmod.module import RLModule
 
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    _quiet_lightning()
+    _quiet()
     L.seed_everything(cfg.seed, verbose=False)
     module = RLModule(
         policy=parts.policy.model(tokenizer),
@@ -100,7 +101,7 @@ def _fitted(
         if data.held_out is None
         else {
             "metric": module.validation.objective,
-            "problems": len(data.held_out.problems),
+            "problems": module.validated_problems,
             "before": before,
             "after": after,
         },
@@ -141,17 +142,17 @@ def _say(result: dict[str, Any], page: Path) -> None:
     print(f"report: {page}")
 
 
-def _quiet_lightning() -> None:
-    """Leaves out what Lightning says of devices and of our own choices; its warnings about anything else stay."""
+def _quiet() -> None:
+    """Leaves out what the libraries say of devices, loading, and our own choices; their warnings about anything else stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in (
         "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
-        "The `val_dataloader` does not have many workers",
-        "The `train_dataloader` does not have many workers",
-        "The number of training batches",
         "`isinstance(treespec, LeafSpec)` is deprecated",
     ):
-        warnings.filterwarnings("ignore", message=f".*{harmless}")
+        warnings.filterwarnings("ignore", message=f".*{re.escape(harmless)}")
 
 
 def main() -> None:

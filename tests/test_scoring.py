@@ -112,7 +112,7 @@ def test_a_plain_function_is_the_reward_and_the_other_keys_are_its_arguments(myl
 
 
 def test_an_exception_in_a_function_that_was_built_names_the_function(mylab):
-    with pytest.raises(RewardError, match="^the reward length raised TypeError"):
+    with pytest.raises(RewardError, match=r"^the reward length raised TypeError"):
         score(build({"_target_": "mylab.length", "scale": {}}), TEXTS)
 
 

@@ -34,5 +34,6 @@ class Throughput(L.Callback):
                 "time/collect": collect,
                 "time/train": train,
                 "speed/tokens_per_second": pl_module.collected.metrics["completions/tokens"] / (collect + train),
-            }
+            },
+            batch_size=1,
         )
