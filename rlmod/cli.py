@@ -11,11 +11,17 @@ from typing import Any
 
 import hydra
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +56,45 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 def explained(error: BaseException) -> str:
     """What is wrong, by its key, and what would be right."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigKeyError):
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(cause)
-        if isinstance(cause, InstantiationException) and isinstance(cause.__cause__, TypeError):
-            return f"{cause}".replace("\n", " ")
-        if type(cause) is ValueError or (isinstance(cause, ValueError) and not isinstance(cause, HydraException)):
+        if isinstance(cause, MissingMandatoryValue | InterpolationToMissingValueError):
+            key = str(cause).split("Missing mandatory value: ")[-1].split()[0]
+            return f"{key} is missing: give it, as {key}=..."
+        if isinstance(cause, InstantiationException):
+            return _instantiation(cause)
+        if isinstance(cause, MissingConfigException):
+            return str(cause).partition("\nConfig search path")[0].replace("\n", " ").replace("\t", " ")
+        if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):
             return str(cause)
-        cause = cause.__cause__
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}; give a folder that can be written, as output=FOLDER"
     return str(error)
 
 
-def _unknown_key(error: ConfigKeyError) -> str:
+def _instantiation(error: InstantiationException) -> str:
+    """Hydra's words, with the key first and the reason last."""
+    message, _, key = str(error).partition("\nfull_key: ")
+    reasons = []
+    cause = error.__cause__
+    while cause is not None:
+        reasons.append(f"{type(cause).__name__}: {cause}" if not isinstance(cause, ValueError) else str(cause))
+        cause = cause.__cause__
+    if message.startswith("Error locating target"):
+        target = message.split("'")[1]
+        return (
+            f"{key.strip()}._target_: cannot import {target!r}{': ' if reasons else ''}{reasons[-1] if reasons else ''} "
+            "(it is looked for in the current folder and in the installed packages)"
+        )
+    reason, key = reasons[0] if reasons else message, key.strip()
+    return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
+def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     parent = error.parent_node
     known = sorted(str(key) for key in parent) if OmegaConf.is_dict(parent) else []
     where = str(error.full_key).rpartition(".")[0]
@@ -72,7 +102,7 @@ def _unknown_key(error: ConfigKeyError) -> str:
     return (
         f"unknown key {error.full_key}"
         + (f"; did you mean {where}{'.' if where else ''}{close[0]}?" if close else "")
-        + f" {where or 'the config'} has: {', '.join(known)}. To add a key all the same: +{error.full_key}=..."
+        + f"; {where or 'the config'} has: {', '.join(known)}. To add a key all the same: +{error.full_key}=..."
     )
 
 

@@ -1,13 +1,16 @@
 """From the composed config to its components: everything that can be wrong before data and weights are loaded."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from inspect import Parameter, signature
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from rlmod.collect import Filter
-from rlmod.interfaces import Guide, Loss, Optimizer, Problems, Reward, Sampler, Schedule, Shaper, Weighting
+from rlmod.interfaces import Guide, Loss, Optimizer, Problems, Reward, Sampler, Shaper, Weighting
 from rlmod.policy import HFPolicy
 from rlmod.prompts import PromptEncoder
 from rlmod.scoring import build
@@ -30,15 +33,20 @@ class Parts:
     weighting: Weighting
     loss: Loss
     optimizer: Optimizer
-    schedule: Schedule | None
     batch: Batch
     validation: Validation
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Parts":
         def part(key: str) -> Any:
-            node = cfg[key] if "." not in key else cfg[key.split(".")[0]][key.split(".")[1]]
-            return None if node is None else instantiate(node, _convert_="all")
+            node = OmegaConf.select(cfg, key)
+            if node is None:
+                return None
+            check_types(node, key)
+            made = instantiate(node, _convert_="all")
+            if isinstance(made, partial):
+                check_arguments(made, key)
+            return made
 
         return cls(
             policy=part("policy"),
@@ -53,7 +61,6 @@ class Parts:
             weighting=part("weighting"),
             loss=part("loss"),
             optimizer=part("optimizer"),
-            schedule=part("schedule"),
             batch=part("batch"),
             validation=Validation(
                 sampler=part("validation.sampler"),
@@ -63,3 +70,45 @@ class Parts:
                 seed=cfg.validation.seed,
             ),
         )
+
+
+PLAIN: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def check_types(node: DictConfig, key: str) -> None:
+    """ValueError for a plain field (number, text, switch) of one of our dataclasses that holds something else."""
+    if not str(node.get("_target_", "")).startswith("rlmod."):
+        return
+    hints = get_type_hints(get_class(node._target_).__init__)
+    for name in node:
+        value = given(node, str(name), key)
+        if value is None or name not in hints:
+            continue
+        wanted = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not NoneType]
+        if len(wanted) == 1 and wanted[0] in PLAIN and not _is(value, wanted[0]):
+            raise ValueError(f"{key}.{name} must be {PLAIN[wanted[0]]}, got {value!r}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def given(node: DictConfig, name: str, key: str) -> Any:
+    """The value; ValueError naming the key that is to be given where it is missing, behind interpolations too."""
+    if not OmegaConf.is_missing(node, name):
+        return node[name]
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    source = raw[name].strip("${} ") if raw[name] != "???" else f"{key}.{name}"
+    raise ValueError(f"{source} is missing: give it, as {source}=...")
+
+
+def check_arguments(made: partial[Any], key: str) -> None:
+    """ValueError for an argument that the function does not have, which would show only when it is called."""
+    known = signature(made.func).parameters
+    unknown = [name for name in made.keywords if name not in known]
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
+        names = ", ".join(name for name in known if name not in ("params", "optimizer"))
+        raise ValueError(f"{key}.{unknown[0]}: {made.func.__name__} has no such argument; it has {names}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,10 +32,9 @@ def train(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     logging.captureWarnings(True)
-    OmegaConf.resolve(cfg)
     parts = Parts.of(cfg)
     compat.check(parts)
-    OmegaConf.save(cfg, folder / "config.yaml")
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> float | None:
         shaper=parts.shaper,
         loss=parts.loss,
         optimizer=parts.optimizer,
-        schedule=parts.schedule,
+        schedule=instantiate(cfg.schedule),
         validation=parts.validation,
         seed=cfg.seed,
     )
@@ -71,15 +71,25 @@ def train(cfg: DictConfig) -> float | None:
         validation_prompts=cfg.validation.prompts_per_batch,
         seed=cfg.seed,
     )
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        logger=[instantiate(logger) for logger in cfg.logger.values()],
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
-    )
+    trainer = _trainer(cfg)
     trainer.accumulate_grad_batches = parts.batch.micro_batches(
         parts.sampler.completions_per_prompt, trainer.world_size
     )
     return _fitted(trainer, module, data, checkpoint, folder, started)
+
+
+def _trainer(cfg: DictConfig) -> "L.Trainer":
+    for key in ("max_epochs", "check_val_every_n_epoch"):
+        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+            raise ValueError(f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}")
+    try:
+        return instantiate(
+            cfg.trainer,
+            logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
+            callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values()],
+        )
+    except InstantiationException as error:
+        raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
 
 
 def _fitted(

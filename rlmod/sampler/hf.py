@@ -2,21 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from typing import TYPE_CHECKING
 
-from rlmod import ops
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from rlmod.types import Prompts, Rollouts, concatenate
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,7 @@ class HF:
             raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
 
     @torch.no_grad()
-    def __call__(self, policy: PreTrainedModel, prompts: Prompts, seed: int) -> Rollouts:
+    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
         group = torch.arange(len(prompts), device=prompts.ids.device).repeat_interleave(self.completions_per_prompt)
         device = prompts.ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -64,7 +59,12 @@ class HF:
             parts = [self._sample(policy, prompts, rows) for rows in group.split(self.rows_per_batch or len(group))]
         return concatenate(parts)
 
-    def _sample(self, policy: PreTrainedModel, prompts: Prompts, group: Int[Tensor, " R"]) -> Rollouts:
+    def _sample(self, policy: "PreTrainedModel", prompts: Prompts, group: Int[Tensor, " R"]) -> Rollouts:
+        # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
+        from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+
+        from rlmod.sampler._recorder import LastLogits, Recorder
+
         ids, attention = prompts.ids[group], prompts.mask[group]
         eos = torch.tensor(_eos_ids(policy), device=ids.device)
         rows, width = ids.shape
@@ -76,8 +76,8 @@ class HF:
         running = torch.arange(rows, device=ids.device)
         cache, done = DynamicCache(config=policy.config), 0
         while len(running) and done < self.max_new_tokens:
-            last = _LastLogits()
-            recorder = _Recorder(last, self.temperature, eos)
+            last = LastLogits()
+            recorder = Recorder(last, self.temperature, eos)
             sequences = policy.generate(
                 input_ids=ids,
                 attention_mask=attention.long(),
@@ -113,7 +113,9 @@ class HF:
             truncated=truncated,
         )
 
-    def _generation_config(self, policy: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+    def _generation_config(self, policy: "PreTrainedModel", max_new_tokens: int) -> "GenerationConfig":
+        from transformers import GenerationConfig
+
         return GenerationConfig(
             do_sample=not self.greedy,
             temperature=None if self.greedy else self.temperature,
@@ -125,32 +127,6 @@ class HF:
         )
 
 
-def _eos_ids(policy: PreTrainedModel) -> list[int]:
+def _eos_ids(policy: "PreTrainedModel") -> list[int]:
     ids = policy.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [ids]
-
-
-class _LastLogits(LogitsProcessor):
-    """Keeps the raw logits of a position: ``generate`` puts a caller's processors before temperature, top-k and top-p."""
-
-    def __call__(self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        self.logits = scores
-        return scores
-
-
-class _Recorder(StoppingCriteria):
-    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when half of the rows have ended."""
-
-    def __init__(self, last: _LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
-        self.last, self.temperature, self.eos = last, temperature, eos
-        self.ended: Bool[Tensor, " R"] | None = None
-        self.logprobs: list[Float[Tensor, " R"]] = []
-        self.entropy: list[Float[Tensor, " R"]] = []
-
-    def __call__(self, input_ids: Int[Tensor, "R length"], scores: object, **_: object) -> Bool[Tensor, " R"]:
-        chosen = input_ids[:, -1]
-        self.logprobs.append(ops.token_logprobs(self.last.logits[:, None], chosen[:, None], self.temperature)[:, 0])
-        self.entropy.append(ops.entropy(self.last.logits, self.temperature))
-        ended = (chosen[:, None] == self.eos).any(-1)
-        self.ended = ended if self.ended is None else self.ended | ended
-        return torch.full_like(ended, bool(2 * self.ended.sum() >= len(ended)))

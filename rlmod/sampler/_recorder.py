@@ -1,0 +1,34 @@
+"""What is noted while transformers' ``generate`` runs. Apart from hf.py, since its imports take seconds."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from rlmod import ops
+
+
+class LastLogits(LogitsProcessor):
+    """Keeps the raw logits of a position: ``generate`` puts a caller's processors before temperature, top-k and top-p."""
+
+    def __call__(self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        self.logits = scores
+        return scores
+
+
+class Recorder(StoppingCriteria):
+    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when half of the rows have ended."""
+
+    def __init__(self, last: LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
+        self.last, self.temperature, self.eos = last, temperature, eos
+        self.ended: Bool[Tensor, " R"] | None = None
+        self.logprobs: list[Float[Tensor, " R"]] = []
+        self.entropy: list[Float[Tensor, " R"]] = []
+
+    def __call__(self, input_ids: Int[Tensor, "R length"], scores: object, **_: object) -> Bool[Tensor, " R"]:
+        chosen = input_ids[:, -1]
+        self.logprobs.append(ops.token_logprobs(self.last.logits[:, None], chosen[:, None], self.temperature)[:, 0])
+        self.entropy.append(ops.entropy(self.last.logits, self.temperature))
+        ended = (chosen[:, None] == self.eos).any(-1)
+        self.ended = ended if self.ended is None else self.ended | ended
+        return torch.full_like(ended, bool(2 * self.ended.sum() >= len(ended)))

@@ -1,0 +1,99 @@
+"""A wrong command line: the message names the key and what would be right, and nothing heavy is loaded before it shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import refused
+
+REFUSED = {
+    "unknown option": (["shaper=bogus"], ["shaper/bogus", "uniform", "token_entropy", "sequence_entropy"]),
+    "unknown recipe": (["experiment=bogus"], ["experiment/bogus", "quickstart", "gtpo"]),
+    "unknown key": (["loss.clip_lo=0.2"], ["loss.clip_lo", "did you mean loss.clip_low", "clip_high"]),
+    "unknown top-level key": (["sed=1"], ["unknown key sed", "did you mean seed"]),
+    "unknown added field": (["+loss.foo=1"], ["loss", "foo"]),
+    "unknown optimizer argument": (["+optimizer.lrr=1"], ["optimizer.lrr", "AdamW", "lr"]),
+    "negative clip": (["loss.clip_low=-1"], ["loss.clip_low", "above 0", "-1"]),
+    "text for a number": (["shaper.eps=foo"], ["shaper.eps must be a number", "'foo'"]),
+    "number for a switch": (["filter.dynamic_sampling=3"], ["filter.dynamic_sampling must be true or false"]),
+    "fraction for a count": (["batch.prompts=1.5"], ["batch.prompts must be a whole number"]),
+    "one completion": (["sampler.completions_per_prompt=1"], ["sampler.completions_per_prompt=1", "at least 2"]),
+    "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 rows", "32, 64"]),
+    "updates": (["batch.updates=3"], ["batch.updates=3", "256 rows"]),
+    "temperature": (["sampler.temperature=0"], ["sampler.temperature", "above 0", "sampler.greedy"]),
+    "top_p": (["sampler.top_p=1.5"], ["sampler.top_p", "at most 1"]),
+    "threshold of pass@k": (["validation.pass_at=[4]"], ["validation.pass_at", "between 1 and", "= 1"]),
+    "missing policy": (["policy=hf"], ["policy.path is missing"]),
+    "missing data": (["data=problem_file"], ["data.path is missing"]),
+    "no such policy": (["policy.path=/nowhere"], ["policy.path=/nowhere", "strong, tiny"]),
+    "no such component": (["shaper._target_=nowhere.F"], ["shaper._target_", "nowhere.F", "current folder"]),
+    "no such reward": (["reward._target_=nowhere.f"], ["reward._target_", "nowhere.f", "current folder"]),
+    "sequence loss, token shaper": (
+        ["shaper=token_entropy", "loss=sequence_surrogate"],
+        ["SequenceSurrogate", "TokenEntropy", "loss=clipped_surrogate"],
+    ),
+    "no epochs": (["trainer.max_epochs=abc"], ["trainer.max_epochs", "whole number"]),
+    "not to resume": (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),
+    "accumulation is ours": (["trainer.accumulate_grad_batches=2"], ["unknown key trainer.accumulate_grad_batches"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_override_is_named_with_what_would_be_right(name, monkeypatch, tmp_path):
+    overrides, expected = REFUSED[name]
+    message = refused(monkeypatch, tmp_path, *overrides)
+    missing = [part for part in expected if part not in message]
+    assert not missing, message
+    assert "Traceback" not in message
+
+
+def test_an_output_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "refused").write_text("a file where the folder should be")
+    message = refused(monkeypatch, tmp_path)
+    assert "refused" in message
+    assert "output=FOLDER" in message
+
+
+def test_problem_files_are_checked_before_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr("rlmod.policy.HFPolicy.model", lambda *_: pytest.fail("weights were loaded"))
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"prompt": "1+1:", "answer": "2"}) + "\n{broken\n")
+    message = refused(monkeypatch, tmp_path, "data=problem_file", f"data.path={file}", "data.validation=null")
+    assert "train.jsonl:2" in message
+    file.write_text(json.dumps({"prompt": "1+1:"}) + "\n")
+    message = refused(monkeypatch, tmp_path, "data=problem_file", f"data.path={file}", "data.validation=null")
+    assert "train.jsonl:1" in message
+    assert "answer" in message
+
+
+def test_the_command_exits_with_one_paragraph_before_lightning_is_imported():
+    program = (
+        "import sys\n"
+        "from rlmod.train import main\n"
+        "sys.argv = ['rlmod-train', 'loss.clip_low=-1', 'output=' + sys.argv[1]]\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print('heavy:', [m for m in ('lightning', 'torchmetrics', 'transformers.generation') if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "/tmp/never-written"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "heavy: []" in done.stdout
+    assert "loss.clip_low must be above 0 and at most 1, got -1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_groups_and_options():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("rlmod-train"), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    for line in ("shaper: sequence_entropy, token_entropy, uniform", "loss: clipped_surrogate, sequence_surrogate"):
+        assert line in done.stdout
+    assert "clip_low: 0.2" in done.stdout
+    assert "experiment=gtpo" in done.stdout
