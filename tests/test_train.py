@@ -1,0 +1,215 @@
+"""Whole runs: what they leave, that they repeat, resume and stop, and that the first update is on-policy."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.module import RLModule
+from tests.commands import SHORT, refused, run_train
+
+QUICK = (*SHORT, "shaper=token_entropy", "optimizer.lr=1e-4", "trainer.max_epochs=4")
+TIMED = ("time/", "speed/")
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without the columns that hold seconds."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in csv.DictReader(file)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    return AutoModelForCausalLM.from_pretrained(newest / "policy").state_dict()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """One finished run of four collections."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_train(monkeypatch, *QUICK, f"output={folder}")
+    return folder
+
+
+def test_a_run_leaves_what_a_person_looks_for(run):
+    for name in ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "result.json", "train.log"):
+        assert (run / name).is_file(), name
+    assert list(run.glob("events.out.tfevents.*"))
+    checkpoint = run / "checkpoints" / "step=000004"
+    assert (checkpoint / "trainer.ckpt").is_file()
+    assert OmegaConf.load(checkpoint / "config.yaml").loss.clip_low == 0.2
+    result = json.loads((run / "result.json").read_text())
+    assert result["completed"]
+    assert result["steps"] == 4
+    assert result["held_out"]["problems"] == 64
+    rows = metrics(run)
+    validated = [float(row["val/mean@1"]) for row in rows if row["val/mean@1"]]
+    assert validated == pytest.approx([result["held_out"]["before"], result["held_out"]["after"]], abs=1e-6)
+    trained = [row for row in rows if row["reward/mean"]]
+    assert len(trained) == 4
+    assert result["tokens"] == sum(float(row["completions/tokens"]) for row in trained)
+    for row in trained:
+        shares = [float(row[f"prompts/{kind}"]) for kind in ("all_right", "mixed", "all_wrong")]
+        assert sum(shares) == pytest.approx(1)
+        assert float(row["train/ratio"]) == pytest.approx(1, abs=1e-5)
+        assert float(row["train/grad_norm"]) > 0
+
+
+def test_the_saved_policy_loads_in_transformers_and_is_the_trained_one(run):
+    saved = weights(run)
+    start = AutoModelForCausalLM.from_pretrained("rlmod/policies/tiny").state_dict()
+    assert any(not torch.equal(saved[name], start[name]) for name in start)
+    state = torch.load(run / "checkpoints" / "step=000004" / "trainer.ckpt", weights_only=False)["state_dict"]
+    for name, value in saved.items():
+        assert torch.equal(value, state[f"policy.{name}"]), name
+
+
+def test_the_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(run, tmp_path, monkeypatch):
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'b'}")
+    assert metrics(tmp_path / "b") == metrics(run)
+    again = weights(tmp_path / "b")
+    assert all(torch.equal(value, again[name]) for name, value in weights(run).items())
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'c'}", "seed=1")
+    assert metrics(tmp_path / "c") != metrics(run)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'half'}", "trainer.max_epochs=2")
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'rest'}", f"resume={tmp_path / 'half'}")
+    whole = [row for row in metrics(run) if row["reward/mean"]]
+    halves = [row for part in ("half", "rest") for row in metrics(tmp_path / part) if row["reward/mean"]]
+    columns = [name for name in whole[0] if name.startswith(("reward/", "completions/", "train/", "prompts/"))]
+    assert [[row[name] for name in columns] for row in halves] == [[row[name] for name in columns] for row in whole]
+    resumed = weights(tmp_path / "rest")
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(run).items())
+
+
+def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypatch):
+    differences: dict[int, float] = {}
+    plain = ClippedSurrogate.__call__
+    module: list[RLModule] = []
+    setup = RLModule.on_train_epoch_start
+
+    def watched(self, logprobs, rollouts):
+        step = module[0].global_step
+        difference = (logprobs.detach() - rollouts.logprobs).masked_fill(~rollouts.mask, 0).abs().max().item()
+        differences[step] = max(differences.get(step, 0.0), difference)
+        return plain(self, logprobs, rollouts)
+
+    monkeypatch.setattr(ClippedSurrogate, "__call__", watched)
+    monkeypatch.setattr(
+        RLModule, "on_train_epoch_start", lambda self: (module.clear(), module.append(self), setup(self))[-1]
+    )
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "batch.updates=2", "optimizer.lr=1e-3")
+    firsts = [differences[step] for step in (0, 2, 4, 6)]
+    assert max(firsts) < 1e-4, differences
+    # The second update is not: if it were, the collection would be repeated or the optimizer idle.
+    assert min(differences[step] for step in (1, 3, 5, 7)) > 1e-3, differences
+
+
+def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_path, monkeypatch, caplog):
+    run_train(
+        monkeypatch,
+        *QUICK,
+        f"output={tmp_path / 'a'}",
+        "reward.pattern=null",  # the whole completion against the answer: all wrong
+        "trainer.max_epochs=2",
+        "optimizer.weight_decay=0.1",
+    )
+    start = AutoModelForCausalLM.from_pretrained("rlmod/policies/tiny").state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "a").items())
+    assert "None of the 8 groups of this collection has signal" in (tmp_path / "a" / "train.log").read_text()
+
+
+def test_dynamic_sampling_trains_on_groups_with_signal_only(tmp_path, monkeypatch):
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "filter.dynamic_sampling=true")
+    rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
+    assert any(float(row["prompts/drawn"]) > 8 for row in rows)
+    for row in rows:
+        drawn, dropped = float(row["prompts/drawn"]), float(row["prompts/dropped"])
+        assert drawn * (1 - dropped) + float(row["prompts/unfilled"]) == pytest.approx(8)
+
+
+def test_all_completions_truncated_is_loud(tmp_path, monkeypatch):
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "sampler.max_new_tokens=1", "trainer.max_epochs=1")
+    text = (tmp_path / "a" / "train.log").read_text()
+    assert "100 % of the 32 completions" in text
+    assert "sampler.max_new_tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("raise KeyError('x')", ["bad", "KeyError"]),
+        ("return [1.0]", ["bad", "1 numbers for 32 completions"]),
+        ("return [float('nan')] * len(texts)", ["bad", "nan", "row 0"]),
+        ("return [float('inf')] * len(texts)", ["bad", "inf", "row 0"]),
+    ],
+)
+def test_a_reward_that_fails_is_named_and_never_a_silent_zero(body, expected, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(f"def bad(texts):\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("my_rewards", None)
+    reward = ("reward=exact_match", "reward._target_=my_rewards.bad", "~reward.pattern", "~reward.right", "~reward.wrong")
+    message = refused(monkeypatch, tmp_path, *QUICK, *reward, "data.validation=null")
+    assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("loss", ["clipped_surrogate", "sequence_surrogate"])
+def test_the_debug_run_of_each_loss(loss, tmp_path, monkeypatch):
+    run_train(monkeypatch, f"debug={loss}", "data.validation.size=64", f"output={tmp_path / 'a'}")
+    rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
+    assert len(rows) == 10
+    assert any(float(row["train/ratio"]) != 1 for row in rows)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits(tmp_path):
+    command = [
+        Path(sys.executable).with_name("rlmod-train"), *QUICK, "trainer.max_epochs=10000", f"output={tmp_path / 'a'}"
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.time() + 120
+        while not (tmp_path / "a" / "metrics.csv").exists() and time.time() < deadline:
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "finishing this iteration, then a checkpoint" in output
+    assert f"resume={tmp_path / 'a'}" in output
+    assert "Traceback" not in output
+    (checkpoint,) = (tmp_path / "a" / "checkpoints").iterdir()
+    assert AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
+    assert not json.loads((tmp_path / "a" / "result.json").read_text())["completed"]
+
+
+def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
+    command = [
+        Path(sys.executable).with_name("rlmod-train"), "-m", *SHORT, "trainer.max_epochs=2",
+        "shaper=uniform,token_entropy", "batch.micro_batch=16,5", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    with (tmp_path / "sweep" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["0", "1", "2", "3"]
+    for row in rows:
+        folder = tmp_path / "sweep" / row["run"]
+        if "micro_batch=5" in row["overrides"]:
+            assert "batch.micro_batch=5 does not fill" in row["error"]
+        else:
+            held_out = json.loads((folder / "result.json").read_text())["held_out"]
+            assert float(row["objective"]) == pytest.approx(held_out["after"])
