@@ -4,7 +4,9 @@ import csv
 import difflib
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,19 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     )
 
 
+def quiet() -> None:
+    """Leaves out what the libraries say of devices, loading, and our own choices; their warnings about anything else stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for harmless in (
+        "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
+        "`isinstance(treespec, LeafSpec)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{re.escape(harmless)}")
+
+
 class Results(Callback):
     """Of a multirun: results.csv in its folder has a line a run as soon as it ends, with what it returned or why it failed."""
 
@@ -114,7 +129,7 @@ class Results(Callback):
             return
         try:
             outcome = {"objective": job_return.return_value, "error": ""}
-        except Exception as error:  # noqa: BLE001 (whatever a run died of, the others go on, and the file says it)
+        except Exception as error:
             outcome = {"objective": "", "error": explained(error)}
             log.error("run %s failed: %s", config.hydra.job.num, outcome["error"], exc_info=error)
         file = Path(config.hydra.sweep.dir) / "results.csv"

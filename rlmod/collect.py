@@ -1,8 +1,8 @@
 """Prompts in, rewarded rollouts out: sampling, guide, reward, and DAPO's dynamic sampling with refill.
 
-    draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> rollouts
-      ^                                               | no: draw again, at most max_generation_batches times
-      +-----------------------------------------------+
+draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> rollouts
+  ^                                               | no: draw again, at most max_generation_batches times
+  +-----------------------------------------------+
 """
 
 import logging
@@ -213,4 +213,6 @@ def _joined(parts: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
         whole = list(chain.from_iterable(getattr(part, name) for part in parts))
         return [whole[row] for row in kept]
 
-    return Texts(**{name: joined(name) for name in ("completions", "answers", "problems", "lengths", "truncated", "group")})
+    return Texts(
+        **{name: joined(name) for name in ("completions", "answers", "problems", "lengths", "truncated", "group")}
+    )

@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 from rlmod.types import Problem, Prompts, Rollouts, Texts
 
 

@@ -22,9 +22,7 @@ class RolloutLoader:
     is a generator, or Lightning would collect twice in the first epoch.
     """
 
-    def __init__(
-        self, collect: Callable[[], Rollouts], weighting: Weighting, batch: Batch, micro_batches: int
-    ) -> None:
+    def __init__(self, collect: Callable[[], Rollouts], weighting: Weighting, batch: Batch, micro_batches: int) -> None:
         self.collect, self.weighting, self.batch, self.micro_batches = collect, weighting, batch, micro_batches
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """One iteration of post-training, in the order of the data.
 
-    prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
+prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
 
-    collect        prompts to shaped rollouts      once an epoch, without gradients
-    training_step  a micro-batch to its loss       many times an epoch; the weighting has made its weights span the step
+collect        prompts to shaped rollouts      once an epoch, without gradients
+training_step  a micro-batch to its loss       many times an epoch; the weighting has made its weights span the step
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +87,9 @@ class RLModule(L.LightningModule):
         return rollouts
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
-        logprobs = ops.token_logprobs(completion_logits(self.policy, batch), batch.completion_ids, self.sampler.temperature)
+        logprobs = ops.token_logprobs(
+            completion_logits(self.policy, batch), batch.completion_ids, self.sampler.temperature
+        )
         per_token, metrics = self.loss(logprobs, batch)
         loss = (per_token * batch.weights).sum()
         self.log_over_step(loss, metrics, int(batch.mask.sum()))

@@ -48,9 +48,7 @@ def group_index(group: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], int]:
     return index, len(names)
 
 
-def group_sum(
-    values: Float[Tensor, "R *axes"], index: Int[Tensor, " R"], groups: int
-) -> Float[Tensor, "groups *axes"]:
+def group_sum(values: Float[Tensor, "R *axes"], index: Int[Tensor, " R"], groups: int) -> Float[Tensor, "groups *axes"]:
     return values.new_zeros(groups, *values.shape[1:]).index_add_(0, index, values)
 
 

@@ -3,9 +3,7 @@
 import json
 import logging
 import platform
-import re
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +44,7 @@ def train(cfg: DictConfig) -> float | None:
     from rlmod.module import RLModule
 
     checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
-    _quiet()
+    cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
     module = RLModule(
         policy=parts.policy.model(tokenizer),
@@ -81,7 +79,9 @@ def train(cfg: DictConfig) -> float | None:
 def _trainer(cfg: DictConfig) -> "L.Trainer":
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
-            raise ValueError(f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}")
+            raise ValueError(
+                f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}"
+            )
     try:
         return instantiate(
             cfg.trainer,
@@ -150,19 +150,6 @@ def _say(result: dict[str, Any], page: Path) -> None:
             f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
         )
     print(f"report: {page}")
-
-
-def _quiet() -> None:
-    """Leaves out what the libraries say of devices, loading, and our own choices; their warnings about anything else stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for harmless in (
-        "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
-        "`isinstance(treespec, LeafSpec)` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{re.escape(harmless)}")
 
 
 def main() -> None:

@@ -128,9 +128,7 @@ class Rollouts:
         return replace(self, **changes)
 
 
-TOKEN_FIELDS = frozenset(
-    {"completion_ids", "mask", "logprobs", "entropy", "sampler_logprobs", "advantages", "weights"}
-)
+TOKEN_FIELDS = frozenset({"completion_ids", "mask", "logprobs", "entropy", "sampler_logprobs", "advantages", "weights"})
 PADDING = {"prompt_ids": "left", "prompt_mask": "left", **dict.fromkeys(TOKEN_FIELDS, "right")}
 
 

@@ -161,7 +161,13 @@ def test_a_reward_that_fails_is_named_and_never_a_silent_zero(body, expected, tm
     (tmp_path / "my_rewards.py").write_text(f"def bad(texts):\n    {body}\n")
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("my_rewards", None)
-    reward = ("reward=exact_match", "reward._target_=my_rewards.bad", "~reward.pattern", "~reward.right", "~reward.wrong")
+    reward = (
+        "reward=exact_match",
+        "reward._target_=my_rewards.bad",
+        "~reward.pattern",
+        "~reward.right",
+        "~reward.wrong",
+    )
     message = refused(monkeypatch, tmp_path, *QUICK, *reward, "data.validation=null")
     assert all(part in message for part in expected), message
 

@@ -118,7 +118,9 @@ def train(name: str, updates: int, worked: float, wrong: float, seed: int) -> Pa
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("names", nargs="*", default=list(RECIPES), help="which to train: tiny, strong (default: both)")
+    arguments.add_argument(
+        "names", nargs="*", default=list(RECIPES), help="which to train: tiny, strong (default: both)"
+    )
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     for name in options.names:

@@ -36,7 +36,9 @@ class ProgressBar(L.Callback):
             console=self.console,
             disable=not (trainer.is_global_zero and self.console.is_terminal),
         )
-        self.task = self.progress.add_task("collections", total=trainer.max_epochs, completed=trainer.current_epoch, numbers="")
+        self.task = self.progress.add_task(
+            "collections", total=trainer.max_epochs, completed=trainer.current_epoch, numbers=""
+        )
         self.progress.start()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,7 +55,11 @@ class ProgressBar(L.Callback):
         done = trainer.current_epoch + 1
         self.progress.update(self.task, completed=done, numbers=numbers)
         total = trainer.max_epochs or done
-        if trainer.is_global_zero and not self.console.is_terminal and done * self.lines // total > (done - 1) * self.lines // total:
+        if (
+            trainer.is_global_zero
+            and not self.console.is_terminal
+            and done * self.lines // total > (done - 1) * self.lines // total
+        ):
             self.console.print(f"collection {done}/{total}  {numbers}", soft_wrap=True, highlight=False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -1,7 +1,6 @@
 """Sampling with transformers' ``generate``."""
 
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 import torch

@@ -53,9 +53,7 @@ class SequenceEntropy:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         assert rollouts.mask is not None
         positive, negative, classes = self.shaped(rollouts)
-        per_row = _entropy.advantages(
-            positive, negative, classes, normalization=self.normalization, eps=self.eps
-        )
+        per_row = _entropy.advantages(positive, negative, classes, normalization=self.normalization, eps=self.eps)
         return per_row * rollouts.mask
 
     def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"], _entropy.Classes]:

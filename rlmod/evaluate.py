@@ -1,0 +1,209 @@
+"""``rlmod-eval policy=hf policy.path=... data.validation_path=test.jsonl``, or ``rlmod-eval completions=FILE.jsonl output=OUT.jsonl``.
+
+The first evaluates a policy on held-out problems; the second scores recorded completions, without a model.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rlmod import cli
+
+log = logging.getLogger(__name__)
+
+Z = 1.959964  # of a 95 % interval
+
+
+def evaluate(cfg: DictConfig) -> float:
+    """Returns mean@n, or the mean reward of recorded completions."""
+    from rlmod.scoring import build
+
+    logging.captureWarnings(True)
+    reward = build(cfg.reward)
+    if cfg.completions is not None:
+        return _score_file(Path(cfg.completions), reward, cfg.output)
+    return _evaluate_policy(cfg, reward)
+
+
+def _score_file(source: Path, reward: Any, output: str | None) -> float:
+    """Adds ``reward`` (and its named terms) to each line; the output is written whole or not at all."""
+    from rlmod.scoring import score
+    from rlmod.types import Texts
+
+    if output is None or Path(output).suffix != ".jsonl":
+        raise ValueError(f"output must name a .jsonl file to write, as output=OUT.jsonl, got {output}")
+    target = Path(output)
+    if target.resolve() == source.resolve():
+        raise ValueError(f"output={output} is the file that is read: give another")
+    records = list(_recorded(source))
+    texts = Texts(completions=[r["completion"] for r in records], answers=[_text(r["answer"]) for r in records])
+    rewards, terms = score(reward, texts)
+    for row, record in enumerate(records):
+        record["reward"] = float(rewards[row])
+        if terms:
+            record["terms"] = {name: float(values[row]) for name, values in terms.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".partial-{target.name}")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    os.replace(partial, target)
+    mean = float(rewards.mean())
+    print(f"mean reward {mean:.4f} of {len(records)} completions; {target}")
+    return mean
+
+
+def _recorded(source: Path) -> Iterator[dict[str, Any]]:
+    if not source.is_file():
+        raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
+    found = False
+    with source.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{source}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not a JSON object: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: a line must be a JSON object, got {type(record).__name__}")
+            for field in ("completion", "answer"):
+                if field not in record:
+                    raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
+            if not isinstance(record["completion"], str):
+                raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
+            if not isinstance(record["answer"], str | int | float) or isinstance(record["answer"], bool):
+                raise ValueError(f"{where}: answer must be text or a number, got {record['answer']!r}")
+            found = True
+            yield record
+    if not found:
+        raise ValueError(f"completions={source}: the file holds no line")
+
+
+def _text(answer: str | int | float) -> str:
+    """Numbers without artefacts: 27.0 is 27."""
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
+
+
+def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
+    import torch
+
+    from rlmod.parts import check_types
+    from rlmod.policy import HFPolicy
+
+    n = cfg.sampler.completions_per_prompt
+    for k in cfg.pass_at:
+        if not 1 <= k <= n:
+            raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
+    for key in ("policy", "sampler"):
+        check_types(cfg[key], key)
+    sampler = instantiate(cfg.sampler)
+    specification: HFPolicy = instantiate(cfg.policy)
+    folder = Path(cfg.output or f"runs/eval/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    problems = instantiate(cfg.data.validation, _convert_="all")()
+    cli.quiet()
+    tokenizer = specification.tokenizer()
+    encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    policy = specification.model(tokenizer).eval().to(device)
+    samples = _sampled(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
+    return _summary(samples, n, cfg, encoded.dropped, folder)
+
+
+def _sampled(
+    cfg: DictConfig, policy: Any, tokenizer: Any, encoded: Any, sampler: Any, reward: Any, device: str, file: Path
+) -> list[dict[str, Any]]:
+    """Every completion with its reward, written batch by batch."""
+    from numpy.random import SeedSequence
+    from rich.progress import track
+
+    from rlmod.collect import read
+    from rlmod.policy import completion_texts
+    from rlmod.scoring import score
+
+    samples: list[dict[str, Any]] = []
+    starts = range(0, len(encoded.problems), cfg.prompts_per_batch)
+    with file.open("w", encoding="utf-8") as stream:
+        for start in track(starts, description="evaluating"):
+            stop = min(start + cfg.prompts_per_batch, len(encoded.problems))
+            prompts = encoded.batch(range(start, stop)).to(device)
+            seed = int(SeedSequence([cfg.seed, start]).generate_state(1)[0])
+            rollouts = sampler(policy, prompts, seed)
+            texts = read(rollouts, prompts.problems, lambda rows: completion_texts(tokenizer, rows))
+            rewards, _ = score(reward, texts)
+            for row, problem in enumerate(texts.problems or ()):
+                sample = {
+                    "source": problem.source,
+                    "prompt": problem.prompt,
+                    "answer": problem.answer,
+                    "completion": texts.completions[row],
+                    "reward": float(rewards[row]),
+                    "correct": bool(rewards[row] > cfg.threshold),
+                    "truncated": (texts.truncated or ())[row],
+                    "length": (texts.lengths or ())[row],
+                }
+                samples.append(sample)
+                stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            stream.flush()
+    return samples
+
+
+def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> float:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlmod.metrics import pass_at_k
+
+    correct = torch.tensor([sample["correct"] for sample in samples]).view(-1, n)
+    values = {f"mean@{n}": correct.double().mean(1)} | {f"pass@{k}": pass_at_k(correct, k) for k in cfg.pass_at}
+    summary: dict[str, Any] = {"problems": len(correct), "completions_per_problem": n, "dropped_problems": dropped}
+    table = Table("metric", "value", "95 % interval", title=f"{cfg.policy.path} on {len(correct)} problems")
+    for name, of_problem in values.items():
+        low, high = interval(of_problem.tolist())
+        summary[name] = {"value": float(of_problem.mean()), "interval": [low, high]}
+        table.add_row(name, f"{float(of_problem.mean()):.4f}", f"{low:.4f} to {high:.4f}")
+    summary["length"] = sum(sample["length"] for sample in samples) / len(samples)
+    summary["truncated"] = sum(sample["truncated"] for sample in samples) / len(samples)
+    if summary["truncated"] == 1:
+        log.warning(
+            "100 %% of the %d completions hit the limit of %d tokens before an end of sequence: raise sampler.max_new_tokens",
+            len(samples),
+            cfg.sampler.max_new_tokens,
+        )
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Console().print(table)
+    print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated; {folder}")
+    return summary[f"mean@{n}"]["value"]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """A 95 % interval for the mean of per-problem values in [0, 1].
+
+    Problems are the units, since completions of one problem are not independent: Wilson's interval for the mean p with the effective number
+    of problems p (1 - p) / Var, where Var is the sample variance of the values over their number; where all values are equal (all right,
+    say), the number of problems itself. So 0 of 30 does not claim to be exactly 0.
+    """
+    n, p = len(values), sum(values) / len(values)
+    variance = sum((v - p) ** 2 for v in values) / (n - 1) / n if n > 1 else 0.0
+    effective = p * (1 - p) / variance if variance > 0 else n
+    middle = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def main() -> None:
+    cli.run(evaluate, "eval")
+
+
+if __name__ == "__main__":
+    main()
