@@ -19,12 +19,23 @@ def token_logprobs(
 
 
 def entropy(logits: Float[Tensor, "*axes V"], temperature: float = 1.0) -> Float[Tensor, "*axes"]:
-    """H = logsumexp(z) - sum_v p_v z_v with z = logits / temperature: over the full vocabulary, in nats."""
-    logits = _at_temperature(logits, temperature)
-    log_normalizer = logits.logsumexp(-1, keepdim=True)
-    p = (logits - log_normalizer).exp()
-    # A token of probability 0 (logit -inf) adds nothing; 0 * inf would be NaN.
-    return log_normalizer.squeeze(-1) - (p * logits.masked_fill(p == 0, 0.0)).sum(-1)
+    """H = -sum_v p_v log p_v with p = softmax(logits / temperature): over the full vocabulary, in nats."""
+    return _entropy(_at_temperature(logits, temperature).log_softmax(-1))
+
+
+def logprobs_and_entropy(
+    logits: Float[Tensor, "R V"], ids: Int[Tensor, " R"], temperature: float = 1.0
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Both of one position, from one log-softmax."""
+    log_p = _at_temperature(logits, temperature).log_softmax(-1)
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), _entropy(log_p)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    # Not logsumexp - sum p z, which cancels where the entropy is small, and GTPO divides by small entropies.
+    p = log_p.exp()
+    # A token of probability 0 adds nothing; 0 * -inf would be NaN.
+    return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def _at_temperature(logits: Tensor, temperature: float) -> Tensor:

@@ -27,8 +27,9 @@ class Recorder(StoppingCriteria):
 
     def __call__(self, input_ids: Int[Tensor, "R length"], scores: object, **_: object) -> Bool[Tensor, " R"]:
         chosen = input_ids[:, -1]
-        self.logprobs.append(ops.token_logprobs(self.last.logits[:, None], chosen[:, None], self.temperature)[:, 0])
-        self.entropy.append(ops.entropy(self.last.logits, self.temperature))
+        logprobs, entropy = ops.logprobs_and_entropy(self.last.logits, chosen, self.temperature)
+        self.logprobs.append(logprobs)
+        self.entropy.append(entropy)
         ended = (chosen[:, None] == self.eos).any(-1)
         self.ended = ended if self.ended is None else self.ended | ended
         return torch.full_like(ended, bool(2 * self.ended.sum() >= len(ended)))

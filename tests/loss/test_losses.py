@@ -1,0 +1,111 @@
+"""Values by hand, the numbers that other implementations agree on, degenerate cases."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.loss.sequence_surrogate import SequenceSurrogate
+from rlmod.shaper.uniform import Uniform
+from rlmod.types import Rollouts
+from rlmod.weighting.rollout_mean import RolloutMean
+from rlmod.weighting.token_mean import TokenMean
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def agreed() -> tuple[torch.Tensor, Rollouts]:
+    """Inputs drawn in a fixed order, on which TRL, verl, AReaL, NeMo-RL and slime were compared."""
+    g = torch.Generator().manual_seed(1234)
+    b, t = 8, 12
+    lens = torch.tensor([12, 7, 3, 12, 9, 1, 5, 12])
+    mask = torch.arange(t) < lens[:, None]
+    lp = -torch.rand(b, t, generator=g) * 3
+    old = lp + 0.35 * torch.randn(b, t, generator=g)
+    lp, old = (x.clamp(max=-1e-4).double() for x in (lp, old))
+    rewards = torch.tensor([1, 0, 0, 1, 0.5, 0.25, 1, 0]).double()
+    rows = Rollouts(mask=mask, group=torch.arange(2).repeat_interleave(4), rewards=rewards, logprobs=old)
+    return lp.requires_grad_(), replace(rows, advantages=Uniform()(rows))
+
+
+@pytest.mark.parametrize(
+    ("loss", "weighting", "value", "norm"),
+    [
+        (ClippedSurrogate(**CLIP), TokenMean(), -0.12679430, 0.09469501),
+        (ClippedSurrogate(**CLIP), RolloutMean(), 0.02001147, 0.12781295),
+        (SequenceSurrogate(ratio="geometric", **CLIP), RolloutMean(), -0.02321232, 0.14586430),
+    ],
+    ids=["token-mean", "rollout-mean", "gspo"],
+)
+def test_the_numbers_that_others_agree_on(loss, weighting, value, norm):
+    lp, rows = agreed()
+    lengths = rows.mask.sum(1, keepdim=True).double()
+    # In float64: the weightings' float32 would cost the eighth digit.
+    weights = rows.mask / (lengths.sum() if isinstance(weighting, TokenMean) else len(rows) * lengths)
+    torch.testing.assert_close(weights.float(), weighting(rows))
+    total = (loss(lp, rows)[0] * weights).sum()
+    total.backward()
+    assert total.item() == pytest.approx(value, abs=1e-8)
+    assert lp.grad.norm().item() == pytest.approx(norm, abs=1e-8)
+
+
+def rows_with(
+    ratios: list[list[float]], advantages: list[list[float]], mask: list[list[int]]
+) -> tuple[torch.Tensor, Rollouts]:
+    lp = torch.tensor(ratios).double().log().requires_grad_()
+    kept = torch.tensor(mask).bool()
+    old = torch.zeros_like(lp).masked_fill(~kept, torch.nan)
+    return lp, Rollouts(mask=kept, logprobs=old.detach(), advantages=torch.tensor(advantages).double())
+
+
+def test_clipped_surrogate_by_hand():
+    # (ratio, A): 1.5 with A > 0 is held at 1.28; 1.5 with A < 0 is not; 0.5 with A < 0 at 0.8; 0.5 with A > 0 is not.
+    lp, rows = rows_with([[1.5, 1.5, 0.5, 0.5]], [[2, -2, -2, 2]], [[1, 1, 1, 1]])
+    per_token, metrics = ClippedSurrogate(**CLIP)(lp, rows)
+    assert per_token.tolist()[0] == pytest.approx([-2.56, 3.0, 1.6, -1.0])
+    assert metrics["clip_fraction"].item() == pytest.approx(0.5)
+    assert metrics["ratio"].item() == pytest.approx(1.0)
+    per_token.sum().backward()
+    assert lp.grad.tolist()[0] == pytest.approx([0, 3.0, 0, -1.0])
+
+
+def test_sequence_surrogate_by_hand():
+    # Ratios 2 and 1/2: arithmetic mean 1.25, geometric 1.
+    lp, rows = rows_with([[2, 0.5, 9.0]], [[3, 3, 0]], [[1, 1, 0]])
+    arithmetic, metrics = SequenceSurrogate(clip_low=0.2, clip_high=0.2)(lp, rows)
+    assert arithmetic[0, :2].tolist() == pytest.approx([-3.6, -3.6])  # 1.25 held at 1.2
+    assert metrics["clip_fraction"].item() == 1
+    geometric, _ = SequenceSurrogate(ratio="geometric")(lp, rows)
+    assert geometric[0, :2].tolist() == pytest.approx([-3, -3])
+    (gradient,) = torch.autograd.grad((geometric * torch.tensor([[0.5, 0.5, 0]])).sum(), lp)
+    # d exp(mean log w) / d log w_t = 1/2 each
+    assert gradient.tolist()[0] == pytest.approx([-1.5, -1.5, 0])
+    wide, _ = SequenceSurrogate(clip_low=0.9, clip_high=9.0)(lp, rows)
+    (gradient,) = torch.autograd.grad((wide * torch.tensor([[0.5, 0.5, 0]])).sum(), lp)
+    # d mean w / d log w_t = w_t / 2
+    assert gradient.tolist()[0] == pytest.approx([-3.0, -0.75, 0])
+
+
+@pytest.mark.parametrize("loss", [ClippedSurrogate(), SequenceSurrogate(), SequenceSurrogate(ratio="geometric")])
+def test_on_policy_the_value_is_minus_the_advantage_and_padding_is_never_read(loss):
+    lp, rows = rows_with([[1, 1, 1], [1, 1, 1]], [[2, 2, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]])
+    per_token, metrics = loss(lp, rows)
+    torch.testing.assert_close(per_token * rows.mask, -rows.advantages)
+    assert metrics["ratio"].item() == 1
+    (per_token * rows.mask).sum().backward()
+    assert lp.grad.isfinite().all()
+    assert (lp.grad[1] == 0).all()
+
+
+def test_one_token_completions_make_the_sequence_loss_the_token_loss():
+    lp, rows = rows_with([[1.5], [0.5], [1.1]], [[1], [-1], [2]], [[1], [1], [1]])
+    for ratio in ("arithmetic", "geometric"):
+        torch.testing.assert_close(SequenceSurrogate(ratio=ratio)(lp, rows)[0], ClippedSurrogate()(lp, rows)[0])
+
+
+@pytest.mark.parametrize("loss", [ClippedSurrogate, SequenceSurrogate])
+@pytest.mark.parametrize(("field", "value"), [("clip_low", -1.0), ("clip_low", 1.5), ("clip_high", 0.0)])
+def test_bad_fields_are_named(loss, field, value):
+    with pytest.raises(ValueError, match=rf"loss\.{field}"):
+        loss(**{field: value})

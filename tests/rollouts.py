@@ -1,0 +1,27 @@
+"""Random ragged rollouts."""
+
+import torch
+
+from rlmod.types import Rollouts
+
+
+def ragged(seed: int = 0, groups: int = 4, g: int = 6, length: int = 9, binary: bool = True) -> Rollouts:
+    """Lengths from 1 to ``length``; every group has both classes; float64; NaN where nothing may look."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = groups * g
+    lengths = torch.randint(1, length + 1, (rows,), generator=draw)
+    lengths[0] = length
+    mask = torch.arange(length) < lengths[:, None]
+    rewards = (torch.rand(rows, generator=draw) > 0.5).double()
+    rewards[::g], rewards[1::g] = 1.0, 0.0
+    if not binary:
+        rewards = rewards * 0.4 + 0.35 * torch.rand(rows, generator=draw).double()
+    entropy = 3 * torch.rand(rows, length, generator=draw).double() + 0.01
+    logprobs = -3 * torch.rand(rows, length, generator=draw).double()
+    return Rollouts(
+        mask=mask,
+        group=torch.arange(groups).repeat_interleave(g),
+        rewards=rewards,
+        entropy=entropy.masked_fill(~mask, torch.nan),
+        logprobs=logprobs.masked_fill(~mask, torch.nan),
+    )

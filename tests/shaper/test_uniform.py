@@ -1,0 +1,65 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlmod.shaper.uniform import Uniform
+from rlmod.types import Rollouts
+from tests.rollouts import ragged
+
+
+def four(rewards: list[float]) -> Rollouts:
+    return Rollouts(
+        mask=torch.ones(4, 2, dtype=torch.bool),
+        group=torch.zeros(4, dtype=torch.long),
+        rewards=torch.tensor(rewards).float(),
+    )
+
+
+def test_by_hand():
+    # mean 1/4, std with ddof 1: sqrt((9/16 + 3/16) / 3) = 1/2
+    a = Uniform()(four([1, 0, 0, 0]))
+    torch.testing.assert_close(a[:, 0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
+    a = Uniform(divide_by_std=False)(four([1, 0, 0, 0]))
+    torch.testing.assert_close(a[:, 1], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    # leave one out: 1 - 0, and 0 - 1/3
+    a = Uniform(divide_by_std=False, leave_one_out=True)(four([1, 0, 0, 0]))
+    torch.testing.assert_close(a[:, 0], torch.tensor([1, -1 / 3, -1 / 3, -1 / 3]))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.35, 1.0])
+@pytest.mark.parametrize("g", [1, 3, 7])
+def test_equal_rewards_give_exactly_zero(value, g):
+    rows = Rollouts(
+        mask=torch.ones(g, 2, dtype=torch.bool),
+        group=torch.zeros(g, dtype=torch.long),
+        rewards=torch.full((g,), value),
+    )
+    for shaper in (Uniform(), Uniform(divide_by_std=False), Uniform(divide_by_std=False, leave_one_out=True)):
+        assert (shaper(rows) == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_invariances(seed):
+    rows = ragged(seed, binary=False)
+    a = Uniform(eps=1e-12)(rows)
+    assert (a[~rows.mask] == 0).all()
+    assert torch.equal(a != 0, rows.mask)
+    shifted = Uniform(eps=1e-12)(replace(rows, rewards=3 * rows.rewards + 5))
+    torch.testing.assert_close(a, shifted)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(Uniform()(rows.rows(order)), Uniform()(rows)[order])
+
+
+def test_a_row_masked_out_whole_is_in_nobodys_statistics():
+    rows = four([1, 0, 0, 100])
+    mask = rows.mask.clone()
+    mask[3] = False
+    a = Uniform()(replace(rows, mask=mask))
+    torch.testing.assert_close(a[:3], Uniform()(rows.rows(slice(0, 3))))
+    assert (a[3] == 0).all()
+
+
+def test_eps_must_be_positive():
+    with pytest.raises(ValueError, match=r"shaper\.eps"):
+        Uniform(eps=0.0)

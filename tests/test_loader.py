@@ -1,0 +1,115 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlmod.loader import PromptLoader, RLData, RolloutLoader, parts
+from rlmod.prompts import EncodedProblems
+from rlmod.settings import Batch
+from rlmod.types import Problem, Rollouts
+from rlmod.weighting.token_mean import TokenMean
+from tests.rollouts import ragged
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not fill an optimizer step of 16 rows"),
+        (Batch(prompts=4, updates=3), "batch.updates=3 does not divide the 16 rows"),
+        (Batch(prompts=3), "batch.prompts=3 cannot be shared out among 2 ranks"),
+    ],
+)
+def test_sizes_that_do_not_come_out_even(batch, message):
+    with pytest.raises(ValueError, match=message):
+        batch.micro_batches(4, ranks=2 if batch.prompts == 3 else 1)
+
+
+@pytest.mark.parametrize("field", ["prompts", "updates", "passes", "micro_batch"])
+def test_sizes_must_be_positive(field):
+    with pytest.raises(ValueError, match=rf"batch\.{field}"):
+        Batch(**{field: 0})
+
+
+def test_micro_batches_by_hand():
+    # 8 prompts x 4 / 2 updates = 16 rows a step, 8 at once
+    assert Batch(prompts=8, updates=2, micro_batch=8).micro_batches(4) == 2
+    assert Batch(prompts=8, updates=2, micro_batch=8).micro_batches(4, ranks=2) == 1
+    assert Batch(prompts=2, micro_batch=64).micro_batches(4) == 1
+
+
+def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
+    made: list[Rollouts] = []
+
+    def collect() -> Rollouts:
+        made.append(ragged(len(made)))
+        return made[-1]
+
+    batch = Batch(prompts=4, updates=2, passes=3, micro_batch=4)
+    loader = RolloutLoader(collect, TokenMean(), batch, batch.micro_batches(6))
+    assert len(loader) == 3 * 2 * 3
+    assert made == []
+    batches = list(loader)
+    assert len(made) == 1
+    assert len(batches) == len(loader)
+    first_pass = batches[: 2 * 3]
+    assert torch.equal(torch.cat([b.rewards for b in first_pass]), made[0].rewards)
+    for step in range(2):
+        # The weights span the optimizer step, not the micro-batch.
+        total = sum(float(b.weights.sum()) for b in first_pass[3 * step : 3 * step + 3])
+        assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_parts_are_equal_and_in_order():
+    rows = ragged(0)
+    pieces = list(parts(rows, 4))
+    assert [len(piece) for piece in pieces] == [6] * 4
+    assert torch.equal(torch.cat([piece.mask for piece in pieces]), rows.mask)
+
+
+def data(rank: int = 0, ranks: int = 1, size: int = 6) -> RLData:
+    problems = tuple(Problem(prompt=str(i), answer="", source="") for i in range(size))
+    encoded = EncodedProblems(problems=problems, ids=tuple((i,) for i in range(size)), pad_id=0, dropped=0)
+    made = RLData(
+        train=encoded, held_out=encoded, batch=Batch(), weighting=TokenMean(), completions_per_prompt=2,
+        validation_prompts=4, seed=0,
+    )  # fmt: skip
+    made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)  # pyright: ignore
+    return made
+
+
+def names(prompts) -> list[str]:
+    return [problem.prompt for problem in prompts.problems]
+
+
+def test_each_round_holds_every_problem_once_in_a_new_order():
+    one = data()
+    rounds = [names(one.draw(4)) + names(one.draw(2)) for _ in range(3)]
+    assert all(sorted(r) == [str(i) for i in range(6)] for r in rounds)
+    assert rounds[0] != rounds[1]
+    assert names(data().draw(6)) == rounds[0]
+    assert sorted(names(data().draw(12))) == sorted(rounds[0] + rounds[1])
+
+
+def test_ranks_draw_different_problems():
+    drawn = [names(data(rank, ranks=2).draw(3)) for rank in range(2)]
+    assert sorted(drawn[0] + drawn[1]) == [str(i) for i in range(6)]
+
+
+def test_the_position_survives_a_checkpoint():
+    whole, first, second = data(), data(), data()
+    expected = names(whole.draw(4)) + names(whole.draw(7))
+    start = names(first.draw(4))
+    second.load_state_dict(first.state_dict())
+    assert start + names(second.draw(7)) == expected
+    other = data(ranks=2)
+    with pytest.raises(ValueError, match="1 ranks, this run has 2"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_held_out_problems_come_whole_in_order_over_ranks():
+    loader = data().val_dataloader()
+    assert isinstance(loader, PromptLoader)
+    assert [names(batch) for batch in loader] == [["0", "1", "2", "3"], ["4", "5"]]
+    assert len(loader) == 2
+    shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader() for name in names(batch)]
+    assert sorted(shared) == [str(i) for i in range(6)]
