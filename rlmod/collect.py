@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -209,7 +210,7 @@ def _metrics(
 def _joined(parts: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
     kept = rows.nonzero()[:, 0].tolist()
 
-    def joined(name: str) -> list[object]:
+    def joined(name: str) -> list[Any]:
         whole = list(chain.from_iterable(getattr(part, name) for part in parts))
         return [whole[row] for row in kept]
 

@@ -114,7 +114,8 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    policy = specification.model(tokenizer).eval().to(device)
+    policy: Any = specification.model(tokenizer).eval()
+    policy.to(device)
     samples = _sampled(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
     return _summary(samples, n, cfg, encoded.dropped, folder)
 

@@ -53,7 +53,7 @@ class RLModule(L.LightningModule):
         self.shaper, self.loss, self.optimizer, self.schedule = shaper, loss, optimizer, schedule
         self.validation, self.seed = validation, seed
         self.validation_metrics = MetricCollection(
-            {validation.objective: MeanAtK()} | {f"val/pass@{k}": PassAtK(k) for k in validation.pass_at},
+            {validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in validation.pass_at}},
             compute_groups=False,
         )
         self.collected: Collected | None = None
@@ -87,6 +87,7 @@ class RLModule(L.LightningModule):
         return rollouts
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
+        assert batch.completion_ids is not None and batch.weights is not None and batch.mask is not None
         logprobs = ops.token_logprobs(
             completion_logits(self.policy, batch), batch.completion_ids, self.sampler.temperature
         )
@@ -101,6 +102,7 @@ class RLModule(L.LightningModule):
         """With pi_old's log-probabilities and entropy, where the sampler could not hand them over."""
         if rollouts.logprobs is not None and rollouts.entropy is not None:
             return rollouts
+        assert rollouts.completion_ids is not None and rollouts.mask is not None
         logits = completion_logits(self.policy, rollouts)
         mask, temperature = rollouts.mask, self.sampler.temperature
         return replace(

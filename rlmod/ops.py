@@ -1,13 +1,9 @@
 """Pure functions: log-probabilities and entropy, statistics under a mask, over groups and over ranks."""
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-FloatTensor = TypeVar("FloatTensor", bound=Tensor)
 
 
 def token_logprobs(
@@ -111,16 +107,16 @@ def has_signal(
     return (correct > 0) & (correct < group_sum(counted, index, groups))
 
 
-def all_sum(value: FloatTensor) -> FloatTensor:
+def all_sum(value: Tensor) -> Tensor:
     """The sum over all ranks; the value itself where there is one."""
     return _reduced(value, dist.ReduceOp.SUM)
 
 
-def all_max(value: FloatTensor) -> FloatTensor:
+def all_max(value: Tensor) -> Tensor:
     return _reduced(value, dist.ReduceOp.MAX)
 
 
-def _reduced(value: FloatTensor, operation: dist.ReduceOp.RedOpType) -> FloatTensor:
+def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     value = value.clone()
@@ -128,5 +124,5 @@ def _reduced(value: FloatTensor, operation: dist.ReduceOp.RedOpType) -> FloatTen
     return value
 
 
-def _same(value: FloatTensor) -> FloatTensor:
+def _same(value: Tensor) -> Tensor:
     return value

@@ -64,7 +64,7 @@ class HFPolicy:
             )
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._cannot("model", error)) from error
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
         if len(tokenizer) > rows:
             raise ValueError(
                 f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings: "
@@ -72,7 +72,7 @@ class HFPolicy:
             )
         settings = model.generation_config
         known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        settings.eos_token_id = sorted({tokenizer.eos_token_id, *(i for i in known if i is not None)})
+        settings.eos_token_id = sorted({cast(int, tokenizer.eos_token_id), *(i for i in known if i is not None)})
         settings.pad_token_id = tokenizer.pad_token_id
         model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:

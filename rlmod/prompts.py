@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -72,7 +72,7 @@ class PromptEncoder:
         conversations = [self._conversation(problem) for problem in problems]
         chats = iter(_encode_chats([messages for messages in conversations if messages is not None], tokenizer))
         texts = iter(
-            _encode_texts([p.prompt for p, m in zip(problems, conversations, strict=True) if m is None], tokenizer)
+            _encode_texts([str(p.prompt) for p, m in zip(problems, conversations, strict=True) if m is None], tokenizer)
         )
         ids = [next(texts if messages is None else chats) for messages in conversations]
         for problem, row in zip(problems, ids, strict=True):
@@ -85,7 +85,7 @@ class PromptEncoder:
             problems=tuple(problems[i] for i in kept),
             ids=tuple(tuple(ids[i]) for i in kept),
             # Padding is never read under the masks: any id will do where the tokenizer names none.
-            pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            pad_id=0 if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id),
             dropped=len(ids) - len(kept),
         )
 
@@ -137,7 +137,7 @@ class PromptEncoder:
 def _encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     # verbose=False: no warning about model_max_length; how long a prompt may be is for max_tokens to say.
     rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return [_without_eos(row, tokenizer.eos_token_id) for row in rows]
+    return [_without_eos(row, cast(int | None, tokenizer.eos_token_id)) for row in rows]
 
 
 def _without_eos(row: list[int], eos: int | None) -> list[int]:
@@ -160,7 +160,7 @@ def _encode_chats(conversations: list[list[Message]], tokenizer: "PreTrainedToke
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
+        return cast(Any, tokenizer).apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except TemplateError as error:

@@ -91,7 +91,7 @@ def _cause(error: BaseException) -> BaseException:
 def _name(reward: Reward) -> str:
     if isinstance(reward, functools.partial):
         return _name(reward.func)
-    return reward.__qualname__ if inspect.isroutine(reward) or inspect.isclass(reward) else type(reward).__qualname__
+    return getattr(reward, "__qualname__", type(reward).__qualname__)
 
 
 def _checked(values: Any, what: str, texts: Texts) -> Tensor:

@@ -104,7 +104,7 @@ def _fitted(
     fit_started = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     training = time.perf_counter() - fit_started
-    interrupted = any(isinstance(c, Checkpoints) and c.interrupted for c in trainer.callbacks)
+    interrupted = any(isinstance(c, Checkpoints) and c.interrupted for c in vars(trainer)["callbacks"])
     after = None if interrupted else _held_out(trainer, module, data)
     result = {
         "held_out": None

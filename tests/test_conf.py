@@ -89,5 +89,5 @@ def test_check_types_knows_numbers_switches_and_texts():
     cfg = composed("shaper.eps=1", "filter.threshold=1")  # a whole number is a number
     parts.check_types(cfg.shaper, "shaper")
     parts.check_types(cfg.filter, "filter")
-    with pytest.raises(ValueError, match="sampler.top_k must be a whole number, got True"):
+    with pytest.raises(ValueError, match=r"sampler\.top_k must be a whole number, got True"):
         parts.check_types(composed("sampler.top_k=true").sampler, "sampler")

@@ -13,6 +13,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -47,7 +48,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -73,7 +74,7 @@ def solution(text: str, draw: random.Random, worked: float, wrong: float) -> str
     return f"#{solve(text, 10)[1]}"
 
 
-def batch_of(tokenizer: PreTrainedTokenizerFast, prompts: list[str], completions: list[str]) -> dict[str, torch.Tensor]:
+def batch_of(tokenizer: Any, prompts: list[str], completions: list[str]) -> dict[str, torch.Tensor]:
     """Right-padded rows; the loss counts the completion and its EOS only."""
     rows = [
         (tokenizer(p)["input_ids"], tokenizer(c)["input_ids"] + [tokenizer.eos_token_id])
@@ -98,7 +99,7 @@ def train(name: str, updates: int, worked: float, wrong: float, seed: int) -> Pa
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=updates, pct_start=0.1)
     started = time.time()
     for update in track(range(updates), description=name):
-        prompts = [p.prompt for p in draw.sample(problems, 96)]
+        prompts = [str(p.prompt) for p in draw.sample(problems, 96)]
         completions = [solution(p.removesuffix(":"), draw, worked, wrong) for p in prompts]
         loss = model(**batch_of(tokenizer, prompts, completions)).loss
         loss.backward()

@@ -88,6 +88,7 @@ def newest(place: Path) -> Path:
     found = sorted((place / "checkpoints").glob("step=*/trainer.ckpt"))
     if not found:
         raise ValueError(
-            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step=*/trainer.ckpt), one of those folders, or the file"
+            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step=*/trainer.ckpt in it), "
+            "one of those folders, or the file"
         )
     return found[-1]

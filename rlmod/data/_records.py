@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from rlmod.types import Message, Problem
 
@@ -139,7 +140,7 @@ def _fields(record: Mapping) -> str:
     return f"there are: {', '.join(names)}" if names else "there are no fields"
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> object:
     """Python's own objects for numpy's, and None for the NaN that stands for an empty cell."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -81,7 +81,7 @@ def solve(text: str, modulus: int, wrong: float = 0.0, draw: random.Random | Non
     With ``wrong`` and ``draw``, each step is replaced with that probability by a random result, which the next step then
     takes up: a solver that slips.
     """
-    value, rest = re.match(r"(\d+)(.*)", text).groups()
+    ((value, rest),) = re.findall(r"^(\d+)(.*)$", text)
     steps = []
     for operation, number in re.findall(r"([+\-*])(\d+)", rest):
         result = OPERATIONS[operation](int(value), int(number)) % modulus

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlmod.data._records import Conversion
 from rlmod.types import Problem
@@ -63,7 +63,7 @@ class HubDataset:
                 f"data.name={self.name} (data.config={self.config}, split {self.split}) cannot be loaded, neither as a "
                 f"folder (relative ones start at {Path.cwd()}) nor from the hub: {cause}"
             ) from error
-        splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+        splits: dict[Any, Any] = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
         if self.split not in splits:
             raise ValueError(
                 f"data.split (or data.validation_split) must be one of those in {self.name}, {', '.join(splits)}; "

@@ -66,7 +66,7 @@ def _last_box(text: str) -> str | None:
 
 def _parsed(text: str) -> list:
     # Without math-verify's own time-outs: they are signals, which Python cannot handle while SymPy is in a C routine.
-    return parse(text, CONFIG, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    return parse(text, CONFIG, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=1024)

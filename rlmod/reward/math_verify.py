@@ -121,7 +121,7 @@ def _graded(completion: str, answer: str, seconds: float) -> tuple[str, str]:
     global _worker
     if _worker is not None and _worker.owner != os.getpid():
         _worker = None  # inherited by a fork: the parent's, not ours to talk to or to kill
-    reply: tuple[str, str] | None = None
+    reply = None
     try:
         if _worker is None:
             _worker = _Worker()

@@ -11,7 +11,9 @@ from rlmod import ops
 class LastLogits(LogitsProcessor):
     """Keeps the raw logits of a position: ``generate`` puts a caller's processors before temperature, top-k and top-p."""
 
-    def __call__(self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the base names tensors of one dtype)
+        self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]
+    ) -> Float[Tensor, "R V"]:
         self.logits = scores
         return scores
 
@@ -25,7 +27,9 @@ class Recorder(StoppingCriteria):
         self.logprobs: list[Float[Tensor, " R"]] = []
         self.entropy: list[Float[Tensor, " R"]] = []
 
-    def __call__(self, input_ids: Int[Tensor, "R length"], scores: object, **_: object) -> Bool[Tensor, " R"]:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the base names tensors of one dtype)
+        self, input_ids: Int[Tensor, "R length"], scores: object, **_: object
+    ) -> Bool[Tensor, " R"]:
         chosen = input_ids[:, -1]
         logprobs, entropy = ops.logprobs_and_entropy(self.last.logits, chosen, self.temperature)
         self.logprobs.append(logprobs)

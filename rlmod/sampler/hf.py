@@ -1,7 +1,7 @@
 """Sampling with transformers' ``generate``."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Int
@@ -66,7 +66,7 @@ class HF:
 
         ids, attention = prompts.ids[group], prompts.mask[group]
         eos = torch.tensor(_eos_ids(policy), device=ids.device)
-        rows, width = ids.shape
+        rows = len(ids)
         completion = ids.new_full((rows, self.max_new_tokens), policy.generation_config.pad_token_id)
         mask = torch.zeros_like(completion, dtype=torch.bool)
         logprobs = torch.zeros(completion.shape, device=ids.device)
@@ -77,7 +77,7 @@ class HF:
         while len(running) and done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
-            sequences = policy.generate(
+            sequences = cast(Any, policy).generate(
                 input_ids=ids,
                 attention_mask=attention.long(),
                 past_key_values=cache,

@@ -21,7 +21,8 @@ class Classes(NamedTuple):
 
     correct: Bool[Tensor, "R T"]
     wrong: Bool[Tensor, "R T"]
-    index: Int[Tensor, " R"]
+    rows: Int[Tensor, " R"]
+    """Index of the row's group, from 0 without gaps."""
     groups: int
 
     @classmethod
@@ -40,7 +41,7 @@ class Classes(NamedTuple):
 
     def pooled(self) -> "Classes":
         """All groups as one."""
-        return self._replace(index=torch.zeros_like(self.index), groups=1)
+        return self._replace(rows=torch.zeros_like(self.rows), groups=1)
 
 
 def clipped(entropy: Float[Tensor, "R T"], bounds: Sequence[float] | None) -> Float[Tensor, "R T"]:
@@ -73,13 +74,13 @@ def _relative_to_class(
     The arithmetic mean is the sum over the members divided by their number d_t, so that the paper's d_t x / sum x stands
     here as x / mean x; the geometric one (App. C) is (prod_k x_{k,t})^(1 / d_t).
     """
-    count = group_sum(members.to(values.dtype), classes.index, classes.groups).clamp(min=1)
+    count = group_sum(members.to(values.dtype), classes.rows, classes.groups).clamp(min=1)
     of_members = torch.where(members, values, 1)
     if mean == "arithmetic":
-        average = group_sum(of_members * members, classes.index, classes.groups) / count
+        average = group_sum(of_members * members, classes.rows, classes.groups) / count
     else:
-        average = (group_sum(of_members.log(), classes.index, classes.groups) / count).exp()
-    return of_members / average[classes.index]
+        average = (group_sum(of_members.log(), classes.rows, classes.groups) / count).exp()
+    return of_members / average[classes.rows]
 
 
 def advantages(
@@ -95,7 +96,7 @@ def advantages(
     counted = classes.correct | classes.wrong
 
     def scores(values: Tensor, among: Tensor) -> Tensor:
-        return standardize(values, among, classes.index, classes.groups, eps=eps, over_ranks=over_ranks)
+        return standardize(values, among, classes.rows, classes.groups, eps=eps, over_ranks=over_ranks)
 
     if normalization == "joint":
         return scores(positive + negative, counted)
