@@ -187,7 +187,9 @@ def test_ctrl_c_writes_a_checkpoint_and_exits(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.time() + 120
-        while not (tmp_path / "a" / "metrics.csv").exists() and time.time() < deadline:
+        file = tmp_path / "a" / "metrics.csv"  # written before training, and again after ten collections
+        while not (file.exists() and any(row.get("reward/mean") for row in csv.DictReader(file.open()))):
+            assert time.time() < deadline
             time.sleep(0.2)
         os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=120)

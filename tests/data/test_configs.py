@@ -48,7 +48,7 @@ def test_problem_file(tmp_path):
     data = group("problem_file", path=path, validation_path=save(tmp_path / "b.jsonl", 5), limit=3)
     assert (len(instantiate(data.train)()), len(instantiate(data.validation)())) == (3, 5)
     # One file as both: the first 512 are held out.
-    data = group("problem_file", path=path, validation_path=path, skip=512)
+    data = group("problem_file", path=path, validation_path=path, skip=512, validation_limit=512)
     assert (len(instantiate(data.train)()), len(instantiate(data.validation)())) == (88, 512)
 
 
