@@ -1,0 +1,118 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlmod import cli
+from rlmod.evaluate import evaluate, interval
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+SMALL = ("data.validation.size=24", "sampler.completions_per_prompt=4", "sampler.max_new_tokens=48")
+
+
+def run_eval(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlmod-eval", *overrides])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    cli.run(evaluate, "eval")
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_eval(monkeypatch, *overrides)
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+def written(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_the_summary_is_what_the_samples_say(tmp_path, monkeypatch):
+    run_eval(monkeypatch, *SMALL, "pass_at=[1,4]", f"output={tmp_path / 'a'}")
+    samples = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").open()]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert len(samples) == 96
+    for sample in samples:
+        assert sample["correct"] == (sample["completion"].split("#")[-1] == sample["answer"])
+    groups = [samples[i : i + 4] for i in range(0, 96, 4)]
+    assert all(len({sample["prompt"] for sample in group}) == 1 for group in groups)
+    assert summary["problems"] == 24
+    mean = sum(sample["correct"] for sample in samples) / 96
+    assert summary["mean@4"]["value"] == summary["pass@1"]["value"] == pytest.approx(mean)
+    any_right = sum(any(sample["correct"] for sample in group) for group in groups) / 24
+    assert summary["pass@4"]["value"] == pytest.approx(any_right)
+    low, high = summary["mean@4"]["interval"]
+    assert low < mean < high
+    run_eval(monkeypatch, *SMALL, f"output={tmp_path / 'b'}")
+    assert (tmp_path / "b" / "samples.jsonl").read_text() == (tmp_path / "a" / "samples.jsonl").read_text()
+
+
+def test_recorded_completions_are_scored_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlmod.policy.HFPolicy.tokenizer", lambda *_: pytest.fail("a model was asked for"))
+    source = written(
+        tmp_path / "in.jsonl",
+        {"completion": "so \\boxed{18}", "answer": "18", "id": 7},
+        {"completion": "19", "answer": 18},
+        {"completion": "it is 18.", "answer": 18.0},
+    )
+    run_eval(monkeypatch, f"completions={source}", "reward=math_verify", f"output={tmp_path / 'out.jsonl'}")
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert [record["reward"] for record in scored] == [1.0, 0.0, 1.0]
+    assert scored[0]["id"] == 7
+
+
+def test_gsm8k_through_the_command(tmp_path, monkeypatch):
+    if not DATA.is_dir():
+        pytest.skip(f"no GSM8K in {DATA}")
+    records = [json.loads(line) for line in (DATA / "test.jsonl").open()]
+    answers = [record["answer"].split("#### ")[1] for record in records]
+    lines = [{"completion": r["answer"], "answer": a} for r, a in zip(records, answers, strict=True)]
+    source = written(tmp_path / "in.jsonl", *lines)
+    run_eval(monkeypatch, f"completions={source}", "reward=math_verify", f"output={tmp_path / 'out.jsonl'}")
+    rewards = [json.loads(line)["reward"] for line in (tmp_path / "out.jsonl").open()]
+    assert len(rewards) == 1319
+    assert sum(rewards) == 1319
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['{"completion": "1", "answer": "1"}', "{broken"], ["in.jsonl:2", "not a JSON object"]),
+        (['{"completion": "1"}'], ["in.jsonl:1", "no field answer", "completion"]),
+        (['{"completion": 3, "answer": "1"}'], ["in.jsonl:1", "completion must be text"]),
+        (['{"completion": "3", "answer": [1]}'], ["in.jsonl:1", "answer must be text or a number"]),
+        (["[1]"], ["in.jsonl:1", "must be a JSON object"]),
+        ([], ["the file holds no line"]),
+    ],
+)
+def test_a_bad_file_of_completions_is_named_and_nothing_is_written(lines, expected, tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines))
+    message = refused(monkeypatch, f"completions={source}", f"output={tmp_path / 'out.jsonl'}")
+    assert all(part in message for part in expected), message
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_other_mistakes(tmp_path, monkeypatch):
+    source = written(tmp_path / "in.jsonl", {"completion": "1", "answer": "1"})
+    assert "there is no such file" in refused(monkeypatch, "completions=nowhere.jsonl", "output=o.jsonl")
+    assert "is the file that is read" in refused(monkeypatch, f"completions={source}", f"output={source}")
+    assert "must name a .jsonl file" in refused(monkeypatch, f"completions={source}")
+    assert "pass_at holds 9" in refused(monkeypatch, "pass_at=[9]")
+    assert "unknown key pas_at; did you mean pass_at?" in refused(monkeypatch, "pas_at=[1]")
+
+
+def test_interval_by_hand():
+    # Wilson, 5 of 10, one completion each: n_eff = 0.25 / ((0.25 * 10 / 9) / 10) = 9.
+    low, high = interval([1.0] * 5 + [0.0] * 5)
+    z2 = 1.959964**2
+    half = 1.959964 * (0.25 / 9 + z2 / (4 * 81)) ** 0.5 / (1 + z2 / 9)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+    # Nothing right of 30 does not claim to be exactly 0: the upper end is z^2 / (n + z^2).
+    low, high = interval([0.0] * 30)
+    assert low == 0
+    assert high == pytest.approx(z2 / (30 + z2))
+    assert interval([1.0] * 30)[0] == pytest.approx(1 - high)
