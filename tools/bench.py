@@ -141,7 +141,7 @@ def paired(
     L.Trainer(
         accelerator="cpu", devices=1, max_epochs=repetitions + 3, limit_val_batches=0, gradient_clip_val=1.0,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
-        callbacks=[pairs], **settings, **({"logger": False} | trainer),
+        callbacks=[pairs], logger=False, **settings,
     ).fit(module, datamodule=data)  # fmt: skip
     return pairs.ours[2:], pairs.theirs[2:]  # without the warm-up
 
@@ -184,7 +184,7 @@ def stepper(module: RLModule, data: RLData, settings: dict[str, Any]) -> Callabl
         enable_model_summary=False, enable_checkpointing=False, **settings,
     ).fit(module, datamodule=data)  # fmt: skip
     optimizer = torch.optim.AdamW(module.policy.parameters(), lr=1e-5)
-    module.log_over_step = lambda *_: None
+    vars(module)["log_over_step"] = lambda *_: None  # nothing may be logged outside of the Trainer
     loader = data.train_dataloader()
 
     def iteration() -> None:
