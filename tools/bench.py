@@ -135,7 +135,6 @@ def paired(
     settings: dict[str, Any],
     other: Callable[[], None],
     repetitions: int,
-    **trainer: Any,
 ) -> tuple[list[float], list[float]]:
     pairs = Pairs(other)
     L.Trainer(
