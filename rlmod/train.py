@@ -32,6 +32,12 @@ def train(cfg: DictConfig) -> float | None:
     logging.captureWarnings(True)
     parts = Parts.of(cfg)
     compat.check(parts)
+    for key in ("max_epochs", "check_val_every_n_epoch"):
+        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+            raise ValueError(
+                f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}"
+            )
+    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
@@ -39,11 +45,9 @@ def train(cfg: DictConfig) -> float | None:
 
     import lightning as L
 
-    from rlmod.callbacks.checkpoints import newest
     from rlmod.loader import RLData
     from rlmod.module import RLModule
 
-    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
     module = RLModule(
@@ -77,11 +81,6 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _trainer(cfg: DictConfig) -> "L.Trainer":
-    for key in ("max_epochs", "check_val_every_n_epoch"):
-        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
-            raise ValueError(
-                f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}"
-            )
     try:
         return instantiate(
             cfg.trainer,
@@ -150,6 +149,21 @@ def _say(result: dict[str, Any], page: Path) -> None:
             f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
         )
     print(f"report: {page}")
+
+
+def newest(place: Path) -> Path:
+    """The trainer's checkpoint in ``place``: a file, a checkpoint's folder, or a run's."""
+    if place.is_file():
+        return place
+    if (place / "trainer.ckpt").is_file():
+        return place / "trainer.ckpt"
+    found = sorted((place / "checkpoints").glob("step=*/trainer.ckpt"))
+    if not found:
+        raise ValueError(
+            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step=*/trainer.ckpt in it), "
+            "one of those folders, or the file"
+        )
+    return found[-1]
 
 
 def main() -> None:

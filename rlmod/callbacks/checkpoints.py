@@ -77,18 +77,3 @@ class Checkpoints(Checkpoint):
         while self.handlers:
             number, handler = self.handlers.popitem()
             signal.signal(number, handler)
-
-
-def newest(place: Path) -> Path:
-    """The trainer's checkpoint in ``place``: a file, a checkpoint's folder, or a run's."""
-    if place.is_file():
-        return place
-    if (place / "trainer.ckpt").is_file():
-        return place / "trainer.ckpt"
-    found = sorted((place / "checkpoints").glob("step=*/trainer.ckpt"))
-    if not found:
-        raise ValueError(
-            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step=*/trainer.ckpt in it), "
-            "one of those folders, or the file"
-        )
-    return found[-1]
