@@ -40,7 +40,7 @@ class Filter:
     dynamic_sampling: bool = False
     max_generation_batches: int = 10
     threshold: float = 0.5
-    """A completion is correct when its reward is above this."""
+    """A completion is correct when its reward, without penalties, is above this."""
 
     def __post_init__(self) -> None:
         if self.max_generation_batches < 1:
@@ -110,16 +110,16 @@ def _rewarded(
     threshold: float,
 ) -> _Batch:
     texts = read(rollouts, prompts.problems, decode)
-    rewards, terms = score(reward, texts)
+    scores = score(reward, texts)
     assert rollouts.group is not None
     group, groups = rollouts.group, len(prompts)
-    rewards = rewards.to(group.device)
-    wrong = group_sum((rewards <= threshold).float(), group, groups)
+    rewards, outcomes = scores.rewards.to(group.device), scores.outcomes.to(group.device)
+    wrong = group_sum((outcomes <= threshold).float(), group, groups)
     return _Batch(
-        rollouts=replace(rollouts, rewards=rewards, group=group + first_group),
+        rollouts=replace(rollouts, rewards=rewards, outcomes=outcomes, group=group + first_group),
         texts=replace(texts, group=[int(g) + first_group for g in group]),
-        terms=terms,
-        signal=has_signal(rewards, group, groups, threshold),
+        terms=scores.terms,
+        signal=has_signal(outcomes, group, groups, threshold),
         right=wrong == 0,
     )
 

@@ -45,7 +45,7 @@ def _score_file(source: Path, reward: Any, output: str | None) -> float:
         raise ValueError(f"output={output} is the file that is read: give another")
     records = list(_recorded(source))
     texts = Texts(completions=[r["completion"] for r in records], answers=[_text(r["answer"]) for r in records])
-    rewards, terms = score(reward, texts)
+    rewards, terms, _ = score(reward, texts)
     for row, record in enumerate(records):
         record["reward"] = float(rewards[row])
         if terms:
@@ -95,6 +95,7 @@ def _text(answer: str | int | float) -> str:
 def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     import torch
 
+    from rlmod.interfaces import prepare
     from rlmod.parts import check_types
     from rlmod.policy import HFPolicy
 
@@ -113,6 +114,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     cli.quiet()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
+    prepare([reward], encoded.problems, tokenizer)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)
@@ -140,7 +142,7 @@ def _sampled(
             seed = int(SeedSequence([cfg.seed, start]).generate_state(1)[0])
             rollouts = sampler(policy, prompts, seed)
             texts = read(rollouts, prompts.problems, lambda rows: completion_texts(tokenizer, rows))
-            rewards, _ = score(reward, texts)
+            rewards, _, outcomes = score(reward, texts)
             for row, problem in enumerate(texts.problems or ()):
                 sample = {
                     "source": problem.source,
@@ -148,7 +150,7 @@ def _sampled(
                     "answer": problem.answer,
                     "completion": texts.completions[row],
                     "reward": float(rewards[row]),
-                    "correct": bool(rewards[row] > cfg.threshold),
+                    "correct": bool(outcomes[row] > cfg.threshold),
                     "truncated": (texts.truncated or ())[row],
                     "length": (texts.lengths or ())[row],
                 }

@@ -6,13 +6,16 @@ A component is any callable of the right shape: there is nothing to inherit and 
 dataclasses whose fields are their YAML keys; yours may be a plain function.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlmod.types import Problem, Prompts, Rollouts, Texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @runtime_checkable
@@ -74,6 +77,22 @@ class Loss(Protocol):
         ``logprobs`` are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``.
         """
         ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """What any component may have besides: checks that need the problems, and weights of its own to load.
+
+    Called once, after the problems are read and before the policy's weights are.
+    """
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None: ...
+
+
+def prepare(components: Iterable[object], problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
+    for component in components:
+        if isinstance(component, Prepares):
+            component.prepare(problems, tokenizer)
 
 
 Optimizer = Callable[..., object]

@@ -137,8 +137,8 @@ class RLModule(L.LightningModule):
         settings = self.validation
         rollouts = settings.sampler(self.policy, batch, self.derived_seed(settings.seed, batch_idx))
         texts = read(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
-        rewards, _ = score(settings.reward, texts)
-        self.validation_metrics.update((rewards > settings.threshold).view(len(batch), -1).to(self.device))
+        rewards, _, outcomes = score(settings.reward, texts)
+        self.validation_metrics.update((outcomes > settings.threshold).view(len(batch), -1).to(self.device))
         self.validated.append(
             Collected(rollouts=replace(rollouts, rewards=rewards.to(self.device)), texts=texts, metrics={})
         )

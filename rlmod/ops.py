@@ -92,18 +92,18 @@ def _group_max(values: Tensor, counted: Tensor, index: Tensor, groups: int) -> T
 
 
 def has_signal(
-    rewards: Float[Tensor, " R"],
+    outcomes: Float[Tensor, " R"],
     index: Int[Tensor, " R"],
     groups: int,
     threshold: float,
     rows: Bool[Tensor, " R"] | None = None,
 ) -> Bool[Tensor, " groups"]:
-    """Groups with 0 < #correct < G, where correct means reward > threshold (DAPO, arXiv:2503.14476, eq. 11).
+    """Groups with 0 < #correct < G, where correct means outcome > threshold (DAPO, arXiv:2503.14476, eq. 11).
 
     ``rows`` restricts which rows count.
     """
-    counted = torch.ones_like(rewards) if rows is None else rows.to(rewards.dtype)
-    correct = group_sum((rewards > threshold) * counted, index, groups)
+    counted = torch.ones_like(outcomes) if rows is None else rows.to(outcomes.dtype)
+    correct = group_sum((outcomes > threshold) * counted, index, groups)
     return (correct > 0) & (correct < group_sum(counted, index, groups))
 
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import torch
@@ -21,8 +21,16 @@ class RewardError(ValueError):
     """A reward raised, or returned what is no reward."""
 
 
-def score(reward: Reward, texts: Texts) -> tuple[Float[Tensor, " R"], dict[str, Float[Tensor, " R"]]]:
-    """The reward of each row, and the named terms it is the sum of: none where the reward returns plain numbers."""
+class Scores(NamedTuple):
+    rewards: Float[Tensor, " R"]
+    terms: dict[str, Float[Tensor, " R"]]
+    """The named terms that ``rewards`` is the sum of: none where the reward returns plain numbers."""
+    outcomes: Float[Tensor, " R"]
+    """``rewards`` without the terms that the reward's ``penalties`` name: what a completion's correctness is judged by."""
+
+
+def score(reward: Reward, texts: Texts) -> Scores:
+    """Calls the reward; RewardError for whatever is not one finite number a row and term."""
     name = _name(reward)
     try:
         result = reward(texts)
@@ -31,11 +39,15 @@ def score(reward: Reward, texts: Texts) -> tuple[Float[Tensor, " R"], dict[str, 
     except Exception as error:
         raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, Mapping):
-        return _checked(result, f"the reward {name}", texts), {}
+        rewards = _checked(result, f"the reward {name}", texts)
+        return Scores(rewards, {}, rewards)
     if not result:
         raise RewardError(f"the reward {name} returned a mapping without a single term")
     terms = {key: _checked(values, f"the term {key!r} of the reward {name}", texts) for key, values in result.items()}
-    return torch.stack(list(terms.values())).sum(0), terms
+    penalties = getattr(reward, "penalties", ())
+    judged = [values for key, values in terms.items() if key not in penalties]
+    outcomes = torch.stack(judged).sum(0) if judged else torch.zeros(len(texts))
+    return Scores(torch.stack(list(terms.values())).sum(0), terms, outcomes)
 
 
 def build(config: Mapping[Any, Any]) -> Reward:

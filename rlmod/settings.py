@@ -54,7 +54,7 @@ class Validation:
     sampler: Sampler
     reward: Reward
     threshold: float = 0.5
-    """A completion is correct when its reward is above this."""
+    """A completion is correct when its reward, without penalties, is above this."""
     pass_at: Sequence[int] = ()
     seed: int = 0
 

@@ -26,6 +26,7 @@ def train(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
     from rlmod import compat
+    from rlmod.interfaces import prepare
     from rlmod.parts import Parts
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -42,6 +43,8 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
+    prepare([parts.reward], problems.problems, tokenizer)
+    prepare([parts.validation.reward], held_out.problems if held_out else (), tokenizer)
 
     import lightning as L
 

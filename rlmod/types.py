@@ -88,6 +88,8 @@ class Rollouts:
     """Index of the prompt within the collection; a group's rows share it."""
     rewards: Float[Tensor, " R"] | None = None
     """After all reward terms."""
+    outcomes: Float[Tensor, " R"] | None = None
+    """The rewards without penalties for length and the like: what decides whether a completion is correct."""
     logprobs: Float[Tensor, "R T"] | None = None
     """Of the policy that sampled the row (pi_old, or the guide), at the sampling temperature."""
     entropy: Float[Tensor, "R T"] | None = None
@@ -104,6 +106,13 @@ class Rollouts:
 
     def __len__(self) -> int:
         return next(len(value) for value in self._filled().values())
+
+    @property
+    def judged(self) -> Float[Tensor, " R"]:
+        """What is compared with a threshold to tell right from wrong: the outcomes, or the rewards where there are none."""
+        judged = self.rewards if self.outcomes is None else self.outcomes
+        assert judged is not None
+        return judged
 
     def _filled(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}

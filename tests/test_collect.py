@@ -32,7 +32,11 @@ class Scripted:
         )  # fmt: skip
 
 
-def run(rights: list[int], prompts: int, sampler: Scripted | None = None, **settings: object):
+def exact(texts):
+    return [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)]
+
+
+def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward=exact, **settings: object):
     drawn: list[int] = []
 
     def draw(n: int) -> Prompts:
@@ -48,10 +52,26 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, **sett
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
         draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=None,
-        reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
+        reward=reward,
         filter=Filter(**settings), seed=lambda i: i,
     )  # fmt: skip
     return collected, drawn
+
+
+def test_a_penalty_does_not_make_a_right_answer_wrong():
+    """Right answers are worth 1 - 0.5 here: exactly the threshold, as GROP's largest penalty makes them."""
+
+    class Punished:
+        penalties = ("long",)
+
+        def __call__(self, texts):
+            return {"right": exact(texts), "long": [-0.5] * len(texts)}
+
+    collected, _ = run([0, 3, 1, 2], 4, reward=Punished())
+    assert collected.rollouts.rewards.view(4, G).sum(1).tolist() == [-1.5, 1.5, -0.5, 0.5]
+    assert collected.rollouts.outcomes.view(4, G).sum(1).tolist() == [0, 3, 1, 2]
+    shares = [collected.metrics[f"prompts/{kind}"] for kind in ("all_right", "mixed", "all_wrong")]
+    assert shares == [0.25, 0.5, 0.25]
 
 
 def test_without_dynamic_sampling_every_group_stays_and_one_batch_is_drawn():

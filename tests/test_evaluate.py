@@ -1,28 +1,13 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from rlmod import cli
-from rlmod.evaluate import evaluate, interval
+from rlmod.evaluate import interval
+from tests.commands import refused_eval, run_eval
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 SMALL = ("data.validation.size=24", "sampler.completions_per_prompt=4", "sampler.max_new_tokens=48")
-
-
-def run_eval(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["rlmod-eval", *overrides])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    cli.run(evaluate, "eval")
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_eval(monkeypatch, *overrides)
-    assert isinstance(stop.value.code, str)
-    return stop.value.code
 
 
 def written(path: Path, *records: object) -> Path:
@@ -91,18 +76,18 @@ def test_gsm8k_through_the_command(tmp_path, monkeypatch):
 def test_a_bad_file_of_completions_is_named_and_nothing_is_written(lines, expected, tmp_path, monkeypatch):
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines))
-    message = refused(monkeypatch, f"completions={source}", f"output={tmp_path / 'out.jsonl'}")
+    message = refused_eval(monkeypatch, f"completions={source}", f"output={tmp_path / 'out.jsonl'}")
     assert all(part in message for part in expected), message
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_other_mistakes(tmp_path, monkeypatch):
     source = written(tmp_path / "in.jsonl", {"completion": "1", "answer": "1"})
-    assert "there is no such file" in refused(monkeypatch, "completions=nowhere.jsonl", "output=o.jsonl")
-    assert "is the file that is read" in refused(monkeypatch, f"completions={source}", f"output={source}")
-    assert "must name a .jsonl file" in refused(monkeypatch, f"completions={source}")
-    assert "pass_at holds 9" in refused(monkeypatch, "pass_at=[9]")
-    assert "unknown key pas_at; did you mean pass_at?" in refused(monkeypatch, "pas_at=[1]")
+    assert "there is no such file" in refused_eval(monkeypatch, "completions=nowhere.jsonl", "output=o.jsonl")
+    assert "is the file that is read" in refused_eval(monkeypatch, f"completions={source}", f"output={source}")
+    assert "must name a .jsonl file" in refused_eval(monkeypatch, f"completions={source}")
+    assert "pass_at holds 9" in refused_eval(monkeypatch, "pass_at=[9]")
+    assert "unknown key pas_at; did you mean pass_at?" in refused_eval(monkeypatch, "pas_at=[1]")
 
 
 def test_interval_by_hand():

@@ -22,7 +22,7 @@ def returning(value):
 
 @pytest.mark.parametrize("value", [[1, 0.5], (True, 0.5), torch.tensor([1.0, 0.5], dtype=torch.float64)])
 def test_plain_numbers_become_a_float32_tensor_without_terms(value):
-    total, terms = score(returning(value), TEXTS)
+    total, terms, _ = score(returning(value), TEXTS)
     assert total.dtype == torch.float32
     assert total.tolist() == [1.0, 0.5]
     assert terms == {}
@@ -33,7 +33,7 @@ def test_a_gradient_is_left_behind():
 
 
 def test_named_terms_are_summed():
-    total, terms = score(returning({"a": [1.0, 2.0], "b": torch.tensor([0.25, -4.0])}), TEXTS)
+    total, terms, _ = score(returning({"a": [1.0, 2.0], "b": torch.tensor([0.25, -4.0])}), TEXTS)
     assert total.tolist() == [1.25, -2.0]
     assert {name: term.tolist() for name, term in terms.items()} == {"a": [1, 2], "b": [0.25, -4]}
 
@@ -128,7 +128,7 @@ def test_plain_functions_work_as_terms_also_nested_ones(mylab):
         "_target_": "rlmod.reward.weighted.Weighted",
         "terms": {"flat": {"weight": 1.0, "reward": leaf}, "nested": {"weight": 10.0, "reward": inner}},
     }
-    total, terms = score(build(OmegaConf.create(config)), TEXTS)
+    total, terms, _ = score(build(OmegaConf.create(config)), TEXTS)
     assert terms["flat"].tolist() == [1.5, 150]
     assert terms["nested"].tolist() == [30, 3000]
     assert total.tolist() == [31.5, 3150]

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from rlmod.types import Texts
+from rlmod.types import Problem, Texts
 
 START_SECONDS = 120.0
 """For importing SymPy, on a busy machine with a slow disk."""
@@ -36,7 +37,8 @@ class MathVerify:
     Differs: math-verify alone takes what follows the word "answer" before the last number, and reads expressions over
     line ends.
     Degenerate: a completion without a readable answer is wrong. Rows that time out or fail score 0 too, with a warning
-    that counts them. An answer that cannot be read is an error: nothing could ever match it.
+    that counts them. An answer that cannot be read is an error,
+    found when the problems are read: nothing could ever match it.
     Needs: completions, answers.
     """
 
@@ -49,15 +51,21 @@ class MathVerify:
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward: MathVerify needs the package math-verify: pip install 'math-verify[antlr4_9_3]'")
 
+    def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
+        """ValueError for the first answer that cannot be read, before anything is sampled."""
+        with _one_at_a_time:
+            for answer, problem in {problem.answer: problem for problem in reversed(problems)}.items():
+                verdict, detail = _graded("", answer, self.timeout_seconds)
+                if verdict in ("gold", "timeout"):
+                    raise _unreadable(answer, problem, detail or verdict.replace("gold", ""))
+
     def __call__(self, texts: Texts) -> list[float]:
         verdicts = []
         with _one_at_a_time:
             for row, (completion, answer) in enumerate(zip(texts.completions, texts.answers, strict=True)):
                 verdict, detail = _graded(completion, answer, self.timeout_seconds)
                 if verdict == "gold":
-                    problem = texts.problems[row] if texts.problems else None
-                    where = f" ({problem.source})" if problem else ""
-                    raise ValueError(f"MathVerify cannot parse the answer {answer!r}{where} {detail}".rstrip())
+                    raise _unreadable(answer, texts.problems[row] if texts.problems else None, detail)
                 verdicts.append((verdict, detail))
         self._warn(texts, verdicts)
         return [float(verdict == "right") for verdict, _ in verdicts]
@@ -73,6 +81,11 @@ class MathVerify:
                     f"{rows[0]}{reason}, whose completion ends {texts.completions[rows[0]][-200:]!r}",
                     stacklevel=3,
                 )
+
+
+def _unreadable(answer: str, problem: Problem | None, detail: str) -> ValueError:
+    where = f" ({problem.source})" if problem else ""
+    return ValueError(f"MathVerify cannot parse the answer {answer!r}{where} {detail}".rstrip())
 
 
 class _Worker:

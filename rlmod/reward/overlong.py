@@ -1,6 +1,7 @@
 """DAPO's soft punishment of completions that come near the token limit."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlmod.types import Texts
 
@@ -15,9 +16,12 @@ class Overlong:
 
     Source: DAPO, arXiv:2503.14476, eq. 13, with max_tokens = L_max and buffer = L_cache.
     Differs: ``penalty`` (there 1).
+    It is a penalty: a right answer near the limit stays a right one, and counts as such where groups are filtered.
     Degenerate: buffer = max_tokens punishes every token from the first; penalty = 0 turns it off.
     Needs: lengths.
     """
+
+    is_penalty: ClassVar[bool] = True
 
     max_tokens: int
     """Where the penalty is whole: the sampler's limit."""

@@ -1,6 +1,7 @@
 """Several rewards, each with a name and a weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from rlmod.interfaces import Prepares
 from rlmod.scoring import RewardError, score
-from rlmod.types import Texts
+from rlmod.types import Problem, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,29 @@ class Weighted:
             if not callable(term["reward"]):
                 raise ValueError(f"{key}.reward must have a _target_, got {term['reward']!r}")
 
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        """Terms that say nothing about right or wrong, such as a length penalty; a reward says so by ``is_penalty``."""
+        return tuple(name for name, term in self.terms.items() if getattr(term["reward"], "is_penalty", False))
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
+        for name, term in self.terms.items():
+            if isinstance(term["reward"], Prepares):
+                with _named(name):
+                    term["reward"].prepare(problems, tokenizer)
+
     def __call__(self, texts: Texts) -> dict[str, Tensor]:
         return {name: term["weight"] * self._total(name, texts) for name, term in self.terms.items()}
 
     def _total(self, name: str, texts: Texts) -> Tensor:
-        try:
-            return score(self.terms[name]["reward"], texts)[0]
-        except RewardError as error:
-            raise RewardError(f"reward.terms.{name}: {error}") from error
+        with _named(name):
+            return score(self.terms[name]["reward"], texts).rewards
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What a term raises says which term it was."""
+    try:
+        yield
+    except ValueError as error:
+        raise RewardError(f"reward.terms.{name}: {error}") from error

@@ -28,14 +28,14 @@ class Classes(NamedTuple):
     @classmethod
     def of(
         cls,
-        rewards: Float[Tensor, " R"],
+        outcomes: Float[Tensor, " R"],
         group: Int[Tensor, " R"],
         counted: Bool[Tensor, "R T"],
         threshold: float,
     ) -> "Classes":
         index, groups = group_index(group)
-        signal = has_signal(rewards, index, groups, threshold, rows=counted.any(1))[index]
-        correct = (rewards > threshold)[:, None]
+        signal = has_signal(outcomes, index, groups, threshold, rows=counted.any(1))[index]
+        correct = (outcomes > threshold)[:, None]
         counted = counted & signal[:, None]
         return cls(counted & correct, counted & ~correct, index, groups)
 

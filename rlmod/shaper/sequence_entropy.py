@@ -41,7 +41,7 @@ class SequenceEntropy:
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5
-    """A completion is correct when its reward is above this."""
+    """A completion is correct when its reward, without penalties, is above this."""
     eps: float = 1e-6
     """Added to the std."""
 
@@ -61,7 +61,7 @@ class SequenceEntropy:
         assert rollouts.rewards is not None and rollouts.group is not None
         assert rollouts.mask is not None and rollouts.entropy is not None
         counted = rollouts.mask.any(1, keepdim=True)
-        classes = _entropy.Classes.of(rollouts.rewards, rollouts.group, counted, self.threshold)
+        classes = _entropy.Classes.of(rollouts.judged, rollouts.group, counted, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
         if self.mean == "arithmetic":
             of_row = masked_mean(entropy, rollouts.mask, dim=1)

@@ -48,7 +48,7 @@ class TokenEntropy:
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5
-    """A completion is correct when its reward is above this."""
+    """A completion is correct when its reward, without penalties, is above this."""
     eps: float = 1e-6
     """Added to the std."""
 
@@ -75,7 +75,7 @@ class TokenEntropy:
         """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
         assert rollouts.rewards is not None and rollouts.group is not None
         assert rollouts.mask is not None and rollouts.entropy is not None
-        classes = _entropy.Classes.of(rollouts.rewards, rollouts.group, rollouts.mask, self.threshold)
+        classes = _entropy.Classes.of(rollouts.judged, rollouts.group, rollouts.mask, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
         positive, negative = _entropy.shaped_rewards(
             rollouts.rewards, entropy, classes, base=self.alpha1, bonus=self.alpha2, mean=self.mean

@@ -158,6 +158,9 @@ def test_an_answer_that_cannot_be_read_is_named_with_its_source(answer):
     assert repr(answer) in str(caught.value)
     with pytest.raises(ValueError, match="cannot parse the answer"):
         MathVerify()(Texts(completions=["1"], answers=[answer]))
+    with pytest.raises(ValueError, match=r"cannot parse the answer .*\(train\.jsonl:12\)"):
+        MathVerify().prepare([good, bad], None)
+    MathVerify().prepare([good], None)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])

@@ -6,10 +6,11 @@ import torch
 from omegaconf import OmegaConf
 
 from rlmod.reward.exact_match import ExactMatch
+from rlmod.reward.math_verify import MathVerify
 from rlmod.reward.overlong import Overlong
 from rlmod.reward.weighted import Weighted
 from rlmod.scoring import RewardError, build, score
-from rlmod.types import Texts
+from rlmod.types import Problem, Texts
 
 TEXTS = Texts(completions=["6", "7", "6"], answers=["6", "6", "6"], lengths=[10, 8, 4])
 EXACT = "rlmod.reward.exact_match.ExactMatch"
@@ -27,15 +28,30 @@ def test_the_weighted_terms_add_up_to_the_reward():
             "overlong": {"weight": 0.5, "reward": Overlong(max_tokens=10, buffer=4)},
         }
     )
-    total, terms = score(reward, TEXTS)
+    total, terms, outcomes = score(reward, TEXTS)
     # overlong: (6 - 10)/4 = -1, (6 - 8)/4 = -0.5, 0; halved
     assert {name: term.tolist() for name, term in terms.items()} == {"correct": [2, 0, 2], "overlong": [-0.5, -0.25, 0]}
     assert total.tolist() == [1.5, -0.25, 2]
+    # The penalty does not make a right answer wrong.
+    assert outcomes.tolist() == [2, 0, 2]
+
+
+def test_a_reward_of_nothing_but_penalties_judges_nothing_right():
+    reward = Weighted(terms={"overlong": {"weight": 1, "reward": Overlong(max_tokens=10, buffer=4)}})
+    assert score(reward, TEXTS).outcomes.tolist() == [0, 0, 0]
+
+
+def test_what_a_term_finds_wrong_with_the_problems_is_told_by_its_name():
+    reward = Weighted(
+        terms={"right": {"weight": 1, "reward": MathVerify()}, "same": {"weight": 1, "reward": ExactMatch()}}
+    )
+    with pytest.raises(ValueError, match=r"reward\.terms\.right: MathVerify cannot parse the answer '' \(a\.csv:3\)"):
+        reward.prepare([Problem(prompt="?", answer="", source="a.csv:3")], None)
 
 
 def test_a_term_may_be_weighted_itself():
     inner = Weighted(terms={"a": {"weight": 3, "reward": ExactMatch()}, "b": {"weight": 1, "reward": ExactMatch()}})
-    total, terms = score(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
+    total, terms, _ = score(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
     assert terms["both"].tolist() == total.tolist() == [2, 0, 2]
 
 
