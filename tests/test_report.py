@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlmod import _pictures, report
+from rlmod import report
+from rlmod.report import comparison, curves, page, panels, pictures, plots, runs
 
 CONFIG = """
 seed: 7
@@ -91,7 +92,7 @@ def text_of(page: str) -> str:
 @pytest.fixture(autouse=True)
 def drawn_small(monkeypatch):
     """Drawing takes nearly all the time of a report; the pictures have a test of their own."""
-    monkeypatch.setattr(_pictures, "DPI", 30)
+    monkeypatch.setattr(pictures, "DPI", 30)
 
 
 def test_page_says_what_was_composed_and_what_came_out(tmp_path):
@@ -109,13 +110,13 @@ def test_page_says_what_was_composed_and_what_came_out(tmp_path):
 
 def test_reward_terms_are_named_as_they_were_logged(tmp_path):
     run = write_run(tmp_path, metrics="step,reward/mean,reward/correct,reward/short\n1,0.5,0.4,0.1\n")
-    assert report.composition(report.read_run(run))["reward"] == "correct + short"
+    assert page.composition(runs.read_run(run))["reward"] == "correct + short"
     assert 'id="terms"' in page_of(run)
 
 
 def test_every_held_out_metric_has_first_last_and_best(tmp_path):
     run = write_run(tmp_path)
-    assert report.read_run(run).held_out == ["val/mean@1", "val/mean@16", "val/pass@16"]
+    assert runs.read_run(run).held_out == ["val/mean@1", "val/mean@16", "val/pass@16"]
     text = text_of(page_of(run))
     assert "mean@1 0.420 0.950 0.970 2 mean@16 0.400 0.940 0.940 3 pass@16 0.800 0.990 1.000 2" in text
 
@@ -130,18 +131,18 @@ def test_page_holds_its_pictures_and_no_script(tmp_path):
 
 
 def test_only_logged_curves_are_drawn(tmp_path):
-    curves = report.read_run(write_run(tmp_path)).curves
-    assert [panel.name for panel in _pictures.panels(curves)] == ["entropy"]
-    every = {column: {1: 0.5} for panel in _pictures.PANELS for column in panel.columns}
+    curves = runs.read_run(write_run(tmp_path)).curves
+    assert [panel.name for panel in panels.logged(curves)] == ["entropy"]
+    every = {column: {1: 0.5} for panel in panels.PANELS for column in panel.columns}
     names = ["entropy", "length", "prompts", "ratio", "gradient", "speed"]
-    assert [panel.name for panel in _pictures.panels(every)] == names
+    assert [panel.name for panel in panels.logged(every)] == names
 
 
-@pytest.mark.parametrize("column", sorted({column for panel in _pictures.PANELS for column in panel.columns}))
+@pytest.mark.parametrize("column", sorted({column for panel in panels.PANELS for column in panel.columns}))
 def test_a_panel_is_drawn_with_one_of_its_columns_alone(column):
     curves = {column: {step: 0.5 for step in range(1, 30)}}
-    (panel,) = _pictures.panels(curves)
-    assert _pictures.small(panel, curves, _pictures.LIGHT).axes
+    (panel,) = panels.logged(curves)
+    assert panels.small(panel, curves, pictures.LIGHT).axes
 
 
 def test_samples_stand_side_by_side(tmp_path):
@@ -152,8 +153,8 @@ def test_samples_stand_side_by_side(tmp_path):
 
 
 def test_a_missing_sample_does_not_shift_the_pairs(tmp_path):
-    run = report.read_run(write_run(tmp_path, samples=[SAMPLES[0], SAMPLES[1], SAMPLES[3]]))
-    pairs = [(first.completion, last and last.completion) for first, last in report._pairs(run)["rows"]]
+    run = runs.read_run(write_run(tmp_path, samples=[SAMPLES[0], SAMPLES[1], SAMPLES[3]]))
+    pairs = [(first.completion, last and last.completion) for first, last in page._pairs(run)["rows"]]
     assert pairs == [("five", None), ("four", "1+3=4")]
 
 
@@ -243,7 +244,7 @@ def test_broken_files_are_named(tmp_path):
 
 def test_values_that_are_not_finite_are_named_and_not_drawn(tmp_path):
     metrics = "step,reward/mean,train/grad_norm\n1,0.5,1.0\n2,0.5,nan\n3,0.5,inf\n4,oops,2.0\n"
-    run = report.read_run(write_run(tmp_path, metrics=metrics))
+    run = runs.read_run(write_run(tmp_path, metrics=metrics))
     assert run.curves["train/grad_norm"] == {1: 1.0, 4: 2.0}
     assert any("train/grad_norm: 2 values not finite (NaN or infinite), the first at step 2" in n for n in run.notes)
     assert any("1 cell or row could not be read" in note for note in run.notes)
@@ -251,7 +252,7 @@ def test_values_that_are_not_finite_are_named_and_not_drawn(tmp_path):
 
 def test_resumed_run_keeps_the_later_value(tmp_path):
     run = write_run(tmp_path, metrics="step,reward/mean\n2,0.2\n1,0.1\n2,0.3\n")
-    assert list(report.read_run(run).curves["reward/mean"].items()) == [(1, 0.1), (2, 0.3)]
+    assert list(runs.read_run(run).curves["reward/mean"].items()) == [(1, 0.1), (2, 0.3)]
 
 
 def test_folder_without_metrics_is_refused(tmp_path):
@@ -277,17 +278,17 @@ def test_headline_picture_alone(tmp_path):
 def test_headline_axis_is_0_to_1_unless_the_reward_leaves_it():
     def limits(reward: float) -> tuple[float, float]:
         curves = {"reward/mean": {1: reward}, "val/mean@1": {0: 0.4, 2: 0.9}}
-        return _pictures.headline(curves, "val/mean@1", [], "", _pictures.LIGHT).axes[0].get_ylim()
+        return plots.headline(curves, "val/mean@1", [], "", pictures.LIGHT).axes[0].get_ylim()
 
     assert limits(0.5) == pytest.approx((-0.02, 1.02))
     assert limits(-1.0) == pytest.approx((-1.02, 1.02))
 
 
 def test_smoothing_is_centred():
-    assert _pictures.smooth([0.0, 3.0, 6.0, 0.0], 3) == [0.0, 3.0, 3.0, 0.0]
+    assert curves.smooth([0.0, 3.0, 6.0, 0.0], 3) == [0.0, 3.0, 3.0, 0.0]
     straight = [float(i) for i in range(9)]
-    assert _pictures.smooth(straight, 5) == straight
-    assert [_pictures.window(points) for points in (1, 19, 20, 80, 10_000)] == [1, 1, 3, 5, 51]
+    assert curves.smooth(straight, 5) == straight
+    assert [curves.window(points) for points in (1, 19, 20, 80, 10_000)] == [1, 1, 3, 5, 51]
 
 
 # Several runs --------------------------------------------------------------------------------------------------------
@@ -333,28 +334,28 @@ def test_named_runs_are_compared_in_the_first_folder(tmp_path, capsys):
 def test_runs_of_a_multirun_are_in_natural_order(tmp_path):
     for name in ("10", "9", "2"):
         write_run(tmp_path / name)
-    assert [folder.name for folder in report._run_folders(tmp_path)] == ["2", "9", "10"]
+    assert [folder.name for folder in comparison.run_folders(tmp_path)] == ["2", "9", "10"]
 
 
 def test_labels_say_what_differs_and_are_distinct(tmp_path):
-    def read(name: str, overrides: list[str] | None) -> report.Run:
-        return report.read_run(write_run(tmp_path / name, overrides=overrides))
+    def read(name: str, overrides: list[str] | None) -> runs.Run:
+        return runs.read_run(write_run(tmp_path / name, overrides=overrides))
 
     same = [read("a", ["x=1"]), read("b", ["x=1"])]
-    assert report.labels(same) == ["a", "b"]
+    assert comparison.labels(same) == ["a", "b"]
     mixed = [read("c", ["x=1", "y=2"]), read("d", ["x=1", "y=3"]), read("e", ["x=1", "y=3"])]
-    assert report.labels(mixed) == ["y=2", "y=3 [d]", "y=3 [e]"]
+    assert comparison.labels(mixed) == ["y=2", "y=3 [d]", "y=3 [e]"]
     seeds = [read("f", ["x=1", "seed=1"]), read("g", ["x=1", "seed=2"])]
-    assert report.without_seed(seeds) == report.labels(seeds) == ["seed=1", "seed=2"]
+    assert comparison.without_seed(seeds) == comparison.labels(seeds) == ["seed=1", "seed=2"]
 
 
 def test_a_legend_holds_any_label():
     groups = {"_target_=$x$": [{1: 0.1, 2: 0.2}], "b": [{1: 0.3}]}
-    figure = _pictures.overlaid(groups, is_accuracy=True, points=False, theme=_pictures.LIGHT)
+    figure = plots.overlaid(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_target_=$x$", "b"]
 
 
 def test_report_needs_no_torch():
     code = "import sys, rlmod.report; print([m for m in ('torch', 'lightning') if m in sys.modules])"
-    root = Path(report.__file__).parents[1]
+    root = Path(report.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip() == "[]"

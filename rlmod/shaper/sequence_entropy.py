@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,9 +66,7 @@ class SequenceEntropy:
             of_row = masked_mean(entropy, rollouts.mask, dim=1)
         else:
             of_row = masked_mean(entropy.log(), rollouts.mask, dim=1).exp()
-        # A row without a counted token has mean 0; it is in no class, but must stay divisible.
-        of_row = torch.where(counted, of_row[:, None], 1)
         positive, negative = _entropy.shaped_rewards(
-            rollouts.rewards, of_row, classes, base=self.beta1, bonus=self.beta2, mean=self.mean
+            rollouts.rewards, of_row[:, None], classes, base=self.beta1, bonus=self.beta2, mean=self.mean
         )
         return positive, negative, classes

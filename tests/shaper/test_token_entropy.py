@@ -171,6 +171,19 @@ def test_entropy_clip_clips_before_the_shares():
     assert plus[:2, 0].tolist() == pytest.approx([1 + 0.1 * 0.28 / 0.24, 1 + 0.1 * 0.2 / 0.24])
 
 
+def test_an_entropy_of_exactly_0_is_divisible_whatever_the_clip():
+    """Two wrong completions, one certain: 1 / H is 1e6 and 1, so all of the class's blame is the certain one's."""
+    rows = Rollouts(
+        mask=torch.ones(3, 1, dtype=torch.bool),
+        group=torch.zeros(3, dtype=torch.long),
+        rewards=torch.tensor([1.0, 0.0, 0.0]),
+        entropy=torch.tensor([[0.5], [0.0], [1.0]]),
+    )
+    for clip in (None, (0.0, 2.0)):
+        _, minus, _ = TokenEntropy(entropy_clip=clip).shaped(rows)
+        assert minus[:, 0].tolist() == pytest.approx([0, -1.2, -1.0], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("alpha1", -1.0), ("alpha2", -0.1), ("eps", 0.0), ("entropy_clip", [0.3, 0.2]), ("entropy_clip", [1.0])],
