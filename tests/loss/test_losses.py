@@ -93,6 +93,7 @@ def test_on_policy_the_value_is_minus_the_advantage_and_padding_is_never_read(lo
     per_token, metrics = loss(lp, rows)
     torch.testing.assert_close(per_token * rows.mask, -rows.advantages)
     assert metrics["ratio"].item() == 1
+    assert metrics["clip_fraction"].item() == 0
     (per_token * rows.mask).sum().backward()
     assert lp.grad.isfinite().all()
     assert (lp.grad[1] == 0).all()
@@ -101,7 +102,9 @@ def test_on_policy_the_value_is_minus_the_advantage_and_padding_is_never_read(lo
 def test_one_token_completions_make_the_sequence_loss_the_token_loss():
     lp, rows = rows_with([[1.5], [0.5], [1.1]], [[1], [-1], [2]], [[1], [1], [1]])
     for ratio in ("arithmetic", "geometric"):
-        torch.testing.assert_close(SequenceSurrogate(ratio=ratio)(lp, rows)[0], ClippedSurrogate()(lp, rows)[0])
+        bounds = {"clip_low": 0.4, "clip_high": 0.2}
+        sequence, token = SequenceSurrogate(ratio=ratio, **bounds), ClippedSurrogate(**bounds)
+        torch.testing.assert_close(sequence(lp, rows)[0], token(lp, rows)[0])
 
 
 @pytest.mark.parametrize("loss", [ClippedSurrogate, SequenceSurrogate])
