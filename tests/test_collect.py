@@ -74,6 +74,11 @@ def test_a_penalty_does_not_make_a_right_answer_wrong():
     assert shares == [0.25, 0.5, 0.25]
 
 
+def test_an_outcome_at_the_threshold_is_wrong():
+    collected, _ = run([3, 0], 2, reward=lambda texts: [0.5] * len(texts))
+    assert [collected.metrics[f"prompts/{kind}"] for kind in ("all_right", "mixed", "all_wrong")] == [0, 0, 1]
+
+
 def test_without_dynamic_sampling_every_group_stays_and_one_batch_is_drawn():
     collected, drawn = run([0, 3, 1, 2], 4)
     assert drawn == [4]
