@@ -30,12 +30,15 @@ class HFPolicy:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"policy.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        # What can only be a folder is looked for at once: transformers takes seconds to be imported.
+        if self.path.startswith(("/", ".", "~")) and not Path(self.location).is_dir():
+            raise ValueError(self._cannot("policy", "there is no such folder"))
 
     @property
     def location(self) -> str:
         shipped = SHIPPED / self.path
         is_shipped = self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
-        return str(shipped) if is_shipped else self.path
+        return str(shipped) if is_shipped else str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Padding on the left; without a pad token, the EOS token pads (masks are explicit, so nothing confuses the two)."""
@@ -79,7 +82,7 @@ class HFPolicy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    def _cannot(self, what: str, error: Exception) -> str:
+    def _cannot(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shipped = ", ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
         return (
