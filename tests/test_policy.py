@@ -3,9 +3,10 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from rlmod.policy import SHIPPED, HFPolicy, save_policy
+from rlmod.policy import SHIPPED, HFPolicy, completion_logits, save_policy
+from rlmod.types import Rollouts
 
 
 def changed_tokenizer(tmp_path, **changes):
@@ -64,3 +65,16 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 def test_bad_dtype_is_named():
     with pytest.raises(ValueError, match=r"policy\.dtype"):
         HFPolicy(path="tiny", dtype="int8")
+
+
+def test_padding_on_the_left_moves_no_position():
+    """With absolute positions, where a shift shows: rotary ones only see distances."""
+    torch.manual_seed(0)
+    settings = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=0)
+    policy = GPT2LMHeadModel(settings).eval()
+    prompt, completion = torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7]])
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    plain = completion_logits(policy, Rollouts(prompt_ids=prompt, prompt_mask=mask, completion_ids=completion))
+    padded = torch.nn.functional.pad(prompt, (4, 0), value=9), torch.nn.functional.pad(mask, (4, 0))
+    again = completion_logits(policy, Rollouts(prompt_ids=padded[0], prompt_mask=padded[1], completion_ids=completion))
+    torch.testing.assert_close(again, plain)
