@@ -65,25 +65,29 @@ def standardize(
     index: Int[Tensor, " R"],
     groups: int,
     *,
-    eps: float,
+    eps: float = 1e-6,
     divide_by_std: bool = True,
     over_ranks: bool = False,
+    judged: Bool[Tensor, "R T"] | None = None,
 ) -> Float[Tensor, "R T"]:
     """(x - mean) / (std + eps) with the statistics of each group's counted entries; std with ddof 1; 0 where not counted.
 
     Entries that are all equal give exactly 0: their std is no more than rounding residue (0.35 added up and divided),
     and dividing by it would turn the residue into an advantage. ``over_ranks`` takes the statistics over all ranks.
+    ``judged`` entries get a value by those statistics too without being part of them: undivided where the counted are all equal.
     """
     sums, maxima = (all_sum, all_max) if over_ranks else (_same, _same)
     highest = maxima(_group_max(values, counted, index, groups))
     lowest = -maxima(_group_max(-values, counted, index, groups))
     n = sums(group_sum(counted.sum(1).to(values.dtype), index, groups))
     mean = sums(group_sum(torch.where(counted, values, 0).sum(1), index, groups)) / n.clamp(min=1)
-    centered = torch.where(counted & (highest > lowest)[index, None], values - mean[index, None], 0)
+    varies = (highest > lowest)[index, None]
+    own = torch.where(counted & varies, values - mean[index, None], 0)
+    centered = own if judged is None else torch.where(judged & ~counted, values - mean[index, None], own)
     if not divide_by_std:
         return centered
-    variance = sums(group_sum(centered.square().sum(1), index, groups)) / (n - 1).clamp(min=1)
-    return centered / (variance.sqrt()[index, None] + eps)
+    variance = sums(group_sum(own.square().sum(1), index, groups)) / (n - 1).clamp(min=1)
+    return centered / torch.where(varies, variance.sqrt()[index, None] + eps, 1)
 
 
 def _group_max(values: Tensor, counted: Tensor, index: Tensor, groups: int) -> Tensor:

@@ -173,8 +173,10 @@ def test_the_time_out_has_to_be_a_time(seconds):
 def test_no_worker_outlives_its_trainer(ending):
     """Ctrl-C, which the terminal sends to the whole process group, and a trainer that cannot clean up."""
     script = """
+        import signal
         from rlmod.reward import math_verify
         from rlmod.types import Texts
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job, and inherited so
         reward = math_verify.MathVerify(timeout_seconds=2)
         reward(Texts(completions=["1"], answers=["1"]))
         print(math_verify._worker.process.pid, flush=True)
