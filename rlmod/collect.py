@@ -2,26 +2,23 @@
 
 draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> rollouts
   ^                                               | no: draw again, at most max_generation_batches times
-  +-----------------------------------------------+
+  +-----------------------------------------------+ yes
+                       prompts where every own completion is wrong -> guide -> reward -> the zero-reward batch, behind them
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
+from rlmod.counts import counted, of_guide
+from rlmod.groups import Drawn, joined, rewarded, texts_of
 from rlmod.interfaces import Guide, Reward, Sampler
-from rlmod.ops import group_sum, has_signal
-from rlmod.scoring import score
-from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate
-
-log = logging.getLogger(__name__)
+from rlmod.types import Prompts, Rollouts, Texts, concatenate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +36,53 @@ class Filter:
 
     dynamic_sampling: bool = False
     max_generation_batches: int = 10
+    over: Literal["union", "own"] = "union"
+    """Whose completions decide, where a guide supplies some: everybody's, or the policy's own."""
     threshold: float = 0.5
     """A completion is correct when its reward, without penalties, is above this."""
 
     def __post_init__(self) -> None:
         if self.max_generation_batches < 1:
             raise ValueError(f"filter.max_generation_batches must be at least 1, got {self.max_generation_batches}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroReward:
+    """J = J_1 + weight * J_0: prompts on which the policy alone failed, as a batch of their own that a guide leads.
+
+    J_1 is the collection as the filter left it. In J_0 stand the prompts that it dropped and where all own completions are wrong, each
+    joined by ``completions_per_prompt`` completions of the guide; shaped by itself, with a normaliser of its own.
+
+    Source: [R] MIX, arXiv:2507.12931: zero-reward samples are used again "as a distinct batch guided by the expert policy".
+    Differs: [D] at most ``prompts`` of them in a collection; those beyond are dropped, and counted.
+    Degenerate: weight 0 asks nothing of the guide and changes nothing, bit for bit. A prompt where the guide fails too stays
+    dropped (unless ``keep_if_guide_fails``). A prompt that is all right is never among them.
+    """
+
+    weight: float = 0.0
+    """lambda; 0: off."""
+    completions_per_prompt: int = 2
+    prompts: int | None = None
+    """The most of them in a collection, over all ranks; null: as many as batch.prompts."""
+    keep_if_guide_fails: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"zero_reward.weight must be 0 (off) or more, got {self.weight}")
+        for name in ("completions_per_prompt", "prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"zero_reward.{name} must be at least 1, got {value}")
+
+    @property
+    def active(self) -> bool:
+        return self.weight > 0
+
+    def room(self, prompts: int, ranks: int) -> int:
+        """The most groups on one rank, whose collection holds ``prompts``."""
+        if not self.active:
+            return 0
+        return prompts if self.prompts is None else math.ceil(self.prompts / ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,159 +99,124 @@ def collect(
     *,
     policy: nn.Module,
     decode: Callable[[Rollouts], list[str]],
+    scored: Callable[[Rollouts], Rollouts],
     draw: Callable[[int], Prompts],
     prompts: int,
     sampler: Sampler,
     guide: Guide | None,
     reward: Reward,
     filter: Filter,
+    zero_reward: ZeroReward,
+    room: int,
     seed: Callable[[int], int],
 ) -> Collected:
-    """``prompts`` groups of rewarded rollouts.
+    """``prompts`` groups of rewarded rollouts, and behind them those of the zero-reward batch, if there is one.
 
-    ``draw(n)`` hands over the next n prompts; ``seed(i)`` is the seed of the i-th batch of this collection.
+    ``draw(n)`` hands over the next n prompts; ``scored`` fills in pi_old's log-probabilities and entropy where they are missing;
+    ``room`` groups may stand in the zero-reward batch; ``seed(i)`` is the seed of the i-th batch of this collection.
     """
-    batches: list[_Batch] = []
+
+    def guided(drawing: Prompts, number: int) -> Rollouts:
+        assert guide is not None
+        rows = guide(drawing, number, seed(len(batches)))
+        entropy = scored(replace(rows, logprobs=None, entropy=None)).entropy
+        assert rows.truncated is not None
+        return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
+
+    def sampled(drawing: Prompts) -> Rollouts:
+        rollouts = sampler(policy, drawing, seed(len(batches)))
+        if guide is None or guide.completions_per_prompt == 0:
+            return rollouts
+        return joined(scored(rollouts), guided(drawing, guide.completions_per_prompt))
+
+    def judged(rollouts: Rollouts, drawing: Prompts, first_group: int) -> Drawn:
+        return rewarded(
+            rollouts,
+            drawing,
+            first_group,
+            decode,
+            reward,
+            threshold=filter.threshold,
+            over_own=filter.over == "own",
+        )
+
+    batches: list[Drawn] = []
     drawn = usable = 0
     wanted = prompts
     while True:
         drawing = draw(wanted)
-        rollouts = sampler(policy, drawing, seed(len(batches)))
-        if guide is not None:
-            rollouts = guide(drawing, rollouts, seed(len(batches)))
-        batches.append(_rewarded(rollouts, drawing, drawn, decode, reward, filter.threshold))
+        batches.append(judged(sampled(drawing), drawing, drawn))
         drawn += len(drawing)
         usable += int(batches[-1].signal.sum())
         if not filter.dynamic_sampling or usable >= prompts or len(batches) == filter.max_generation_batches:
             break
         share_with_signal = max(usable, 1) / drawn
         wanted = min(prompts, math.ceil((prompts - usable) / share_with_signal))
-    return _filtered(batches, prompts, filter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    rollouts: Rollouts
-    texts: Texts
-    terms: dict[str, Float[Tensor, " R"]]
-    signal: Bool[Tensor, " groups"]
-    right: Bool[Tensor, " groups"]
-    """All right; a group that is neither this nor has signal is all wrong."""
-
-
-def _rewarded(
-    rollouts: Rollouts,
-    prompts: Prompts,
-    first_group: int,
-    decode: Callable[[Rollouts], list[str]],
-    reward: Reward,
-    threshold: float,
-) -> _Batch:
-    texts = read(rollouts, prompts.problems, decode)
-    scores = score(reward, texts)
-    assert rollouts.group is not None
-    group, groups = rollouts.group, len(prompts)
-    rewards, outcomes = scores.rewards.to(group.device), scores.outcomes.to(group.device)
-    wrong = group_sum((outcomes <= threshold).float(), group, groups)
-    return _Batch(
-        rollouts=replace(rollouts, rewards=rewards, outcomes=outcomes, group=group + first_group),
-        texts=replace(texts, group=[int(g) + first_group for g in group]),
-        terms=scores.terms,
-        signal=has_signal(outcomes, group, groups, threshold),
-        right=wrong == 0,
-    )
-
-
-def read(rollouts: Rollouts, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> Texts:
-    """The rewards' view of rollouts whose ``group`` counts through ``problems``."""
-    assert rollouts.group is not None and rollouts.mask is not None and rollouts.truncated is not None
-    of_row = [problems[int(g)] for g in rollouts.group]
-    return Texts(
-        completions=decode(rollouts),
-        answers=[problem.answer for problem in of_row],
-        problems=of_row,
-        lengths=rollouts.mask.sum(1).tolist(),
-        truncated=rollouts.truncated.tolist(),
-        group=rollouts.group.tolist(),
-    )
-
-
-def _filtered(batches: Sequence[_Batch], prompts: int, filter: Filter) -> Collected:
-    rollouts = concatenate([batch.rollouts for batch in batches])
     signal = torch.cat([batch.signal for batch in batches])
-    assert rollouts.group is not None and rollouts.mask is not None
     trained = signal.clone() if filter.dynamic_sampling else torch.ones_like(signal)
     trained &= trained.cumsum(0) <= prompts
-    metrics = _metrics(batches, rollouts, signal, trained, prompts)
+    collected = _filled(batches, trained, prompts)
+    if not zero_reward.active:
+        return collected
+    joint: list[Drawn] = []
+    for batch in batches:
+        failed = (batch.wrong & ~batch.signal).nonzero()[:room, 0]
+        if len(failed):
+            drawing = batch.prompts.pick(failed.tolist())
+            rows = joined(scored(batch.rows_of(failed)), guided(drawing, zero_reward.completions_per_prompt))
+            joint.append(judged(rows, drawing, drawn + sum(len(earlier.prompts) for earlier in joint)))
+            room -= len(failed)
+    return _with_zero_reward(collected, joint, drawn, zero_reward, filter.threshold)
+
+
+def _filled(batches: Sequence[Drawn], trained: Bool[Tensor, " groups"], prompts: int) -> Collected:
+    """The groups that passed the filter; what is missing to ``prompts`` is filled with others, masked out whole."""
+    rollouts = concatenate([batch.rollouts for batch in batches])
+    assert rollouts.group is not None and rollouts.mask is not None
     missing = prompts - int(trained.sum())
     fillers = ~trained & ((~trained).cumsum(0) <= missing)
     rows = (trained | fillers)[rollouts.group]
     rollouts = replace(rollouts, mask=rollouts.mask & trained[rollouts.group][:, None]).rows(rows)
-    return Collected(rollouts=rollouts, texts=_joined([batch.texts for batch in batches], rows), metrics=metrics)
+    texts = texts_of([batch.texts for batch in batches], rows)
+    return Collected(rollouts=rollouts, texts=texts, metrics=counted(batches, trained, prompts))
 
 
-def _metrics(
-    batches: Sequence[_Batch],
-    rollouts: Rollouts,
-    signal: Bool[Tensor, " groups"],
-    trained: Bool[Tensor, " groups"],
-    prompts: int,
-) -> dict[str, float]:
-    """Of everything that was sampled, dropped groups included, so that a filter does not flatter the policy."""
-    assert rollouts.rewards is not None and rollouts.mask is not None and rollouts.truncated is not None
-    right = torch.cat([batch.right for batch in batches])
-    lengths = rollouts.mask.sum(1).float()
-    metrics = {
-        "reward/mean": rollouts.rewards.mean(),
-        "completions/length": lengths.mean(),
-        "completions/longest": lengths.max(),
-        "completions/truncated": rollouts.truncated.float().mean(),
-        "completions/tokens": lengths.sum(),
-        "prompts/drawn": float(len(signal)),
-        "prompts/all_right": right.float().mean(),
-        "prompts/mixed": signal.float().mean(),
-        "prompts/all_wrong": (~right & ~signal).float().mean(),
-        "prompts/dropped": (~trained).float().mean(),
-        "prompts/unfilled": float(max(prompts - int(trained.sum()), 0)),
-        "prompts/generation_batches": float(len(batches)),
+def _with_zero_reward(
+    collected: Collected, joint: Sequence[Drawn], drawn: int, settings: ZeroReward, threshold: float
+) -> Collected:
+    """The collection, and behind it the groups that the guide rescued, marked ``zero_reward``."""
+    own = collected.rollouts
+    assert own.truncated is not None
+    nobody = torch.zeros_like(own.truncated)
+    own = replace(own, zero_reward=nobody, from_guide=nobody if own.from_guide is None else own.from_guide)
+    # Without own completions right, whatever is right is the guide's.
+    helped = [batch.solved(threshold) for batch in joint]
+    rescued = sum(int(groups.sum()) for groups in helped)
+    failed = sum(len(batch.prompts) for batch in joint)
+    metrics = dict(collected.metrics)
+    metrics |= {
+        "prompts/rescued": rescued / drawn,
+        "prompts/dropped": metrics["prompts/dropped"] - rescued / drawn,
+        "zero_reward/prompts": float(failed),
+        "zero_reward/guide_failed": (failed - rescued) / max(failed, 1),
     }
-    for term in batches[0].terms:
-        metrics[f"reward/{term}"] = torch.cat([batch.terms[term] for batch in batches]).mean()
-    if rollouts.entropy is not None:
-        metrics["completions/entropy"] = rollouts.entropy.sum() / lengths.sum().clamp(min=1)
-    if metrics["completions/truncated"] == 1:
-        log.warning(
-            "100 %% of the %d completions of this collection hit the limit of %d tokens before an end of sequence: rewards that need "
-            "the end of the text cannot be earned. Raise sampler.max_new_tokens, or check that the policy ever ends its text.",
-            len(rollouts),
-            int(lengths.max()),
-        )
-    if not signal.any():
-        log.warning(
-            "None of the %d groups of this collection has signal (%.0f %% all right, %.0f %% all wrong): nothing is learned from it.",
-            len(signal),
-            100 * metrics["prompts/all_right"],
-            100 * metrics["prompts/all_wrong"],
-        )
-    elif metrics["prompts/unfilled"]:
-        log.warning(
-            "After %d generation batches %d of %d groups are still missing (%.0f %% of the prompts drawn have signal): the step is "
-            "smaller. Raise filter.max_generation_batches, or give easier or harder problems.",
-            len(batches),
-            int(metrics["prompts/unfilled"]),
-            prompts,
-            100 * metrics["prompts/mixed"],
-        )
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _joined(parts: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
-    kept = rows.nonzero()[:, 0].tolist()
-
-    def joined(name: str) -> list[Any]:
-        whole = list(chain.from_iterable(getattr(part, name) for part in parts))
-        return [whole[row] for row in kept]
-
-    return Texts(
-        **{name: joined(name) for name in ("completions", "answers", "problems", "lengths", "truncated", "group")}
+    if not joint:
+        return Collected(rollouts=own, texts=collected.texts, metrics=metrics)
+    rows = torch.cat(
+        [
+            (groups | settings.keep_if_guide_fails)[batch.group_of_row]
+            for batch, groups in zip(joint, helped, strict=True)
+        ]
+    )
+    guide_counts = of_guide(joint)
+    metrics |= {name.replace("guide/", "zero_reward/guide_"): value for name, value in guide_counts.items()}
+    metrics["guide/tokens"] = metrics.get("guide/tokens", 0.0) + guide_counts["guide/tokens"]
+    added = concatenate([batch.rollouts for batch in joint]).rows(rows)
+    assert added.truncated is not None
+    added = replace(added, zero_reward=torch.ones_like(added.truncated))
+    texts = texts_of([batch.texts for batch in joint], rows)
+    return Collected(
+        rollouts=concatenate([own, added]),
+        texts=Texts(**{f.name: [*getattr(collected.texts, f.name), *getattr(texts, f.name)] for f in fields(Texts)}),
+        metrics=metrics,
     )

@@ -3,12 +3,13 @@
 import warnings
 
 from rlmod.parts import Parts
+from rlmod.penalty.kl import KL
 
 
 def check(parts: Parts) -> None:
     """ValueError for parts that cannot work together; a warning for those that work but not as one may think."""
-    g = parts.sampler.completions_per_prompt
-    if g == 1 and parts.guide is None and getattr(parts.shaper, "compares_within_group", False):
+    g = parts.rows_per_prompt
+    if g == 1 and getattr(parts.shaper, "compares_within_group", False):
         raise ValueError(
             f"sampler.completions_per_prompt=1 with shaper {type(parts.shaper).__name__}: it compares the completions of a prompt "
             "with each other, so every advantage would be 0; give at least 2"
@@ -19,7 +20,10 @@ def check(parts: Parts) -> None:
             "so the shaper's differences between its tokens would weigh nothing but their mean; use loss=clipped_surrogate, or "
             "shaper=sequence_entropy"
         )
-    parts.batch.micro_batches(g)
+    if not parts.zero_reward.active:
+        parts.batch.micro_batches(g)
+    _check_guide(parts)
+    _check_reference(parts)
     top_p, top_k = getattr(parts.sampler, "top_p", 1.0), getattr(parts.sampler, "top_k", 0)
     if top_p < 1 or top_k > 0:
         warnings.warn(
@@ -27,4 +31,49 @@ def check(parts: Parts) -> None:
             "entropies and ratios are those of the whole one, so the gradient is biased towards tokens the cut favours; "
             "train with top_p=1 top_k=0",
             stacklevel=2,
+        )
+
+
+def _check_guide(parts: Parts) -> None:
+    if parts.zero_reward.active and parts.guide is None:
+        raise ValueError(
+            f"zero_reward.weight={parts.zero_reward.weight} without a guide: prompts on which the policy alone fails have nothing to "
+            "learn from; give guide=policy or guide=demonstrations, or set zero_reward.weight=0"
+        )
+    if parts.zero_reward.active and not parts.filter.dynamic_sampling:
+        raise ValueError(
+            f"zero_reward.weight={parts.zero_reward.weight} with filter.dynamic_sampling=false: the zero-reward batch is made of the "
+            "prompts that dynamic sampling drops; set filter.dynamic_sampling=true"
+        )
+    if parts.guide is None:
+        return
+    if parts.guide.completions_per_prompt == 0 and not parts.zero_reward.active:
+        warnings.warn(
+            "guide.completions_per_prompt=0 and zero_reward.weight=0: the guide is never asked for anything",
+            stacklevel=3,
+        )
+    if getattr(parts.shaper, "pool", "union") == "own" and parts.sampler.completions_per_prompt == 1:
+        raise ValueError(
+            "shaper.pool=own with sampler.completions_per_prompt=1: one own completion has no spread to judge the guide's by; "
+            "give at least 2, or shaper.pool=union"
+        )
+    top_p = getattr(getattr(parts.guide, "sampler", None), "top_p", 1.0)
+    if top_p < 1 and getattr(parts.guide, "ratio", "guide") == "guide":
+        warnings.warn(
+            f"guide.sampler.top_p={top_p} with guide.ratio=guide: the ratio divides by the guide's whole distribution, while its "
+            "completions are drawn from a cut one, so their ratios are too large; set guide.sampler.top_p=1",
+            stacklevel=3,
+        )
+
+
+def _check_reference(parts: Parts) -> None:
+    for name, penalty in parts.penalty.items():
+        if isinstance(penalty, KL) and parts.reference is None:
+            raise ValueError(
+                f"penalty.{name} without a reference: there is nothing to stay close to; give reference=frozen, reference=ema, or, "
+                "for a policy with an adapter, reference=base"
+            )
+    if parts.reference is not None and not parts.penalty:
+        warnings.warn(
+            "reference without a penalty that uses it: every step pays for a forward pass in vain", stacklevel=3
         )

@@ -129,7 +129,7 @@ def _sampled(
     from numpy.random import SeedSequence
     from rich.progress import track
 
-    from rlmod.collect import read
+    from rlmod.groups import read
     from rlmod.policy import completion_texts
     from rlmod.scoring import score
 

@@ -1,6 +1,6 @@
 """What each swappable component must be callable as, in the order of the data.
 
-    prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
+    prompts -> sampler -> guide -> reward -> filter -> score -> reference -> shaper -> correction -> weighting -> loss -> penalty -> optimizer
 
 A component is any callable of the right shape: there is nothing to inherit and nothing to register. Ours are frozen, keyword-only
 dataclasses whose fields are their YAML keys; yours may be a plain function.
@@ -41,8 +41,14 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Guide(Protocol):
-    def __call__(self, prompts: Prompts, rollouts: Rollouts, seed: int) -> Rollouts:
-        """The rollouts joined by the guide's own rows (``from_guide`` True), whole groups together."""
+    completions_per_prompt: int
+    """That join every prompt's own; 0: the guide serves the zero-reward batch alone."""
+
+    def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
+        """``completions_per_prompt`` rows a prompt, the rows of prompt i with ``group`` i.
+
+        Fills what a sampler does but ``entropy``, which is pi_old's; ``logprobs`` are what the ratio divides by.
+        """
         ...
 
 
@@ -54,9 +60,36 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class Reference(Protocol):
+    def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
+        """log pi_ref of each completion token, in nats, of softmax(logits / temperature)."""
+        ...
+
+
+@runtime_checkable
+class MovingReference(Reference, Protocol):
+    """A reference that follows the policy, and whose weights are in the run's checkpoint."""
+
+    def update(self, policy: nn.Module) -> None:
+        """Called after every collection has been trained on."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
 class Shaper(Protocol):
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         """The advantage of every token, over whole groups; 0 where ``rollouts.mask`` is False."""
+        ...
+
+
+@runtime_checkable
+class Correction(Protocol):
+    def __call__(self, rollouts: Rollouts) -> Rollouts:
+        """The shaped rollouts with other advantages or a smaller mask; advantages stay 0 where the mask is False."""
         ...
 
 
@@ -95,6 +128,8 @@ def prepare(components: Iterable[object], problems: Sequence[Problem], tokenizer
             component.prepare(problems, tokenizer)
 
 
+Penalty = Loss
+"""Added to the loss token by token, under the same weights; its own weight is its own field."""
 Optimizer = Callable[..., object]
 """A partial of a torch optimizer: called with the parameters."""
 Schedule = Callable[..., object]

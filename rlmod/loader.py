@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
 
+from rlmod.collect import ZeroReward
 from rlmod.interfaces import Weighting
 from rlmod.prompts import EncodedProblems
 from rlmod.settings import Batch
-from rlmod.types import Prompts, Rollouts
+from rlmod.types import Prompts, Rollouts, concatenate
 
 
 class RolloutLoader:
@@ -22,8 +26,16 @@ class RolloutLoader:
     is a generator, or Lightning would collect twice in the first epoch.
     """
 
-    def __init__(self, collect: Callable[[], Rollouts], weighting: Weighting, batch: Batch, micro_batches: int) -> None:
+    def __init__(
+        self,
+        collect: Callable[[], Rollouts],
+        weighting: Weighting,
+        batch: Batch,
+        micro_batches: int,
+        zero_reward_weight: float = 0.0,
+    ) -> None:
         self.collect, self.weighting, self.batch, self.micro_batches = collect, weighting, batch, micro_batches
+        self.zero_reward_weight = zero_reward_weight
 
     def __len__(self) -> int:
         return self.batch.passes * self.batch.updates * self.micro_batches
@@ -31,18 +43,41 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Rollouts]:
         rollouts = self.collect()
         for _ in range(self.batch.passes):
-            for step in parts(rollouts, self.batch.updates):
-                weighted = replace(step, weights=self.weighting(step))
+            for step in self.steps(rollouts):
+                weighted = replace(step, weights=self.weights(step))
                 for micro_batch in parts(weighted, self.micro_batches):
                     yield micro_batch.trimmed()
 
+    def steps(self, rollouts: Rollouts) -> Iterator[Rollouts]:
+        """The rows of each optimizer step: of the zero-reward batch, where there is one, a share goes into each."""
+        if rollouts.zero_reward is None:
+            yield from parts(rollouts, self.batch.updates)
+            return
+        main, extra = rollouts.rows(~rollouts.zero_reward), rollouts.rows(rollouts.zero_reward)
+        for pair in zip(parts(main, self.batch.updates), parts(extra, self.batch.updates), strict=True):
+            yield concatenate(pair)
+
+    def weights(self, step: Rollouts) -> Float[Tensor, "R T"]:
+        """J = J_1 + lambda J_0: the zero-reward batch has a normaliser of its own."""
+        if step.zero_reward is None:
+            return self.weighting(step)
+        assert step.mask is not None
+        extra = step.zero_reward[:, None]
+        main = self.weighting(replace(step, mask=step.mask & ~extra))
+        return main + self.zero_reward_weight * self.weighting(replace(step, mask=step.mask & extra))
+
 
 def parts(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
-    """``number`` equal slices."""
-    size, rest = divmod(len(rollouts), number)
-    assert rest == 0, f"{len(rollouts)} rows in {number} parts"
-    for start in range(0, len(rollouts), size):
-        yield rollouts.rows(slice(start, start + size))
+    """``number`` slices, as equal as can be. Where there are fewer rows than slices, some hold one row that is masked out."""
+    bounds = [len(rollouts) * i // number for i in range(number + 1)]
+    for start, stop in pairwise(bounds):
+        yield rollouts.rows(slice(start, stop)) if start < stop else _masked_out(rollouts.rows(slice(0, 1)))
+
+
+def _masked_out(rollouts: Rollouts) -> Rollouts:
+    assert rollouts.mask is not None
+    weights = None if rollouts.weights is None else torch.zeros_like(rollouts.weights)
+    return replace(rollouts, mask=torch.zeros_like(rollouts.mask), weights=weights)
 
 
 class PromptLoader:
@@ -72,13 +107,15 @@ class RLData(L.LightningDataModule):
         held_out: EncodedProblems | None,
         batch: Batch,
         weighting: Weighting,
-        completions_per_prompt: int,
+        rows_per_prompt: int,
+        zero_reward: ZeroReward,
         validation_prompts: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.train, self.held_out = train, held_out
-        self.batch, self.weighting, self.completions_per_prompt = batch, weighting, completions_per_prompt
+        self.batch, self.weighting = batch, weighting
+        self.rows_per_prompt, self.zero_reward = rows_per_prompt, zero_reward
         self.validation_prompts, self.seed = validation_prompts, seed
         self.drawn = 0
         """Prompts that this rank has drawn so far."""
@@ -106,8 +143,16 @@ class RLData(L.LightningDataModule):
             lambda: module.collect(self.draw, self.batch.prompts // ranks),
             self.weighting,
             self.batch,
-            self.batch.micro_batches(self.completions_per_prompt, ranks),
+            self.micro_batches(ranks),
+            self.zero_reward.weight,
         )
+
+    def micro_batches(self, ranks: int) -> int:
+        """Of one optimizer step on one rank; the zero-reward batch counts at its largest."""
+        extra = self.zero_reward.room(self.batch.prompts // ranks, ranks) * (
+            self.rows_per_prompt + self.zero_reward.completions_per_prompt
+        )
+        return self.batch.micro_batches(self.rows_per_prompt, ranks, extra)
 
     def val_dataloader(self) -> "PromptLoader":
         assert self.trainer is not None and self.held_out is not None

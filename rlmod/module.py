@@ -1,12 +1,12 @@
 """One iteration of post-training, in the order of the data.
 
-prompts -> sampler -> guide -> reward -> filter -> score -> shaper -> weighting -> loss -> optimizer
+prompts -> sampler -> guide -> reward -> filter -> score -> reference -> shaper -> correction -> weighting -> loss -> penalty -> optimizer
 
 collect        prompts to shaped rollouts      once an epoch, without gradients
 training_step  a micro-batch to its loss       many times an epoch; the weighting has made its weights span the step
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -21,13 +21,26 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmod import ops
-from rlmod.collect import Collected, Filter, collect, read
-from rlmod.interfaces import Guide, Loss, Optimizer, Reward, Sampler, Schedule, Shaper
+from rlmod.collect import Collected, Filter, ZeroReward, collect
+from rlmod.groups import read
+from rlmod.interfaces import (
+    Correction,
+    Guide,
+    Loss,
+    MovingReference,
+    Optimizer,
+    Penalty,
+    Reference,
+    Reward,
+    Sampler,
+    Schedule,
+    Shaper,
+)
 from rlmod.metrics import MeanAtK, PassAtK
 from rlmod.policy import completion_logits, completion_texts
 from rlmod.scoring import score
 from rlmod.settings import Validation
-from rlmod.types import Prompts, Rollouts
+from rlmod.types import Prompts, Rollouts, concatenate
 
 
 class RLModule(L.LightningModule):
@@ -40,18 +53,25 @@ class RLModule(L.LightningModule):
         guide: Guide | None,
         reward: Reward,
         filter: Filter,
+        zero_reward: ZeroReward,
+        reference: Reference | None,
         shaper: Shaper,
+        correction: Mapping[str, Correction],
         loss: Loss,
+        penalty: Mapping[str, Penalty],
         optimizer: Optimizer,
         schedule: Schedule | None,
         validation: Validation,
+        rows_per_forward: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.policy, self.tokenizer = policy, tokenizer
         self.sampler, self.guide, self.reward, self.filter = sampler, guide, reward, filter
-        self.shaper, self.loss, self.optimizer, self.schedule = shaper, loss, optimizer, schedule
-        self.validation, self.seed = validation, seed
+        self.zero_reward, self.reference = zero_reward, reference
+        self.shaper, self.correction, self.loss, self.penalty = shaper, correction, loss, penalty
+        self.optimizer, self.schedule = optimizer, schedule
+        self.validation, self.rows_per_forward, self.seed = validation, rows_per_forward, seed
         self.validation_metrics = MetricCollection(
             {validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in validation.pass_at}},
             compute_groups=False,
@@ -72,26 +92,35 @@ class RLModule(L.LightningModule):
             collected = collect(
                 policy=self.policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
+                scored=self.scored,
                 draw=lambda n: draw(n).to(self.device),
                 prompts=prompts,
                 sampler=self.sampler,
                 guide=self.guide,
                 reward=self.reward,
                 filter=self.filter,
+                zero_reward=self.zero_reward,
+                room=self.zero_reward.room(prompts, self.trainer.world_size),
                 seed=lambda i: self.derived_seed(self.current_epoch, i),
             )
-            rollouts = self.scored(collected.rollouts)
-        rollouts = replace(rollouts, advantages=self.shaper(rollouts))
+            rollouts = self.referenced(self.scored(collected.rollouts))
+        rollouts = self.shaped(rollouts)
         self.collected = replace(collected, rollouts=rollouts)
-        self.tokens_sampled += int(collected.metrics["completions/tokens"])
+        self.tokens_sampled += int(collected.metrics["completions/tokens"] + collected.metrics.get("guide/tokens", 0))
         return rollouts
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
-        assert batch.completion_ids is not None and batch.weights is not None and batch.mask is not None
-        logprobs = ops.token_logprobs(
-            completion_logits(self.policy, batch), batch.completion_ids, self.sampler.temperature
-        )
+        assert batch.completion_ids is not None
+        logits, temperature = completion_logits(self.policy, batch), self.sampler.temperature
+        logprobs = ops.token_logprobs(logits, batch.completion_ids, temperature)
+        if any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values()):
+            batch = replace(batch, policy_entropy=ops.entropy(logits, temperature))
         per_token, metrics = self.loss(logprobs, batch)
+        for penalty in self.penalty.values():
+            added, measured = penalty(logprobs, batch)
+            per_token = per_token + added
+            metrics |= measured
+        assert batch.weights is not None and batch.mask is not None
         loss = (per_token * batch.weights).sum()
         self.log_over_step(loss, metrics, int(batch.mask.sum()))
         # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
@@ -103,13 +132,37 @@ class RLModule(L.LightningModule):
         if rollouts.logprobs is not None and rollouts.entropy is not None:
             return rollouts
         assert rollouts.completion_ids is not None and rollouts.mask is not None
-        logits = completion_logits(self.policy, rollouts)
-        mask, temperature = rollouts.mask, self.sampler.temperature
-        return replace(
-            rollouts,
-            logprobs=ops.token_logprobs(logits, rollouts.completion_ids, temperature) * mask,
-            entropy=ops.entropy(logits, temperature) * mask,
-        )
+        temperature, parts = self.sampler.temperature, []
+        for rows in torch.arange(len(rollouts), device=rollouts.device).split(self.rows_per_forward):
+            logits = completion_logits(self.policy, rollouts.rows(rows))
+            logprobs = ops.token_logprobs(logits, rollouts.completion_ids[rows], temperature)
+            parts.append((logprobs, ops.entropy(logits, temperature)))
+        logprobs, entropy = (torch.cat(values) * rollouts.mask for values in zip(*parts, strict=True))
+        return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
+
+    def referenced(self, rollouts: Rollouts) -> Rollouts:
+        """With the reference policy's log-probabilities, where there is one."""
+        if self.reference is None:
+            return rollouts
+        assert rollouts.mask is not None
+        parts = [
+            self.reference(self.policy, rollouts.rows(rows), self.sampler.temperature)
+            for rows in torch.arange(len(rollouts), device=rollouts.device).split(self.rows_per_forward)
+        ]
+        return replace(rollouts, reference_logprobs=torch.cat(parts) * rollouts.mask)
+
+    def shaped(self, rollouts: Rollouts) -> Rollouts:
+        """With advantages, corrected. The zero-reward batch is shaped by itself, or its rows would enter the others' statistics."""
+        if rollouts.zero_reward is not None:
+            main, extra = rollouts.rows(~rollouts.zero_reward), rollouts.rows(rollouts.zero_reward)
+            return concatenate([self._shaped(main), self._shaped(extra)])
+        return self._shaped(rollouts)
+
+    def _shaped(self, rollouts: Rollouts) -> Rollouts:
+        rollouts = replace(rollouts, advantages=self.shaper(rollouts))
+        for correct in self.correction.values():
+            rollouts = correct(rollouts)
+        return rollouts
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
@@ -129,6 +182,8 @@ class RLModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
         self.log_dict(dict(self.collected.metrics), batch_size=1, sync_dist=self.trainer.world_size > 1)
+        if isinstance(self.reference, MovingReference):
+            self.reference.update(self.policy)
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
@@ -161,9 +216,15 @@ class RLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
+        if isinstance(self.reference, MovingReference):
+            checkpoint["reference"] = dict(self.reference.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_sampled = checkpoint["tokens_sampled"]
+        if isinstance(self.reference, MovingReference):
+            if "reference" not in checkpoint:
+                raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")
+            self.reference.load_state_dict(checkpoint["reference"])
 
     def derived_seed(self, *position: int) -> int:
         """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""

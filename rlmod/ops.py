@@ -128,5 +128,17 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return value
 
 
+def all_gathered(values: Float[Tensor, " n"]) -> Float[Tensor, " N"]:
+    """The values of all ranks, one after the other; ranks may have different numbers of them."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    sizes = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
+    longest = int(torch.cat(sizes).max())
+    padded = [values.new_zeros(longest) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(values, (0, longest - len(values))))
+    return torch.cat([part[: int(size)] for part, size in zip(padded, sizes, strict=True)])
+
+
 def _same(value: Tensor) -> Tensor:
     return value

@@ -1,16 +1,29 @@
 """From the composed config to its components: everything that can be wrong before data and weights are loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod.collect import Filter
-from rlmod.interfaces import Guide, Loss, Optimizer, Problems, Reward, Sampler, Shaper, Weighting
+from rlmod.collect import Filter, ZeroReward
+from rlmod.interfaces import (
+    Correction,
+    Guide,
+    Loss,
+    Optimizer,
+    Penalty,
+    Problems,
+    Reference,
+    Reward,
+    Sampler,
+    Shaper,
+    Weighting,
+)
 from rlmod.policy import HFPolicy
 from rlmod.prompts import PromptEncoder
 from rlmod.scoring import build
@@ -29,12 +42,21 @@ class Parts:
     guide: Guide | None
     reward: Reward
     filter: Filter
+    zero_reward: ZeroReward
+    reference: Reference | None
     shaper: Shaper
+    correction: Mapping[str, Correction]
     weighting: Weighting
     loss: Loss
+    penalty: Mapping[str, Penalty]
     optimizer: Optimizer
     batch: Batch
     validation: Validation
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Own completions and the guide's."""
+        return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Parts":
@@ -48,6 +70,9 @@ class Parts:
                 check_arguments(made, key)
             return made
 
+        def parts_of(group: str) -> dict[str, Any]:
+            return {str(name): part(f"{group}.{name}") for name in OmegaConf.select(cfg, group) or {}}
+
         return cls(
             policy=part("policy"),
             train=part("data.train"),
@@ -57,9 +82,13 @@ class Parts:
             guide=part("guide"),
             reward=build(cfg.reward),
             filter=part("filter"),
+            zero_reward=part("zero_reward"),
+            reference=part("reference"),
             shaper=part("shaper"),
+            correction=parts_of("correction"),
             weighting=part("weighting"),
             loss=part("loss"),
+            penalty=parts_of("penalty"),
             optimizer=part("optimizer"),
             batch=part("batch"),
             validation=Validation(
@@ -76,13 +105,19 @@ PLAIN: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true o
 
 
 def check_types(node: DictConfig, key: str) -> None:
-    """ValueError for a plain field (number, text, switch) of one of our dataclasses that holds something else."""
+    """ValueError for a plain field (number, text, switch, choice) of one of our dataclasses that holds something else."""
     if not str(node.get("_target_", "")).startswith("rlmod."):
         return
     hints = get_type_hints(get_class(node._target_).__init__)
     for name in node:
         value = given(node, str(name), key)
+        if isinstance(value, DictConfig):
+            check_types(value, f"{key}.{name}")
         if value is None or name not in hints:
+            continue
+        if get_origin(hints[name]) is Literal:
+            if value not in get_args(hints[name]):
+                raise ValueError(f"{key}.{name} must be one of {', '.join(get_args(hints[name]))}, got {value!r}")
             continue
         wanted = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not NoneType]
         if len(wanted) == 1 and wanted[0] in PLAIN and not _is(value, wanted[0]):

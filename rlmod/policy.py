@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlmod.ops import token_logprobs
 from rlmod.types import Rollouts
 
 if TYPE_CHECKING:
@@ -82,6 +83,13 @@ class HFPolicy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
+    def frozen(self) -> "PreTrainedModel":
+        """This model as a guide or a reference: without gradients, in evaluation mode.
+
+        Kept outside of the LightningModule's tree, so that no optimizer and no checkpoint ever sees it.
+        """
+        return self.model(self.tokenizer()).eval().requires_grad_(False)
+
     def _cannot(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shipped = ", ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
@@ -89,6 +97,12 @@ class HFPolicy:
             f"policy.path={self.path}: no {what} could be loaded ({reason}). "
             f"Give a folder in Hugging Face format, a name on the hub, or one of the shipped: {shipped}"
         )
+
+
+def completion_logprobs(policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
+    """log pi(o_{i,t} | q, o_{i,<t}) in nats, of softmax(logits / temperature)."""
+    assert rollouts.completion_ids is not None
+    return token_logprobs(completion_logits(policy, rollouts), rollouts.completion_ids, temperature)
 
 
 def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:

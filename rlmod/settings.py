@@ -1,5 +1,6 @@
 """The sizes of an iteration, and how held-out problems are sampled and judged."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,11 @@ class Batch:
             if getattr(self, name) < 1:
                 raise ValueError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
 
-    def micro_batches(self, completions_per_prompt: int, ranks: int = 1) -> int:
-        """Micro-batches of one optimizer step on one rank. ValueError where they do not come out even."""
+    def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
+        """Micro-batches of one optimizer step on one rank. ValueError where they do not come out even.
+
+        With ``extra_rows``, which a collection may or may not have, they cannot: then a micro-batch has at most ``micro_batch`` rows.
+        """
         if self.prompts % ranks:
             raise ValueError(f"batch.prompts={self.prompts} cannot be shared out among {ranks} ranks: give a multiple")
         rows = self.prompts // ranks * completions_per_prompt
@@ -35,6 +39,8 @@ class Batch:
                 f"x {completions_per_prompt} completions a rank): give one of {_divisors(rows)}"
             )
         step = rows // self.updates
+        if extra_rows:
+            return math.ceil((step + math.ceil(extra_rows / self.updates)) / self.micro_batch)
         if step % min(self.micro_batch, step):
             raise ValueError(
                 f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows a collection "

@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
-    prepare([parts.reward], problems.problems, tokenizer)
+    prepare([parts.reward, parts.guide, parts.reference], problems.problems, tokenizer)
     prepare([parts.validation.reward], held_out.problems if held_out else (), tokenizer)
 
     import lightning as L
@@ -60,11 +60,16 @@ def train(cfg: DictConfig) -> float | None:
         guide=parts.guide,
         reward=parts.reward,
         filter=parts.filter,
+        zero_reward=parts.zero_reward,
+        reference=parts.reference,
         shaper=parts.shaper,
+        correction=parts.correction,
         loss=parts.loss,
+        penalty=parts.penalty,
         optimizer=parts.optimizer,
         schedule=instantiate(cfg.schedule),
         validation=parts.validation,
+        rows_per_forward=parts.batch.micro_batch,
         seed=cfg.seed,
     )
     data = RLData(
@@ -72,14 +77,13 @@ def train(cfg: DictConfig) -> float | None:
         held_out=held_out,
         batch=parts.batch,
         weighting=parts.weighting,
-        completions_per_prompt=parts.sampler.completions_per_prompt,
+        rows_per_prompt=parts.rows_per_prompt,
+        zero_reward=parts.zero_reward,
         validation_prompts=cfg.validation.prompts_per_batch,
         seed=cfg.seed,
     )
     trainer = _trainer(cfg)
-    trainer.accumulate_grad_batches = parts.batch.micro_batches(
-        parts.sampler.completions_per_prompt, trainer.world_size
-    )
+    trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     return _fitted(trainer, module, data, checkpoint, folder, started)
 
 

@@ -43,6 +43,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.problems)
 
+    def pick(self, indices: Sequence[int]) -> "Prompts":
+        chosen = list(indices)
+        problems = tuple(self.problems[i] for i in chosen)
+        return Prompts(ids=self.ids[chosen], mask=self.mask[chosen], problems=problems)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Prompts":
         """Lightning moves a batch with this."""
         return replace(
@@ -96,9 +101,15 @@ class Rollouts:
     """Over the full vocabulary, of pi_old at the sampling temperature; never with a gradient."""
     sampler_logprobs: Float[Tensor, "R T"] | None = None
     """As the sampling engine reported them."""
+    reference_logprobs: Float[Tensor, "R T"] | None = None
+    """Of the reference policy, at the sampling temperature."""
+    policy_entropy: Float[Tensor, "R T"] | None = None
+    """Of the policy as it is being trained, with its gradient; only in a training step, and only if a penalty needs it."""
     truncated: Bool[Tensor, " R"] | None = None
     """Hit the token limit before an EOS."""
     from_guide: Bool[Tensor, " R"] | None = None
+    zero_reward: Bool[Tensor, " R"] | None = None
+    """In the batch of its own of prompts that the policy alone failed on."""
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None
@@ -116,6 +127,10 @@ class Rollouts:
 
     def _filled(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return next(value.device for value in self._filled().values())
 
     def rows(self, index: slice | Tensor) -> "Rollouts":
         """The rows that a slice, an index or a boolean tensor picks, in every field."""
@@ -137,8 +152,10 @@ class Rollouts:
         return replace(self, **changes)
 
 
-TOKEN_FIELDS = frozenset({"completion_ids", "mask", "logprobs", "entropy", "sampler_logprobs", "advantages", "weights"})
-PADDING = {"prompt_ids": "left", "prompt_mask": "left", **dict.fromkeys(TOKEN_FIELDS, "right")}
+PROMPT_FIELDS = frozenset({"prompt_ids", "prompt_mask"})
+ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "from_guide", "zero_reward"})
+TOKEN_FIELDS = frozenset(f.name for f in fields(Rollouts)) - PROMPT_FIELDS - ROW_FIELDS
+PADDING = {**dict.fromkeys(PROMPT_FIELDS, "left"), **dict.fromkeys(TOKEN_FIELDS, "right")}
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:

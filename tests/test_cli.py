@@ -35,6 +35,31 @@ REFUSED = {
         ["shaper=token_entropy", "loss=sequence_surrogate"],
         ["SequenceSurrogate", "TokenEntropy", "loss=clipped_surrogate"],
     ),
+    "no such choice": (["shaper.pool=mine"], ["shaper.pool must be one of union, own", "'mine'"]),
+    "nested field": (
+        ["guide=policy", "guide.policy.path=strong", "guide.sampler.top_k=many"],
+        ["guide.sampler.top_k must be a whole number"],
+    ),
+    "missing guide": (["guide=policy"], ["guide.policy.path is missing"]),
+    "zero-reward without a guide": (["zero_reward.weight=1", "filter.dynamic_sampling=true"], ["guide=policy"]),
+    "zero-reward without dynamic sampling": (
+        ["zero_reward.weight=1", "guide=policy", "guide.policy.path=strong"],
+        ["filter.dynamic_sampling=true"],
+    ),
+    "no demonstrations": (
+        ["guide=demonstrations", "guide.path=/nowhere.jsonl"],
+        ["guide.path=/nowhere.jsonl", "no such file"],
+    ),
+    "kl without a reference": (["penalty=[kl]"], ["penalty.kl without a reference", "reference=frozen"]),
+    "share of forks": (
+        ["correction=[forking_tokens]", "correction.forking_tokens.share=0"],
+        ["correction.forking_tokens.share must be above 0"],
+    ),
+    "guide's clip": (
+        ["loss=mixed_surrogate", "loss.guide_clip=[0.2]"],
+        ["loss.guide_clip must be same, none or [low, high]"],
+    ),
+    "decay": (["reference=ema", "reference.decay=2"], ["reference.decay must be at least 0 and at most 1"]),
     "no epochs": (["trainer.max_epochs=abc"], ["trainer.max_epochs", "whole number"]),
     "not to resume": (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),
     "accumulation is ours": (["trainer.accumulate_grad_batches=2"], ["unknown key trainer.accumulate_grad_batches"]),
@@ -93,7 +118,7 @@ def test_help_lists_groups_and_options():
         [Path(sys.executable).with_name("rlmod-train"), "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for line in ("shaper: sequence_entropy, token_entropy, uniform", "loss: clipped_surrogate, sequence_surrogate"):
+    for line in ("shaper: group_baseline, leave_one_out", "loss: cispo, clipped_surrogate"):
         assert line in done.stdout
     assert "clip_low: 0.2" in done.stdout
     assert "experiment=gtpo" in done.stdout

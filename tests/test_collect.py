@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rlmod.collect import Filter, collect
+from rlmod.collect import Filter, ZeroReward, collect
 from rlmod.types import Problem, Prompts, Rollouts
 
 G = 3
@@ -51,9 +51,9 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward
     collected = collect(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
-        draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=None,
+        scored=lambda rollouts: rollouts, draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=None,
         reward=reward,
-        filter=Filter(**settings), seed=lambda i: i,
+        filter=Filter(**settings), zero_reward=ZeroReward(), room=0, seed=lambda i: i,
     )  # fmt: skip
     return collected, drawn
 

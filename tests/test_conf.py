@@ -15,12 +15,13 @@ from rlmod.module import RLModule
 from rlmod.parts import Parts
 
 ROOT = Path(__file__).parents[1]
-WAY = ["sampler", "guide", "reward", "shaper", "weighting", "loss"]
+WAY = ["sampler", "guide", "reward", "reference", "shaper", "correction", "weighting", "loss", "penalty"]
+LISTS = ["correction", "penalty"]  # of these there may be several
 OPTIONS = [
     (stage, file.stem)
     for stage in WAY
     for file in sorted((ROOT / "conf" / stage).glob("*.yaml"))
-    if (stage, file.stem) != ("guide", "none")
+    if file.stem != "none"
 ]
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
 DEBUGS = sorted(file.stem for file in (ROOT / "conf" / "debug").glob("*.yaml"))
@@ -34,14 +35,15 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 
 @pytest.mark.parametrize(("stage", "option"), OPTIONS)
 def test_every_option_is_a_module_with_a_class_of_its_name_and_all_its_fields(stage, option):
-    node = composed(f"{stage}={option}")[stage]
+    cfg = composed(f"{stage}=[{option}]" if stage in LISTS else f"{stage}={option}")
+    node = cfg[stage][option] if stage in LISTS else cfg[stage]
     module, _, name = node._target_.rpartition(".")
     assert module == f"rlmod.{stage}.{option}"
-    assert re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() == option
+    assert re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower() == option
     described = {field.name for field in fields(get_class(node._target_))}
     assert {key for key in node if not key.startswith("_")} == described
     doc = get_class(node._target_).__doc__ or ""
-    if stage in ("shaper", "weighting", "loss"):
+    if stage in ("reference", "shaper", "correction", "weighting", "loss", "penalty"):
         for part in ("Source:", "Degenerate:", "Needs:"):
             assert part in doc, f"{name} lacks {part}"
 

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlmod.collect import ZeroReward
 from rlmod.loader import PromptLoader, RLData, RolloutLoader, parts
 from rlmod.prompts import EncodedProblems
 from rlmod.settings import Batch
@@ -66,12 +68,37 @@ def test_parts_are_equal_and_in_order():
     assert torch.equal(torch.cat([piece.mask for piece in pieces]), rows.mask)
 
 
+def test_fewer_rows_than_parts_leave_masked_out_rows_that_weigh_nothing():
+    rows = replace(ragged(0).rows(slice(0, 3)), weights=torch.ones(3, 9))
+    pieces = list(parts(rows, 5))
+    assert [len(piece) for piece in pieces] == [1] * 5
+    counted = [piece for piece in pieces if piece.mask.any()]
+    assert torch.equal(torch.cat([piece.mask for piece in counted]), rows.mask)
+    assert all((piece.weights == 0).all() for piece in pieces if not piece.mask.any())
+
+
+def test_the_zero_reward_batch_has_a_normaliser_of_its_own_and_a_share_in_every_step():
+    rows = ragged(0, groups=4, g=6)
+    rows = replace(rows, zero_reward=rows.group >= 2)
+    batch = Batch(prompts=2, updates=2, micro_batch=4)
+    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6, extra_rows=24), 0.25)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2 * 5  # (6 + 12 rows a step) / 4, rounded up
+    for step in range(2):
+        of_step = batches[5 * step : 5 * step + 5]
+        for extra, total in ((False, 1.0), (True, 0.25)):
+            weights = [float(b.weights[b.zero_reward == extra].sum()) for b in of_step]
+            assert sum(weights) == pytest.approx(total, abs=1e-6)
+    seen = [int(b.group[row]) for b in batches for row in range(len(b)) if b.mask[row].any()]
+    assert sorted(seen) == sorted(rows.group.tolist())
+
+
 def data(rank: int = 0, ranks: int = 1, size: int = 6) -> RLData:
     problems = tuple(Problem(prompt=str(i), answer="", source="") for i in range(size))
     encoded = EncodedProblems(problems=problems, ids=tuple((i,) for i in range(size)), pad_id=0, dropped=0)
     made = RLData(
-        train=encoded, held_out=encoded, batch=Batch(), weighting=TokenMean(), completions_per_prompt=2,
-        validation_prompts=4, seed=0,
+        train=encoded, held_out=encoded, batch=Batch(), weighting=TokenMean(), rows_per_prompt=2,
+        zero_reward=ZeroReward(), validation_prompts=4, seed=0,
     )  # fmt: skip
     made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)  # pyright: ignore
     return made

@@ -69,7 +69,7 @@ def test_a_shaper_without_yaml(lab):
     shaper = [
         "shaper._target_=mylab.sign_only.SignOnly",
         "~shaper.divide_by_std",
-        "~shaper.leave_one_out",
+        "~shaper.pool",
         "~shaper.eps",
     ]
     done = command(lab, train, *shaper, *SHORT, "trainer.max_epochs=1", "output=run", "data.validation=null")

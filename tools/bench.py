@@ -59,13 +59,14 @@ def built(model: str, *overrides: str) -> tuple[RLModule, RLData, dict[str, Any]
     module = RLModule(
         policy=policy, tokenizer=tokenizer, sampler=parts.sampler, guide=None,
         reward=lambda texts: [float(i % 3 == 0) for i in range(len(texts))],
-        filter=parts.filter, shaper=parts.shaper, loss=parts.loss, optimizer=parts.optimizer,
-        schedule=instantiate(cfg.schedule), validation=parts.validation, seed=0,
+        filter=parts.filter, zero_reward=parts.zero_reward, reference=None, shaper=parts.shaper, correction={},
+        loss=parts.loss, penalty={}, optimizer=parts.optimizer, schedule=instantiate(cfg.schedule),
+        validation=parts.validation, rows_per_forward=64, seed=0,
     )  # fmt: skip
     problems = parts.encoder.encode(parts.train()[:256], tokenizer)
     data = RLData(
-        train=problems, held_out=None, batch=parts.batch, weighting=parts.weighting, completions_per_prompt=8,
-        validation_prompts=64, seed=0,
+        train=problems, held_out=None, batch=parts.batch, weighting=parts.weighting, rows_per_prompt=8,
+        zero_reward=parts.zero_reward, validation_prompts=64, seed=0,
     )  # fmt: skip
     trainer = {"accumulate_grad_batches": parts.batch.micro_batches(8)}
     return module, data, trainer

@@ -35,8 +35,6 @@ class Uniform:
     def __post_init__(self) -> None:
         if self.eps <= 0:
             raise ValueError(f"shaper.eps must be positive, got {self.eps}")
-        if self.pool not in ("union", "own"):
-            raise ValueError(f"shaper.pool must be union or own, got {self.pool!r}")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None

@@ -22,9 +22,6 @@ def test_by_hand():
     torch.testing.assert_close(a[:, 0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
     a = Uniform(divide_by_std=False)(four([1, 0, 0, 0]))
     torch.testing.assert_close(a[:, 1], torch.tensor([0.75, -0.25, -0.25, -0.25]))
-    # leave one out: 1 - 0, and 0 - 1/3
-    a = Uniform(divide_by_std=False, leave_one_out=True)(four([1, 0, 0, 0]))
-    torch.testing.assert_close(a[:, 0], torch.tensor([1, -1 / 3, -1 / 3, -1 / 3]))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.35, 1.0])
@@ -35,7 +32,7 @@ def test_equal_rewards_give_exactly_zero(value, g):
         group=torch.zeros(g, dtype=torch.long),
         rewards=torch.full((g,), value),
     )
-    for shaper in (Uniform(), Uniform(divide_by_std=False), Uniform(divide_by_std=False, leave_one_out=True)):
+    for shaper in (Uniform(), Uniform(divide_by_std=False), Uniform(pool="own")):
         assert (shaper(rows) == 0).all()
 
 
@@ -58,6 +55,25 @@ def test_a_row_masked_out_whole_is_in_nobodys_statistics():
     a = Uniform()(replace(rows, mask=mask))
     torch.testing.assert_close(a[:3], Uniform()(rows.rows(slice(0, 3))))
     assert (a[3] == 0).all()
+
+
+def guided(rewards: list[float], of_guide: list[bool]) -> Rollouts:
+    return replace(four(rewards), from_guide=torch.tensor(of_guide))
+
+
+def test_with_the_pool_own_the_guide_is_judged_by_the_policys_own_rewards():
+    # own: 1, 0 and 0.5, mean 1/2, std 1/2; the guide's 2 is 3 of them above
+    a = Uniform(pool="own")(guided([1, 0, 0.5, 2], [False, False, False, True]))
+    torch.testing.assert_close(a[:, 0], torch.tensor([1.0, -1.0, 0.0, 3.0]), atol=1e-5, rtol=0)
+    union = Uniform()(guided([1, 0, 0.5, 2], [False, False, False, True]))
+    torch.testing.assert_close(union, Uniform()(four([1, 0, 0.5, 2])))
+    nobody = guided([1, 0, 0.5, 2], [False] * 4)
+    assert torch.equal(Uniform(pool="own")(nobody), Uniform()(nobody))
+
+
+def test_where_the_own_rewards_are_all_equal_the_guides_are_not_divided_by_nothing():
+    a = Uniform(pool="own")(guided([0.1, 0.1, 0.1, 1], [False, False, False, True]))
+    torch.testing.assert_close(a[:, 0], torch.tensor([0, 0, 0, 0.9]))
 
 
 def test_eps_must_be_positive():

@@ -1,0 +1,38 @@
+"""Only the tokens where the policy could have gone another way are trained on."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlmod.ops import all_gathered
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkingTokens:
+    """A_{i,t} = 0 unless H_{i,t} >= tau, where the top ``share`` of the batch's tokens have an entropy of at least tau
+
+    The other tokens stay in the normaliser, so that the gradient is that of the whole loss with their terms left out.
+
+    Source: FORK, arXiv:2506.01939, eq. 5 and 6, with share 0.2.
+    Differs: [D] the batch is the whole collection, over all ranks, with the entropies of pi_old; TRL takes those of the current
+    policy in each step. Entropies that equal tau are all kept.
+    Degenerate: share 1 changes nothing; where all entropies are equal every token is kept.
+    Needs: entropy, mask, advantages.
+    """
+
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"correction.forking_tokens.share must be above 0 and at most 1, got {self.share}")
+
+    def __call__(self, rollouts: Rollouts) -> Rollouts:
+        assert rollouts.entropy is not None and rollouts.mask is not None and rollouts.advantages is not None
+        entropies = all_gathered(rollouts.entropy[rollouts.mask])
+        if not len(entropies):
+            return rollouts
+        kept = math.ceil(self.share * len(entropies))
+        tau = entropies.kthvalue(len(entropies) - kept + 1).values
+        return replace(rollouts, advantages=torch.where(rollouts.entropy >= tau, rollouts.advantages, 0))

@@ -1,0 +1,165 @@
+"""Recorded completions, one or several for each prompt."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlmod.guide._fields import check_completions
+from rlmod.types import Problem, Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Demonstration(NamedTuple):
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """``completions_per_prompt`` of a prompt's recorded completions, drawn without replacement
+
+    A line of the file is a JSON object with ``prompt`` (as the problems have it) and ``completion`` (text), and optionally
+    ``completion_ids`` (tokens, EOS included; else the text is tokenized and an EOS added), ``logprobs`` (nats, one a token, of whoever
+    wrote the completion) and ``truncated``. ``rlmod-eval ... record_tokens=true`` writes such a file.
+
+    Source: [R] MIX, arXiv:2507.12931, with LUFFY's demonstrations, arXiv:2504.14945.
+    Differs: [D] without recorded log-probabilities ``ratio`` must be ``one``; a prompt without enough completions is an error.
+    Degenerate: as many recorded as asked for: all of them, in the file's order, whatever the seed.
+    """
+
+    path: str
+    completions_per_prompt: int = 2
+    ratio: Literal["guide", "one"] = "guide"
+    max_tokens: int | None = None
+    """Longer completions are cut here and count as truncated; null: none is cut."""
+
+    def __post_init__(self) -> None:
+        check_completions(self.completions_per_prompt)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"guide.max_tokens must be null or at least 1, got {self.max_tokens}")
+        if not Path(self.path).is_file():
+            raise ValueError(f"guide.path={self.path}: there is no such file; relative paths start at {Path.cwd()}")
+
+    @cached_property
+    def recorded(self) -> dict[str, list[Demonstration]]:
+        """Prompt -> its demonstrations; filled by ``prepare``."""
+        return {}
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Reads the file. ValueError that names the line, or the problem that has no demonstration."""
+        known = {_key(problem) for problem in problems}
+        for where, record in _lines(Path(self.path)):
+            prompt = _prompt(record, where)
+            if prompt not in known:
+                raise ValueError(f"{where}: no problem of data.train has this prompt: {_short(prompt)}")
+            self.recorded.setdefault(prompt, []).append(_demonstration(record, where, self, tokenizer))
+        wanted = max(self.completions_per_prompt, 1)
+        for problem in problems:
+            found = len(self.recorded.get(_key(problem), ()))
+            if found < wanted:
+                lacking = sum(len(self.recorded.get(_key(p), ())) < wanted for p in problems)
+                raise ValueError(
+                    f"guide.path={self.path}: {found} of the {wanted} demonstrations that the prompt of {problem.source} needs "
+                    f"({_short(_key(problem))}); so it is with {lacking} of {len(problems)} problems"
+                )
+
+    def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
+        draw = torch.Generator().manual_seed(seed)
+        chosen = [d for problem in prompts.problems for d in self._drawn(problem, completions_per_prompt, draw)]
+        device = prompts.ids.device
+        group = torch.arange(len(prompts), device=device).repeat_interleave(completions_per_prompt)
+        mask = _rows([[True] * len(d.ids) for d in chosen]).bool().to(device)
+        logprobs = _rows([d.logprobs for d in chosen]).float().to(device)
+        return Rollouts(
+            prompt_ids=prompts.ids[group],
+            prompt_mask=prompts.mask[group],
+            completion_ids=_rows([d.ids for d in chosen]).long().to(device),
+            mask=mask,
+            group=group,
+            logprobs=logprobs,
+            sampler_logprobs=logprobs,
+            truncated=torch.tensor([d.truncated for d in chosen], device=device),
+        )
+
+    def _drawn(self, problem: Problem, number: int, draw: torch.Generator) -> list[Demonstration]:
+        found = self.recorded[_key(problem)]
+        picked = sorted(torch.randperm(len(found), generator=draw)[:number].tolist())
+        # The zero-reward batch may ask for more than there are: then they come round again.
+        return [found[picked[i % len(picked)]] for i in range(number)]
+
+
+def _rows(values: Sequence[Sequence[Any]]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in values], batch_first=True)
+
+
+def _key(problem: Problem) -> str:
+    return problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not a JSON object: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: a demonstration must be a JSON object, got {type(record).__name__}")
+            yield where, record
+
+
+def _prompt(record: Mapping[str, Any], where: str) -> str:
+    prompt = record.get("prompt")
+    if isinstance(prompt, list):
+        return json.dumps(prompt, sort_keys=True)
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: prompt must be text or a list of messages, as the problems have it, got {prompt!r}")
+    return prompt
+
+
+def _demonstration(
+    record: Mapping[str, Any], where: str, settings: Demonstrations, tokenizer: "PreTrainedTokenizerBase"
+) -> Demonstration:
+    ids = record.get("completion_ids")
+    if ids is None:
+        text = record.get("completion")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: completion must be text, got {text!r}")
+        ids = [*cast(list[int], tokenizer.encode(text, add_special_tokens=False)), cast(int, tokenizer.eos_token_id)]
+    vocabulary = len(tokenizer)
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        raise ValueError(f"{where}: completion_ids must be token ids from 0 to {vocabulary - 1}, at least one")
+    logprobs = record.get("logprobs")
+    if logprobs is None:
+        if settings.ratio == "guide":
+            raise ValueError(
+                f"{where}: no logprobs, which guide.ratio=guide divides by; record them, or set guide.ratio=one"
+            )
+    elif not isinstance(logprobs, list) or len(logprobs) != len(ids):
+        found = len(logprobs) if isinstance(logprobs, list) else repr(logprobs)
+        raise ValueError(f"{where}: logprobs must be one number a token: {len(ids)} tokens (EOS included), got {found}")
+    elif not all(isinstance(p, int | float) and p <= 0 for p in logprobs):
+        wrong = next(p for p in logprobs if not (isinstance(p, int | float) and p <= 0))
+        raise ValueError(f"{where}: a log-probability is at most 0, got {wrong!r}")
+    if settings.ratio == "one":
+        logprobs = [0.0] * len(ids)
+    assert logprobs is not None
+    cut = settings.max_tokens is not None and len(ids) > settings.max_tokens
+    limit = settings.max_tokens if cut else None
+    return Demonstration(tuple(ids[:limit]), tuple(logprobs[:limit]), cut or bool(record.get("truncated", False)))

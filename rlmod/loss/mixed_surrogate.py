@@ -1,0 +1,81 @@
+"""The clipped surrogate on own completions, and one of its own on the guide's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import masked_mean
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSurrogate:
+    """L_{i,t} = -min(f(w) A, clip(f(w), low, high) A), with w = pi_theta / pi of the policy that sampled the row:
+
+        own completions      w = pi_theta / pi_old    f(w) = w                     bounds 1 - clip_low, 1 + clip_high
+        guide completions    w = pi_theta / pi_phi    f(w) = w, or w / (w + gamma)  bounds by ``guide_clip``
+
+    pi_phi is what the guide left in ``logprobs``: its own probabilities, or 1 (guide.ratio=one). w multiplies the gradient, so that
+    guide tokens that the policy finds unlikely take small steps; saturating shaping, with w = pi_theta, lifts just these.
+
+    Source: [R] MIX, arXiv:2507.12931, modelled on LUFFY, arXiv:2504.14945, eq. 5 to 7, whose form is guide.ratio=one,
+    guide_shaping=saturating, guide_clip=none.
+    Degenerate: without guide rows, and with the defaults on any rows, it is ClippedSurrogate.
+    Needs: logprobs, advantages, mask; from_guide, where there are guide rows.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    guide_clip: str | Sequence[float] = "same"
+    """``same`` as on own tokens, ``none``, or [low, high]: the ratio is held between 1 - low and 1 + high."""
+    guide_shaping: Literal["none", "saturating"] = "none"
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "loss.clip_low, loss.clip_high": (self.clip_low, self.clip_high),
+            "loss.guide_clip": self._guide_clip(),
+        }
+        for key, given in bounds.items():
+            if given is not None and not (0 <= given[0] <= 1 and given[1] > 0):
+                raise ValueError(
+                    f"{key}: the lower bound must be at least 0 and at most 1, the upper above 0, got {list(given)}"
+                )
+        if self.gamma <= 0:
+            raise ValueError(f"loss.gamma must be above 0, got {self.gamma}")
+
+    def _guide_clip(self) -> tuple[float, float] | None:
+        if self.guide_clip == "same":
+            return self.clip_low, self.clip_high
+        if self.guide_clip == "none":
+            return None
+        if isinstance(self.guide_clip, str) or len(self.guide_clip) != 2:
+            raise ValueError(f"loss.guide_clip must be same, none or [low, high], got {self.guide_clip!r}")
+        return self.guide_clip[0], self.guide_clip[1]
+
+    def __call__(
+        self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        mask = rollouts.mask
+        guided = torch.zeros_like(mask) if rollouts.from_guide is None else rollouts.from_guide[:, None] & mask
+        own = mask & ~guided
+        ratio = torch.where(mask, logprobs - rollouts.logprobs, 0).exp()
+        weight = torch.where(guided, ratio / (ratio + self.gamma), ratio) if self.guide_shaping != "none" else ratio
+        clipped = weight.clamp(1 - self.clip_low, 1 + self.clip_high)
+        bounds = self._guide_clip()
+        held = weight if bounds is None else weight.clamp(1 - bounds[0], 1 + bounds[1])
+        clipped = torch.where(guided, held, clipped)
+        unclipped_loss, clipped_loss = -weight * rollouts.advantages, -clipped * rollouts.advantages
+        binding = (clipped_loss > unclipped_loss).to(ratio.dtype)
+        metrics = {
+            "ratio": masked_mean(ratio.detach(), own),
+            "clip_fraction": masked_mean(binding, own),
+            "guide_ratio": masked_mean(ratio.detach(), guided),
+            "guide_clip_fraction": masked_mean(binding, guided),
+        }
+        return torch.maximum(unclipped_loss, clipped_loss), metrics

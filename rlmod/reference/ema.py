@@ -1,0 +1,52 @@
+"""The reference follows the policy slowly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlmod.policy import HFPolicy, completion_logprobs
+from rlmod.types import Problem, Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA:
+    """theta_ref <- decay theta_ref + (1 - decay) theta, after every collection; it starts where the policy starts
+
+    Its weights are in the run's checkpoint (and in no policy's folder), so that a resumed run goes on with them.
+
+    Source: TR-DPO, arXiv:2404.09656, eq. 3 ("soft update"), with alpha = 1 - decay.
+    Degenerate: decay 1 is reference=frozen; decay 0 is the policy after the collection before.
+    Needs: prompt_ids, prompt_mask, completion_ids.
+    """
+
+    policy: HFPolicy
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"reference.decay must be at least 0 and at most 1, got {self.decay}")
+
+    def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
+        return completion_logprobs(self.model.to(rollouts.device), rollouts, temperature)
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
+        _ = self.model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.policy.frozen()
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module) -> None:
+        for average, value in zip(self.model.parameters(), policy.parameters(), strict=True):
+            average.lerp_(value.to(average), 1 - self.decay)
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(state)

@@ -1,0 +1,34 @@
+"""The reference is a policy that never changes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlmod.policy import HFPolicy, completion_logprobs
+from rlmod.types import Problem, Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """pi_ref as it was loaded: usually the policy before training.
+
+    Source: GRPO, arXiv:2402.03300, sec. 4.1.1.
+    Degenerate: before the first update the policy and its reference give the same log-probabilities.
+    Needs: prompt_ids, prompt_mask, completion_ids.
+    """
+
+    policy: HFPolicy
+    """By default ${policy}, loaded a second time."""
+
+    def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
+        return completion_logprobs(self.model.to(rollouts.device), rollouts, temperature)
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
+        _ = self.model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.policy.frozen()

@@ -1,0 +1,32 @@
+"""RLOO: the reward against the mean of the group's other rewards."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import group_index, group_sum, standardize
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut:
+    """A_{i,t} = r_i - mean_{j != i}(r_j) = G / (G - 1) (r_i - mean(r)), over the group of row i.
+
+    Source: RLOO, arXiv:2402.14740, eq. 7.
+    Differs: in nothing; RLOO's whole completion as one action is a matter of the loss (see conf/experiment/rloo.yaml).
+    Degenerate: equal rewards give exactly 0; so does a group of one row.
+    Needs: rewards, group, mask.
+    """
+
+    compares_within_group: ClassVar[bool] = True
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None
+        index, groups = group_index(rollouts.group)
+        # A row that is masked out whole belongs to nobody's statistics.
+        counted = rollouts.mask.any(1, keepdim=True)
+        centered = standardize(rollouts.rewards[:, None], counted, index, groups, divide_by_std=False)
+        size = group_sum(counted.to(centered.dtype), index, groups)[index]
+        return centered * size / (size - 1).clamp(min=1) * rollouts.mask
