@@ -1,6 +1,7 @@
 """What each swappable component must be callable as, in the order of the data.
 
-    prompts -> sampler -> guide -> reward -> filter -> score -> reference -> shaper -> correction -> weighting -> loss -> penalty -> optimizer
+    prompts -> sampler -> guide -> reward -> filter -> score -> reference
+            -> shaper -> correction -> weighting -> loss -> penalty -> optimizer
 
 A component is any callable of the right shape: there is nothing to inherit and nothing to register. Ours are frozen, keyword-only
 dataclasses whose fields are their YAML keys; yours may be a plain function.

@@ -66,12 +66,12 @@ def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
     )
 
 
-def solution(text: str, draw: random.Random, worked: float, wrong: float) -> str:
+def solution(text: str, draw: random.Random, modulus: int, worked: float, wrong: float) -> str:
     """A worked solution with probability ``worked``, each of its steps wrong with probability ``wrong``; else the answer."""
     if draw.random() < worked:
-        steps, value = solve(text, 10, wrong, draw)
+        steps, value = solve(text, modulus, wrong, draw)
         return ",".join(steps) + f"#{value}"
-    return f"#{solve(text, 10)[1]}"
+    return f"#{solve(text, modulus)[1]}"
 
 
 def batch_of(tokenizer: Any, prompts: list[str], completions: list[str]) -> dict[str, torch.Tensor]:
@@ -89,18 +89,18 @@ def batch_of(tokenizer: Any, prompts: list[str], completions: list[str]) -> dict
     return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
-def train(name: str, updates: int, worked: float, wrong: float, seed: int) -> Path:
-    torch.manual_seed(seed)
+def train(
+    model: Qwen2ForCausalLM, tokenizer: Any, problems: Arithmetic, updates: int, worked: float, wrong: float, seed: int
+) -> None:
+    """Next-token prediction on solutions of these problems, 96 of them an update."""
     draw = random.Random(seed)
-    tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer)
-    problems = Arithmetic(split="train", size=50_000)()
+    texts = [str(problem.prompt) for problem in problems()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=updates, pct_start=0.1)
     started = time.time()
-    for update in track(range(updates), description=name):
-        prompts = [str(p.prompt) for p in draw.sample(problems, 96)]
-        completions = [solution(p.removesuffix(":"), draw, worked, wrong) for p in prompts]
+    for update in track(range(updates)):
+        prompts = draw.sample(texts, 96)
+        completions = [solution(p.removesuffix(":"), draw, problems.modulus, worked, wrong) for p in prompts]
         loss = model(**batch_of(tokenizer, prompts, completions)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,13 +108,15 @@ def train(name: str, updates: int, worked: float, wrong: float, seed: int) -> Pa
         schedule.step()
         optimizer.zero_grad()
         if update % 200 == 0 or update == updates - 1:
-            print(f"{name}: update {update}, loss {loss.item():.4f}, {time.time() - started:.0f} s", flush=True)
-    folder = SHIPPED / name
+            print(f"update {update}, loss {loss.item():.4f}, {time.time() - started:.0f} s", flush=True)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    print(folder)
 
 
 if __name__ == "__main__":
@@ -125,4 +127,8 @@ if __name__ == "__main__":
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     for name in options.names:
-        print(train(name, seed=options.seed, **RECIPES[name]))
+        torch.manual_seed(options.seed)
+        tokenizer = character_tokenizer()
+        model = tiny_model(tokenizer)
+        train(model, tokenizer, Arithmetic(split="train", size=50_000), seed=options.seed, **RECIPES[name])
+        save(model, tokenizer, SHIPPED / name)

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.loss.mixed_surrogate import MixedSurrogate
+from tests.loss.test_losses import rows_with
+
+RATIOS = [[1.5, 0.5], [1.5, 0.5]]
+OF_GUIDE = torch.tensor([False, True])
+
+
+def gradient(
+    loss: MixedSurrogate | ClippedSurrogate, advantage: float, ratios=RATIOS, of_guide=OF_GUIDE
+) -> list[list[float]]:
+    lp, rows = rows_with(ratios, [[advantage] * 2] * 2, [[1, 1], [1, 1]])
+    loss(lp, replace(rows, from_guide=of_guide))[0].sum().backward()
+    return lp.grad.tolist()
+
+
+def test_each_sort_of_row_has_its_own_bounds():
+    # A = 1: the ratio 1.5 is above 1.28 and gives no gradient; 0.5 always does.
+    assert gradient(MixedSurrogate(), 1.0) == [[0, -0.5], [0, -0.5]]
+    assert gradient(MixedSurrogate(guide_clip="none"), 1.0) == [[0, -0.5], [-1.5, -0.5]]
+    assert gradient(MixedSurrogate(guide_clip=(0.2, 0.6)), 1.0) == [[0, -0.5], [-1.5, -0.5]]
+    # A = -1: 0.5 is below 0.8 and gives none.
+    assert gradient(MixedSurrogate(), -1.0) == [[1.5, 0], [1.5, 0]]
+    assert gradient(MixedSurrogate(guide_clip=(0.6, 0.2)), -1.0) == [[1.5, 0], [1.5, 0.5]]
+
+
+def test_saturating_shaping_by_hand():
+    # f(w) = w / (w + 0.1); f' w = 0.1 w / (w + 0.1)^2: at w = 0.1 it is 1/4, at w = 0.9 it is 0.09.
+    ratios = [[0.1, 0.9], [0.1, 0.9]]
+    found = gradient(MixedSurrogate(guide_shaping="saturating", guide_clip="none"), 1.0, ratios)
+    assert found[0] == pytest.approx([-0.1, -0.9])
+    assert found[1] == pytest.approx([-0.25, -0.09])
+    wide = gradient(MixedSurrogate(guide_shaping="saturating", guide_clip="none", gamma=0.9), 1.0, ratios)
+    assert wide[1] == pytest.approx([-0.9 * 0.1 / 1.0, -0.9 * 0.9 / 1.8**2])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("of_guide", [OF_GUIDE, torch.tensor([False, False])])
+def test_with_the_defaults_it_is_the_clipped_surrogate(advantage, of_guide):
+    plain = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.28), advantage)
+    assert gradient(MixedSurrogate(), advantage, of_guide=of_guide) == plain
+
+
+def test_without_guide_rows_the_record_need_not_say_so():
+    lp, rows = rows_with(RATIOS, [[1, -1]] * 2, [[1, 1], [1, 0]])
+    mixed, metrics = MixedSurrogate(guide_clip="none", guide_shaping="saturating")(lp, rows)
+    plain, expected = ClippedSurrogate(clip_low=0.2, clip_high=0.28)(lp, rows)
+    assert torch.equal(mixed, plain)
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["guide_ratio"] == 0
+
+
+def test_metrics_are_apart():
+    lp, rows = rows_with(RATIOS, [[1, 1]] * 2, [[1, 1], [1, 1]])
+    _, metrics = MixedSurrogate(guide_clip="none")(lp, replace(rows, from_guide=OF_GUIDE))
+    assert metrics["ratio"].item() == metrics["guide_ratio"].item() == pytest.approx(1)
+    assert (metrics["clip_fraction"].item(), metrics["guide_clip_fraction"].item()) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"guide_clip": "all"}, "loss.guide_clip"),
+        ({"guide_clip": [0.2]}, "loss.guide_clip"),
+        ({"guide_clip": [2.0, 0.2]}, "loss.guide_clip"),
+        ({"clip_high": 0.0}, "loss.clip_high"),
+        ({"gamma": 0.0}, "loss.gamma"),
+    ],
+)
+def test_bad_fields_are_named(fields, key):
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        MixedSurrogate(**fields)
