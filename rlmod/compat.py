@@ -2,8 +2,10 @@
 
 import warnings
 
+from rlmod.interfaces import MovingReference
 from rlmod.parts import Parts
 from rlmod.penalty.kl import KL
+from rlmod.reference.base import Base
 
 
 def check(parts: Parts) -> None:
@@ -73,6 +75,16 @@ def _check_reference(parts: Parts) -> None:
                 f"penalty.{name} without a reference: there is nothing to stay close to; give reference=frozen, reference=ema, or, "
                 "for a policy with an adapter, reference=base"
             )
+    adapter = parts.policy.adapter
+    if isinstance(parts.reference, Base) and adapter is None:
+        raise ValueError(
+            "reference=base without an adapter: there is no base under the policy; give adapter=lora, or reference=frozen"
+        )
+    if isinstance(parts.reference, MovingReference) and adapter is not None:
+        raise ValueError(
+            "reference=ema with an adapter: only the adapter changes, and it has no place in the reference's weights; "
+            "give reference=base"
+        )
     if parts.reference is not None and not parts.penalty:
         warnings.warn(
             "reference without a penalty that uses it: every step pays for a forward pass in vain", stacklevel=3

@@ -1,8 +1,9 @@
 """The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,8 @@ class HFPolicy:
     """Of the weights that are trained; mixed precision is trainer.precision."""
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
+    adapter: Callable[..., Any] | None = None
+    """What is trained instead of the weights; null: the weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -81,14 +84,14 @@ class HFPolicy:
         model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
+        return model if self.adapter is None else self.adapter(model)
 
     def frozen(self) -> "PreTrainedModel":
         """This model as a guide or a reference: without gradients, in evaluation mode.
 
         Kept outside of the LightningModule's tree, so that no optimizer and no checkpoint ever sees it.
         """
-        return self.model(self.tokenizer()).eval().requires_grad_(False)
+        return replace(self, adapter=None).model(self.tokenizer()).eval().requires_grad_(False)
 
     def _cannot(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -84,6 +84,8 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
     node = dict(node)
     if inspect.isfunction(resolved):
         node.setdefault("_partial_", True)
+    if isinstance(node.get("reward"), dict):  # one that builds on another
+        node["reward"] = _functions_as_partials(node["reward"], f"{key}.reward")
     terms = node.get("terms")
     if isinstance(terms, dict):
         node["terms"] = {

@@ -11,8 +11,9 @@ Axes, as they stand in every shape of this package:
 Units: log-probabilities and entropies in nats; lengths in tokens, EOS included, padding not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +31,8 @@ class Problem:
     answer: str
     source: str
     """Where it was read, for messages: ``train.jsonl:12``."""
+    entry: Mapping[str, Any] | None = None
+    """What a task's own scorer needs besides the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,88 @@
+"""GROP: right answers are punished for length, by what their group shows to be long."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.interfaces import Prepares, Reward
+from rlmod.reward.overlong import Overlong
+from rlmod.scoring import score
+from rlmod.types import Problem, Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grop:
+    """reward_i = base_i + penalty_i. With n of a group's G completions correct (base_i > threshold), g1 = easy, g2 = 1 - g1:
+
+        easy, n/G >= g1     on the correct ones, with L = max((min + max) / 2, mean) of the correct lengths:
+                            penalty_i = -(|o_i| - L) / (2 L)  for L <= |o_i| < 2 L,   -1/2 for 2 L <= |o_i|,   else 0
+        hard, n/G <= g2     none, or DAPO's overlong penalty (``hard: dapo``)
+        otherwise           the same piecewise penalty with L of all G lengths: on the correct ones where they are the majority,
+                            else on the wrong ones
+
+    Source: GTPO, arXiv:2508.04349, App. D.
+    Differs: [D] g1 is 0.75 (not stated there); the penalty is added before any shaping; where neither is the majority the wrong
+    ones are punished. It is a penalty: a right answer stays one, also where it gets exactly 1 - 1/2.
+    Degenerate: equal lengths are never punished; a group of one correct completion neither.
+    Needs: lengths, group, and what the base needs.
+    """
+
+    reward: Reward
+    """What tells right from wrong."""
+    easy: float = 0.75
+    threshold: float = 0.5
+    hard: Literal["none", "dapo"] = "none"
+    max_tokens: int
+    """Of ``hard: dapo``, as in reward=overlong."""
+    buffer: int
+    """Of ``hard: dapo``."""
+
+    def __post_init__(self) -> None:
+        if not 0.5 < self.easy <= 1:
+            raise ValueError(f"reward.easy must be above 0.5 and at most 1, got {self.easy}")
+        if self.hard == "dapo":
+            Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
+
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        return ("grop", *getattr(self.reward, "penalties", ()))
+
+    def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
+        if isinstance(self.reward, Prepares):
+            self.reward.prepare(problems, tokenizer)
+
+    def __call__(self, texts: Texts) -> dict[str, Tensor]:
+        if texts.lengths is None or texts.group is None:
+            raise ValueError(
+                "the reward Grop compares the lengths of a group's completions in tokens; recorded completions have neither: "
+                "score them by its base reward"
+            )
+        base = score(self.reward, texts)
+        correct = base.outcomes > self.threshold
+        lengths, group = torch.tensor(texts.lengths, dtype=torch.float32), torch.tensor(texts.group)
+        penalty = torch.zeros_like(base.rewards)
+        for g in group.unique():
+            rows = group == g
+            penalty[rows] = self._of_group(lengths[rows], correct[rows])
+        return {**(base.terms or {"base": base.rewards}), "grop": penalty}
+
+    def _of_group(self, lengths: Float[Tensor, " G"], correct: Tensor) -> Float[Tensor, " G"]:
+        share = float(correct.float().mean())
+        if share >= self.easy:
+            return torch.where(correct, _piecewise(lengths, lengths[correct]), 0)
+        if share <= 1 - self.easy:
+            if self.hard == "none":
+                return torch.zeros_like(lengths)
+            overlong = Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
+            nobody = [""] * len(lengths)
+            return torch.tensor(overlong(Texts(completions=nobody, answers=nobody, lengths=lengths.int().tolist())))
+        return torch.where(correct if share > 0.5 else ~correct, _piecewise(lengths, lengths), 0)
+
+
+def _piecewise(lengths: Float[Tensor, " G"], among: Float[Tensor, " n"]) -> Float[Tensor, " G"]:
+    bound = torch.maximum((among.min() + among.max()) / 2, among.mean())
+    return -((lengths - bound) / (2 * bound)).clamp(0, 0.5)
