@@ -16,9 +16,9 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from numpy.random import SeedSequence
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.collect import Collected, Filter, ZeroReward, collect
@@ -47,7 +47,7 @@ class RLModule(L.LightningModule):
     def __init__(
         self,
         *,
-        policy: PreTrainedModel,
+        policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         sampler: Sampler,
         guide: Guide | None,
@@ -167,7 +167,7 @@ class RLModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -232,7 +232,7 @@ class RLModule(L.LightningModule):
 
 
 @contextmanager
-def evaluating(policy: torch.nn.Module) -> Iterator[None]:
+def evaluating(policy: nn.Module) -> Iterator[None]:
     """Without dropout, and as it was afterwards: pi_old is the policy that the ratios are taken with."""
     before = policy.training
     policy.eval()

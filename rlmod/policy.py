@@ -134,7 +134,7 @@ def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def save_policy(policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it."""
-    policy.save_pretrained(folder)
+def save_policy(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; of a policy with an adapter, the adapter."""
+    cast(Any, policy).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -74,8 +74,10 @@ def solution(text: str, draw: random.Random, modulus: int, worked: float, wrong:
     return f"#{solve(text, modulus)[1]}"
 
 
-def batch_of(tokenizer: Any, prompts: list[str], completions: list[str]) -> dict[str, torch.Tensor]:
-    """Right-padded rows; the loss counts the completion and its EOS only."""
+def batch_of(
+    tokenizer: Any, prompts: list[str], completions: list[str], beginnings: list[bool] | None = None
+) -> dict[str, torch.Tensor]:
+    """Right-padded rows; the loss counts the completion and its EOS only, and its first token where ``beginnings`` says so."""
     rows = [
         (tokenizer(p)["input_ids"], tokenizer(c)["input_ids"] + [tokenizer.eos_token_id])
         for p, c in zip(prompts, completions, strict=True)
@@ -86,22 +88,37 @@ def batch_of(tokenizer: Any, prompts: list[str], completions: list[str]) -> dict
     for i, (p, c) in enumerate(rows):
         ids[i, : len(p) + len(c)] = torch.tensor(p + c)
         labels[i, len(p) : len(p) + len(c)] = torch.tensor(c)
+        if beginnings is not None and not beginnings[i]:
+            labels[i, len(p)] = -100
     return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: Any, problems: Arithmetic, updates: int, worked: float, wrong: float, seed: int
+    model: Qwen2ForCausalLM,
+    tokenizer: Any,
+    problems: Arithmetic,
+    updates: int,
+    worked: float,
+    wrong: float,
+    seed: int,
+    lr: float = 2e-3,
+    silent: float = 0.0,
 ) -> None:
-    """Next-token prediction on solutions of these problems, 96 of them an update."""
+    """Next-token prediction on solutions of these problems, 96 of them an update.
+
+    The first token of a worked solution is left out of the loss with probability ``silent``: how to work a problem is learned, but not
+    to begin it so often.
+    """
     draw = random.Random(seed)
     texts = [str(problem.prompt) for problem in problems()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=updates, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=updates, pct_start=0.1)
     started = time.time()
     for update in track(range(updates)):
         prompts = draw.sample(texts, 96)
         completions = [solution(p.removesuffix(":"), draw, problems.modulus, worked, wrong) for p in prompts]
-        loss = model(**batch_of(tokenizer, prompts, completions)).loss
+        beginnings = [c.startswith("#") or draw.random() >= silent for c in completions] if silent else None
+        loss = model(**batch_of(tokenizer, prompts, completions, beginnings)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
