@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check bench policies clean
+.PHONY: help quickstart test check bench oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
 	@echo "make check        lint, types, layer contracts"
 	@echo "make bench        cost of the frame against a bare loop; writes docs/benchmarks.md"
+	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
 	@echo "make policies     train the two shipped policies again"
 	@echo "make clean        remove the virtual environment and build leftovers"
 
@@ -35,8 +36,21 @@ check: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench.py
 
+oracle: $(READY) .venv-trl/.ready .venv-verl/.ready
+	$(BIN)/python tools/oracle/compare.py --trl .venv-trl/bin/python --verl .venv-verl/bin/python
+
+.venv-trl/.ready:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 torch jinja2
+	touch $@
+
+.venv-verl/.ready:
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/pip install --quiet verl==0.9.1 torch==2.13.0
+	touch $@
+
 policies: $(READY)
 	$(BIN)/python tools/tiny_policies.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-trl .venv-verl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
