@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check bench oracle policies clean
+.PHONY: help quickstart test check bench docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
 	@echo "make check        lint, types, layer contracts"
 	@echo "make bench        cost of the frame against a bare loop; writes docs/benchmarks.md"
+	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
+	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
 	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
 	@echo "make policies     train the two shipped policies again"
 	@echo "make clean        remove the virtual environment and build leftovers"
@@ -35,6 +37,12 @@ check: $(READY)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench.py
+
+docs: $(READY)
+	$(BIN)/python tools/algorithms.py
+
+recipes: $(READY)
+	$(BIN)/python tools/recipes.py
 
 oracle: $(READY) .venv-trl/.ready .venv-verl/.ready
 	$(BIN)/python tools/oracle/compare.py --trl .venv-trl/bin/python --verl .venv-verl/bin/python

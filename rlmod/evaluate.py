@@ -154,10 +154,23 @@ def _sampled(
                     "truncated": (texts.truncated or ())[row],
                     "length": (texts.lengths or ())[row],
                 }
+                if cfg.record_tokens:
+                    sample |= _tokens(rollouts, row)
                 samples.append(sample)
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
             stream.flush()
     return samples
+
+
+def _tokens(rollouts: Any, row: int) -> dict[str, Any]:
+    """What guide=demonstrations reads besides the text: the tokens and their log-probabilities."""
+    if rollouts.logprobs is None:
+        raise ValueError("record_tokens=true: this sampler gives no log-probabilities; use sampler=hf")
+    length = int(rollouts.mask[row].sum())
+    return {
+        "completion_ids": rollouts.completion_ids[row, :length].tolist(),
+        "logprobs": rollouts.logprobs[row, :length].tolist(),
+    }
 
 
 def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> float:

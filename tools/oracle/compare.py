@@ -51,11 +51,11 @@ NOT_COMPARED = """
 |---|---|---|---|
 | eps beside the std of a group | 1e-4 | 1e-6 | 1e-6 (`shaper.eps`) |
 | a row masked out whole in the rollout mean | counts | does not | does not |
-| dual clip (a bound on the loss at negative advantages) | off | on, at 3 | none; verl compared with its bound out of reach |
-| CISPO's bounds | above only, given as the bound itself | both sides, as 1 - low and 1 + high | `clip_low: null` is TRL's, a number verl's |
+| dual clip (a bound on the loss at negative advantages) | off | on, at 3 | none; compared with verl's out of reach |
+| CISPO's bounds | above only, as the bound itself | both, as 1 - low and 1 + high | `clip_low: null` is TRL's, a number verl's |
 | gradient of the KL penalty k3 | k3's | k3's; `k3+` follows k2 | k2's by default (`penalty.kl.gradient`) |
 | KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `penalty.kl.importance`: without it |
-| entropy bonus | a mean over tokens, whatever the loss's weights | the loss's aggregation | the loss's weights: TRL's under token_mean |
+| entropy bonus | a mean over tokens, always | the loss's aggregation | the loss's weights: TRL's under token_mean |
 | forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the collection |
 | log-ratios beyond +-20 | kept | clamped | kept |
 | GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | here; nothing to compare with |

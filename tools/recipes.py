@@ -1,0 +1,79 @@
+"""Runs every recipe that needs no download, at full length, and writes what came out: docs/recipes.md.
+
+``make recipes`` (one run each, one thread; about half an hour on 2 cores)
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECIPES = [
+    "grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo", "dapo", "cispo", "dapo_forking", "mixed", "mixed_zero_reward", "luffy",
+]  # fmt: skip
+ON_TINY = ["gtpo", "gtpo_geometric", "grpo_s", "grpo_s_geometric"]
+"""Written for a 7 B policy: here with the tiny one, the arithmetic task and DAPO's sizes."""
+SMALL = [
+    "policy=tiny", "data=arithmetic", "reward=exact_match", "optimizer.lr=1e-4", "sampler.completions_per_prompt=8",
+    "sampler.max_new_tokens=64", "batch.prompts=32", "batch.micro_batch=64", "trainer.precision=32-true",
+    "validation.sampler.completions_per_prompt=1", "validation.pass_at=[]", "validation.prompts_per_batch=512",
+]  # fmt: skip
+
+
+def run(recipe: str, folder: Path) -> dict:
+    command = [
+        Path(sys.executable).with_name("rlmod-train"), f"experiment={recipe}", f"output={folder / recipe}",
+        "trainer.accelerator=cpu", "trainer.max_epochs=100", "trainer.check_val_every_n_epoch=100",
+        "callbacks.completions.every=0", *(SMALL if recipe in ON_TINY else []),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{recipe}: {done.stderr[-2000:]}")
+    return json.loads((folder / recipe / "result.json").read_text())
+
+
+def row(recipe: str, result: dict) -> str:
+    held_out = result["held_out"]
+    paper = re.search(r"arXiv:[\d.]+", (ROOT / "conf" / "experiment" / f"{recipe}.yaml").read_text())
+    return (
+        f"| `{recipe}` | {paper[0] if paper else ''} | {held_out['before']:.3f} | {held_out['after']:.3f} | "
+        f"{result['tokens']:,} | {result['seconds']['training']:.0f} |"
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument(
+        "--folder", type=Path, default=Path("runs/recipes"), help="where the runs go; finished ones are kept"
+    )
+    options = arguments.parse_args()
+    rows = []
+    for recipe in [*RECIPES, *ON_TINY]:
+        done = options.folder / recipe / "result.json"
+        result = json.loads(done.read_text()) if done.is_file() else run(recipe, options.folder)
+        rows.append(row(recipe, result))
+        print(rows[-1], flush=True)
+    (ROOT / "docs" / "recipes.md").write_text(PAGE.format(rows="\n".join(rows)))
+
+
+PAGE = """# The recipes on the embedded task
+
+`make recipes` runs each recipe of `conf/experiment/` for 100 collections of 32 prompts with the tiny policy, one seed, and writes this
+page. Held-out mean@1 is of 512 problems (standard error at most 0.022, at 0.95 about 0.01): differences of a few hundredths mean
+nothing here, and one seed says nothing of an algorithm's worth. It shows that each recipe trains, and what to expect when you run it.
+Tokens are those sampled, refills and the guide's included; seconds are of training, on one thread of a shared machine.
+
+| recipe | paper | before | after | tokens | seconds |
+|---|---|---|---|---|---|
+{rows}
+
+`gtpo`, `grpo_s` and their geometric variants are written for a 7 B policy with 16 completions of 4096 tokens; here they run with the tiny
+policy, the arithmetic task, 8 completions of 64 tokens and learning rate 1e-4 (the overrides stand in `tools/recipes.py`).
+"""
+
+if __name__ == "__main__":
+    main()
