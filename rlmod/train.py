@@ -164,10 +164,10 @@ def newest(place: Path) -> Path:
         return place
     if (place / "trainer.ckpt").is_file():
         return place / "trainer.ckpt"
-    found = sorted((place / "checkpoints").glob("step=*/trainer.ckpt"))
+    found = sorted((place / "checkpoints").glob("step-*/trainer.ckpt"))
     if not found:
         raise ValueError(
-            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step=*/trainer.ckpt in it), "
+            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step-*/trainer.ckpt in it), "
             "one of those folders, or the file"
         )
     return found[-1]

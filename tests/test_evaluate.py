@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from rlmod.evaluate import interval
-from tests.commands import refused_eval, run_eval
+from tests.commands import SHORT, refused_eval, run_eval, run_train
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 SMALL = ("data.validation.size=24", "sampler.completions_per_prompt=4", "sampler.max_new_tokens=48")
@@ -101,3 +101,21 @@ def test_interval_by_hand():
     assert low == 0
     assert high == pytest.approx(z2 / (30 + z2))
     assert interval([1.0] * 30)[0] == pytest.approx(1 - high)
+
+
+def test_a_runs_checkpoint_is_evaluated_by_its_path_as_it_stands(tmp_path, monkeypatch):
+    """Hydra reads an equals sign in a value as the beginning of another override: a folder's name must have none."""
+    run_train(monkeypatch, *SHORT, "trainer.max_epochs=1", f"output={tmp_path / 'run'}")
+    (policy,) = (tmp_path / "run" / "checkpoints").glob("*/policy")
+    run_eval(
+        monkeypatch, *SMALL, "policy=hf", f"policy.path={policy}", "policy.dtype=float32", f"output={tmp_path / 'eval'}"
+    )
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["problems"] == 24
+
+
+def test_recorded_tokens_are_those_of_the_text(tmp_path, monkeypatch):
+    run_eval(monkeypatch, *SMALL, "record_tokens=true", f"output={tmp_path / 'a'}")
+    for line in (tmp_path / "a" / "samples.jsonl").open():
+        sample = json.loads(line)
+        assert len(sample["completion_ids"]) == len(sample["logprobs"]) == sample["length"]
+        assert max(sample["logprobs"]) <= 0

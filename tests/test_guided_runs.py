@@ -94,13 +94,13 @@ def test_all_of_it_is_measured(with_everything):
 
 
 def test_guide_and_reference_stay_out_of_policy_and_optimizer(with_everything):
-    checkpoint = torch.load(with_everything / "checkpoints" / "step=000008" / "trainer.ckpt", weights_only=False)
+    checkpoint = torch.load(with_everything / "checkpoints" / "step-000008" / "trainer.ckpt", weights_only=False)
     assert all(name.startswith("policy.") for name in checkpoint["state_dict"])
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(list(weights(with_everything))) - 1  # tied head
     # The moving reference is in the checkpoint: neither the start nor the policy.
     reference, policy = checkpoint["reference"], weights(with_everything)
     assert any(not torch.equal(value, policy[name]) for name, value in reference.items())
-    folder = with_everything / "checkpoints" / "step=000008" / "policy"
+    folder = with_everything / "checkpoints" / "step-000008" / "policy"
     assert (folder / "model.safetensors").stat().st_size < 1.1 * (SHIPPED / "tiny" / "model.safetensors").stat().st_size
 
 

@@ -1,10 +1,12 @@
-"""A user's own shaper and reward, outside the tree; and the wheel outside the checkout."""
+"""A user's own parts, outside the tree and as a package; and the wheel outside the checkout."""
 
 import csv
 import json
 import os
 import subprocess
 import sys
+import sysconfig
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -94,3 +96,65 @@ def test_the_wheel_carries_conf_and_policies_and_runs_outside_a_checkout(tmp_pat
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+PACKAGE = {
+    "pyproject.toml": """
+        [build-system]
+        requires = ["setuptools"]
+        build-backend = "setuptools.build_meta"
+        [project]
+        name = "mylab"
+        version = "1.0"
+        [tool.setuptools]
+        packages = ["mylab", "mylab.conf"]
+        [tool.setuptools.package-data]
+        "mylab.conf" = ["*/*.yaml"]
+        """,
+    "mylab/__init__.py": "",
+    "mylab/conf/__init__.py": "",
+    "mylab/sign_only.py": SHAPER,
+    "mylab/brief.py": """
+        from dataclasses import dataclass
+
+        @dataclass(frozen=True, kw_only=True)
+        class Brief:
+            per_character: float
+
+            def __call__(self, texts):
+                return [float(c.endswith("#" + a)) - self.per_character * len(c) for c, a in zip(texts.completions, texts.answers)]
+        """,
+    "mylab/plain.py": """
+        from dataclasses import dataclass
+
+        @dataclass(frozen=True, kw_only=True)
+        class Plain:
+            def __call__(self, logprobs, rollouts):
+                return -rollouts.advantages * logprobs, {"advantage": rollouts.advantages.sum()}
+        """,
+    "mylab/conf/shaper/sign_only.yaml": "_target_: mylab.sign_only.SignOnly\nscale: 0.5\n",
+    "mylab/conf/reward/brief.yaml": "_target_: mylab.brief.Brief\nper_character: 0.001\n",
+    "mylab/conf/loss/plain.yaml": "_target_: mylab.plain.Plain\n",
+}
+
+
+def test_a_package_with_a_shaper_a_reward_and_a_loss_in_a_fresh_environment(tmp_path):
+    for name, text in PACKAGE.items():
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(textwrap.dedent(text))
+    assert command(tmp_path, sys.executable, "-m", "venv", "env").returncode == 0
+    python = str(tmp_path / "env" / "bin" / "python")
+    installed = command(tmp_path, python, "-m", "pip", "install", "--quiet", "--no-deps", "./package")
+    assert installed.returncode == 0, installed.stderr
+    # rlmod and torch are lent from here: downloading them again would prove no more.
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    done = command(
+        tmp_path, python, "-c", "from rlmod.train import main; main()", "hydra.searchpath=[pkg://mylab.conf]",
+        "shaper=sign_only", "reward=brief", "loss=plain", *SHORT, "trainer.max_epochs=2", "output=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    assert len(rows) == 2
+    assert all(float(row["train/advantage"]) != 0 and float(row["train/grad_norm"]) > 0 for row in rows)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_a_run_leaves_what_a_person_looks_for(run):
     for name in ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "result.json", "train.log"):
         assert (run / name).is_file(), name
     assert list(run.glob("events.out.tfevents.*"))
-    checkpoint = run / "checkpoints" / "step=000004"
+    checkpoint = run / "checkpoints" / "step-000004"
     assert (checkpoint / "trainer.ckpt").is_file()
     assert OmegaConf.load(checkpoint / "config.yaml").loss.clip_low == 0.2
     result = json.loads((run / "result.json").read_text())
@@ -70,7 +71,7 @@ def test_the_saved_policy_loads_in_transformers_and_is_the_trained_one(run):
     saved = weights(run)
     start = AutoModelForCausalLM.from_pretrained("rlmod/policies/tiny").state_dict()
     assert any(not torch.equal(saved[name], start[name]) for name in start)
-    state = torch.load(run / "checkpoints" / "step=000004" / "trainer.ckpt", weights_only=False)["state_dict"]
+    state = torch.load(run / "checkpoints" / "step-000004" / "trainer.ckpt", weights_only=False)["state_dict"]
     for name, value in saved.items():
         assert torch.equal(value, state[f"policy.{name}"]), name
 
@@ -178,6 +179,19 @@ def test_the_debug_run_of_each_loss(loss, tmp_path, monkeypatch):
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(rows) == 10
     assert any(float(row["train/ratio"]) != 1 for row in rows)
+
+
+RECIPES = sorted(file.stem for file in Path("conf/experiment").glob("*.yaml"))
+ON_TINY = ("policy=tiny", "data=arithmetic", "reward=exact_match", "optimizer.lr=1e-5")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_its_20_steps(recipe, tmp_path, monkeypatch):
+    run_train(monkeypatch, f"experiment={recipe}", *SHORT, *ON_TINY, "batch.updates=1", f"output={tmp_path / 'a'}")
+    rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
+    assert len(rows) == 20
+    assert all(math.isfinite(float(row["train/loss"])) for row in rows)
+    assert sum(float(row["train/grad_norm"]) > 0 for row in rows) >= 18
 
 
 def test_ctrl_c_writes_a_checkpoint_and_exits(tmp_path):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``checkpoints/step=N/`` every so many collections and after the last one, and keeps the newest ``keep``.
+    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep``.
 
         trainer.ckpt   weights, optimizer, schedule, position in the data: what ``resume=`` goes on from
         policy/        AutoModelForCausalLM.from_pretrained loads it
@@ -57,7 +57,7 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)
-        target = self.folder / f"step={trainer.global_step:06d}"
+        target = self.folder / f"step-{trainer.global_step:06d}"
         partial = target.with_name(f".partial-{target.name}")
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -69,7 +69,7 @@ class Checkpoints(Checkpoint):
             shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            for old in sorted(self.folder.glob("step=*"))[: -self.keep]:
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 shutil.rmtree(old)
         trainer.strategy.barrier()
 
