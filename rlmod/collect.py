@@ -84,6 +84,10 @@ class ZeroReward:
             return 0
         return prompts if self.prompts is None else math.ceil(self.prompts / ranks)
 
+    def rows(self, prompts: int, ranks: int, rows_per_prompt: int) -> int:
+        """The most rows on one rank."""
+        return self.room(prompts, ranks) * (rows_per_prompt + self.completions_per_prompt)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:

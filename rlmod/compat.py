@@ -16,14 +16,16 @@ def check(parts: Parts) -> None:
             f"sampler.completions_per_prompt=1 with shaper {type(parts.shaper).__name__}: it compares the completions of a prompt "
             "with each other, so every advantage would be 0; give at least 2"
         )
-    if getattr(parts.loss, "needs_constant_advantage", False) and getattr(parts.shaper, "varies_over_tokens", False):
+    varying = [
+        part for part in (parts.shaper, *parts.correction.values()) if getattr(part, "varies_over_tokens", False)
+    ]
+    if getattr(parts.loss, "needs_constant_advantage", False) and varying:
         raise ValueError(
-            f"loss {type(parts.loss).__name__} with shaper {type(parts.shaper).__name__}: the loss has one ratio for a whole completion, "
-            "so the shaper's differences between its tokens would weigh nothing but their mean; use loss=clipped_surrogate, or "
+            f"loss {type(parts.loss).__name__} with {type(varying[0]).__name__}: the loss has one ratio for a whole completion, "
+            "so differences between the advantages of its tokens would weigh nothing but their mean; use loss=clipped_surrogate, or "
             "shaper=sequence_entropy"
         )
-    if not parts.zero_reward.active:
-        parts.batch.micro_batches(g)
+    parts.batch.micro_batches(g, extra_rows=parts.zero_reward.rows(parts.batch.prompts, 1, g))
     _check_guide(parts)
     _check_reference(parts)
     top_p, top_k = getattr(parts.sampler, "top_p", 1.0), getattr(parts.sampler, "top_k", 0)

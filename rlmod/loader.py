@@ -149,9 +149,7 @@ class RLData(L.LightningDataModule):
 
     def micro_batches(self, ranks: int) -> int:
         """Of one optimizer step on one rank; the zero-reward batch counts at its largest."""
-        extra = self.zero_reward.room(self.batch.prompts // ranks, ranks) * (
-            self.rows_per_prompt + self.zero_reward.completions_per_prompt
-        )
+        extra = self.zero_reward.rows(self.batch.prompts // ranks, ranks, self.rows_per_prompt)
         return self.batch.micro_batches(self.rows_per_prompt, ranks, extra)
 
     def val_dataloader(self) -> "PromptLoader":

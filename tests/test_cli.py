@@ -35,6 +35,20 @@ REFUSED = {
         ["shaper=token_entropy", "loss=sequence_surrogate"],
         ["SequenceSurrogate", "TokenEntropy", "loss=clipped_surrogate"],
     ),
+    "sequence loss, forking tokens": (
+        ["correction=[forking_tokens]", "loss=sequence_surrogate"],
+        ["SequenceSurrogate", "ForkingTokens", "differences between the advantages"],
+    ),
+    "updates with a zero-reward batch": (
+        [
+            "zero_reward.weight=1",
+            "filter.dynamic_sampling=true",
+            "guide=policy",
+            "guide.policy.path=strong",
+            "batch.updates=3",
+        ],
+        ["batch.updates=3"],
+    ),
     "no such choice": (["shaper.pool=mine"], ["shaper.pool must be one of union, own", "'mine'"]),
     "nested field": (
         ["guide=policy", "guide.policy.path=strong", "guide.sampler.top_k=many"],

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -21,6 +22,8 @@ class ForkingTokens:
     Degenerate: share 1 changes nothing; where all entropies are equal every token is kept.
     Needs: entropy, mask, advantages.
     """
+
+    varies_over_tokens: ClassVar[bool] = True
 
     share: float = 0.2
 

@@ -69,6 +69,6 @@ class Policy:
         sampler = replace(self.sampler, completions_per_prompt=completions_per_prompt)  # pyright: ignore[reportArgumentType]
         rows = sampler(model, prompts.to(device), seed).to(home)
         assert rows.logprobs is not None
-        if self.ratio == "one":
-            rows = replace(rows, logprobs=torch.zeros_like(rows.logprobs))
-        return rows
+        logprobs = torch.zeros_like(rows.logprobs) if self.ratio == "one" else rows.logprobs
+        # Nothing to correct between engines: what the ratio divides by is what the guide hands over.
+        return replace(rows, logprobs=logprobs, sampler_logprobs=logprobs)
