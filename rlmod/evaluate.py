@@ -15,7 +15,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod import cli
+from rlmod import cli, jsonl
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +63,16 @@ def _recorded(source: Path) -> Iterator[dict[str, Any]]:
     if not source.is_file():
         raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
     found = False
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{source}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a line must be a JSON object, got {type(record).__name__}")
-            for field in ("completion", "answer"):
-                if field not in record:
-                    raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
-            if not isinstance(record["completion"], str):
-                raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
-            if not isinstance(record["answer"], str | int | float) or isinstance(record["answer"], bool):
-                raise ValueError(f"{where}: answer must be text or a number, got {record['answer']!r}")
-            found = True
-            yield record
+    for where, record in jsonl.objects(source):
+        for field in ("completion", "answer"):
+            if field not in record:
+                raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
+        if not isinstance(record["completion"], str):
+            raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
+        if not isinstance(record["answer"], str | int | float) or isinstance(record["answer"], bool):
+            raise ValueError(f"{where}: answer must be text or a number, got {record['answer']!r}")
+        found = True
+        yield record
     if not found:
         raise ValueError(f"completions={source}: the file holds no line")
 

@@ -10,10 +10,14 @@ import torch.multiprocessing as mp
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlmod import ops
+from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.loader import parts
+from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.loss.mixed_surrogate import MixedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.policy import completion_logits
+from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts
@@ -22,7 +26,13 @@ from rlmod.weighting.rollout_mean import RolloutMean
 from rlmod.weighting.token_mean import TokenMean
 from tests.rollouts import ragged
 
-LOSSES = [ClippedSurrogate(), SequenceSurrogate(), SequenceSurrogate(ratio="geometric")]
+LOSSES = [
+    ClippedSurrogate(),
+    MixedSurrogate(guide_clip="none"),
+    Cispo(),
+    SequenceSurrogate(),
+    SequenceSurrogate(ratio="geometric"),
+]
 WEIGHTINGS = [TokenMean(), RolloutMean(), Constant(length=9)]
 
 
@@ -73,12 +83,12 @@ def test_one_two_four_and_eight_micro_batches_give_the_same_gradient(loss, weigh
         torch.testing.assert_close(gradient(policy, rollouts, loss, number), whole, atol=1e-6, rtol=0)
 
 
-def on_a_rank(rank: int, port: int, shaper, weighting, result) -> None:
+def on_a_rank(rank: int, port: int, shaper, correction, weighting, result) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         rollouts = step()
         mine = rollouts.rows(slice(8 * rank, 8 * rank + 8))
-        mine = replace(mine, advantages=shaper(mine))
+        mine = correction(replace(mine, advantages=shaper(mine)))
         mine = replace(mine, weights=weighting(mine))
         total = gradient(model(), mine, ClippedSurrogate(), 2)
         dist.all_reduce(total)
@@ -88,17 +98,26 @@ def on_a_rank(rank: int, port: int, shaper, weighting, result) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("weighting", [TokenMean(), RolloutMean()])
-def test_two_ranks_add_up_to_the_gradient_of_one(weighting, tmp_path):
-    shaper = TokenEntropy()  # statistics over the batch of all ranks
-    rollouts = step(shaper)
+@pytest.mark.parametrize(
+    ("shaper", "correction", "weighting"),
+    [
+        (TokenEntropy(), ForkingTokens(share=1.0), RolloutMean()),
+        (TokenEntropy(), ForkingTokens(share=0.3), TokenMean()),
+        (GroupBaseline(), ForkingTokens(share=0.3), TokenMean()),
+    ],
+)
+def test_two_ranks_add_up_to_the_gradient_of_one(shaper, correction, weighting):
+    """Their statistics, thresholds and weights are of the batch of all ranks."""
+    rollouts = correction(step(shaper))
     whole = gradient(model(), replace(rollouts, weights=weighting(rollouts)), ClippedSurrogate(), 1)
     context = mp.get_context("spawn")
     result = context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [context.Process(target=on_a_rank, args=(rank, port, shaper, weighting, result)) for rank in range(2)]
+    workers = [
+        context.Process(target=on_a_rank, args=(rank, port, shaper, correction, weighting, result)) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     total = torch.tensor(result.get())

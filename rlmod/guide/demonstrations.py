@@ -1,7 +1,7 @@
 """Recorded completions, one or several for each prompt."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from rlmod import jsonl
 from rlmod.guide._fields import check_completions
 from rlmod.types import Problem, Prompts, Rollouts
 
@@ -57,7 +58,7 @@ class Demonstrations:
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Reads the file. ValueError that names the line, or the problem that has no demonstration."""
         known = {_key(problem) for problem in problems}
-        for where, record in _lines(Path(self.path)):
+        for where, record in jsonl.objects(Path(self.path)):
             prompt = _prompt(record, where)
             if prompt not in known:
                 raise ValueError(f"{where}: no problem of data.train has this prompt: {_short(prompt)}")
@@ -107,21 +108,6 @@ def _key(problem: Problem) -> str:
 
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a demonstration must be a JSON object, got {type(record).__name__}")
-            yield where, record
 
 
 def _prompt(record: Mapping[str, Any], where: str) -> str:
