@@ -136,7 +136,7 @@ def page(curves: dict[str, list[Curve]], seeds: int) -> str:
 
 PAGE = """# A hard split: does the guide help?
 
-`python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} seeds an arm, 16 prompts x 8 completions a collection,
+`python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} an arm, 16 prompts x 8 completions a collection,
 learning rate 3e-5) and writes this page. In the first collection {low:.0f} to {high:.0f} % of the prompts were all-wrong. Counted are the
 tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
 
