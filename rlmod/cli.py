@@ -13,7 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -69,6 +69,9 @@ def explained(error: BaseException) -> str:
             return f"{key} is missing: give it, as {key}=..."
         if isinstance(cause, InstantiationException):
             return _instantiation(cause)
+        if isinstance(cause, OverrideParseException):
+            key, _, value = str(cause.override).partition("=")
+            return f"{key}={value} cannot be read as an override; a value with such characters goes in quotes: '{key}=\"{value}\"'"
         if isinstance(cause, MissingConfigException):
             return str(cause).partition("\nConfig search path")[0].replace("\n", " ").replace("\t", " ")
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):

@@ -9,6 +9,7 @@ draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> ro
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from typing import Literal
 
 import torch
@@ -67,8 +68,8 @@ class ZeroReward:
     keep_if_guide_fails: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"zero_reward.weight must be 0 (off) or more, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"zero_reward.weight must be finite, 0 (off) or more, got {self.weight}")
         for name in ("completions_per_prompt", "prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,11 +79,11 @@ class ZeroReward:
     def active(self) -> bool:
         return self.weight > 0
 
-    def room(self, prompts: int, ranks: int) -> int:
-        """The most groups on one rank, whose collection holds ``prompts``."""
+    def room(self, prompts: int, ranks: int, rank: int = 0) -> int:
+        """The most groups on this rank, whose collection holds ``prompts``; the first ranks have those that do not come out even."""
         if not self.active:
             return 0
-        return prompts if self.prompts is None else math.ceil(self.prompts / ranks)
+        return prompts if self.prompts is None else self.prompts // ranks + (rank < self.prompts % ranks)
 
     def rows(self, prompts: int, ranks: int, rows_per_prompt: int) -> int:
         """The most rows on one rank."""
@@ -112,17 +113,19 @@ def collect(
     filter: Filter,
     zero_reward: ZeroReward,
     room: int,
-    seed: Callable[[int], int],
+    seed: Callable[..., int],
 ) -> Collected:
     """``prompts`` groups of rewarded rollouts, and behind them those of the zero-reward batch, if there is one.
 
     ``draw(n)`` hands over the next n prompts; ``scored`` fills in pi_old's log-probabilities and entropy where they are missing;
-    ``room`` groups may stand in the zero-reward batch; ``seed(i)`` is the seed of the i-th batch of this collection.
+    ``room`` groups may stand in the zero-reward batch; ``seed(i)`` is the seed of
+    the i-th batch of this collection, ``seed(i, 1)`` that of the i-th time the guide is asked: with one seed for both, a guide that
+    is much like the policy would repeat its completions.
     """
 
     def guided(drawing: Prompts, number: int) -> Rollouts:
         assert guide is not None
-        rows = guide(drawing, number, seed(len(batches)))
+        rows = guide(drawing, number, seed(next(times_asked), 1))
         entropy = scored(replace(rows, logprobs=None, entropy=None)).entropy
         assert rows.truncated is not None
         return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
@@ -145,6 +148,7 @@ def collect(
         )
 
     batches: list[Drawn] = []
+    times_asked = count()
     drawn = usable = 0
     wanted = prompts
     while True:
@@ -170,6 +174,8 @@ def collect(
             rows = joined(scored(batch.rows_of(failed)), guided(drawing, zero_reward.completions_per_prompt))
             joint.append(judged(rows, drawing, drawn + sum(len(earlier.prompts) for earlier in joint)))
             room -= len(failed)
+    if joint:  # scored here, with pi_old: later the guide's rows could no longer be told from those that still lack it
+        collected = replace(collected, rollouts=scored(collected.rollouts))
     return _with_zero_reward(collected, joint, drawn, zero_reward, filter.threshold)
 
 

@@ -4,7 +4,6 @@ import warnings
 
 from rlmod.interfaces import MovingReference
 from rlmod.parts import Parts
-from rlmod.penalty.kl import KL
 from rlmod.reference.base import Base
 
 
@@ -22,18 +21,17 @@ def check(parts: Parts) -> None:
     if getattr(parts.loss, "needs_constant_advantage", False) and varying:
         raise ValueError(
             f"loss {type(parts.loss).__name__} with {type(varying[0]).__name__}: the loss has one ratio for a whole completion, "
-            "so differences between the advantages of its tokens would weigh nothing but their mean; use loss=clipped_surrogate, or "
-            "shaper=sequence_entropy"
+            "so differences between the advantages of its tokens would weigh nothing but their mean; use loss=clipped_surrogate, "
+            "shaper=sequence_entropy, or correction.truncated_importance.level=sequence"
         )
     parts.batch.micro_batches(g, extra_rows=parts.zero_reward.rows(parts.batch.prompts, 1, g))
     _check_guide(parts)
     _check_reference(parts)
-    top_p, top_k = getattr(parts.sampler, "top_p", 1.0), getattr(parts.sampler, "top_k", 0)
-    if top_p < 1 or top_k > 0:
+    if cuts := _cuts(parts.sampler, "sampler"):
         warnings.warn(
-            f"sampler.top_p={top_p}, sampler.top_k={top_k}: completions are drawn from a cut distribution, while log-probabilities, "
+            f"{cuts}: completions are drawn from a cut distribution, while log-probabilities, "
             "entropies and ratios are those of the whole one, so the gradient is biased towards tokens the cut favours; "
-            "train with top_p=1 top_k=0",
+            "train with top_p=1 top_k=0 greedy=false",
             stacklevel=2,
         )
 
@@ -61,33 +59,47 @@ def _check_guide(parts: Parts) -> None:
             "shaper.pool=own with sampler.completions_per_prompt=1: one own completion has no spread to judge the guide's by; "
             "give at least 2, or shaper.pool=union"
         )
-    top_p = getattr(getattr(parts.guide, "sampler", None), "top_p", 1.0)
-    if top_p < 1 and getattr(parts.guide, "ratio", "guide") == "guide":
+    if parts.filter.dynamic_sampling and parts.filter.over == "own" and parts.sampler.completions_per_prompt == 1:
+        raise ValueError(
+            "filter.over=own with sampler.completions_per_prompt=1: one own completion is all right or all wrong, so every group "
+            "would be dropped; give at least 2, or filter.over=union"
+        )
+    cuts = _cuts(getattr(parts.guide, "sampler", None), "guide.sampler")
+    if cuts and getattr(parts.guide, "ratio", "guide") == "guide":
         warnings.warn(
-            f"guide.sampler.top_p={top_p} with guide.ratio=guide: the ratio divides by the guide's whole distribution, while its "
-            "completions are drawn from a cut one, so their ratios are too large; set guide.sampler.top_p=1",
+            f"{cuts} with guide.ratio=guide: the ratio divides by the guide's whole distribution, while its completions are drawn "
+            "from a cut one, so their ratios are too large; set guide.sampler.top_p=1 top_k=0 greedy=false",
             stacklevel=3,
         )
 
 
+def _cuts(sampler: object, key: str) -> str:
+    """The settings by which completions are not drawn from the whole distribution."""
+    whole = {"top_p": 1.0, "top_k": 0, "greedy": False}
+    given = {name: getattr(sampler, name, value) for name, value in whole.items()}
+    return ", ".join(f"{key}.{name}={value}" for name, value in given.items() if value != whole[name])
+
+
 def _check_reference(parts: Parts) -> None:
     for name, penalty in parts.penalty.items():
-        if isinstance(penalty, KL) and parts.reference is None:
+        if getattr(penalty, "needs_reference", False) and parts.reference is None:
             raise ValueError(
                 f"penalty.{name} without a reference: there is nothing to stay close to; give reference=frozen, reference=ema, or, "
                 "for a policy with an adapter, reference=base"
             )
-    adapter = parts.policy.adapter
-    if isinstance(parts.reference, Base) and adapter is None:
+    adapted = parts.policy.adapter is not None or parts.policy.is_adapter
+    if isinstance(parts.reference, Base) and not adapted:
         raise ValueError(
             "reference=base without an adapter: there is no base under the policy; give adapter=lora, or reference=frozen"
         )
-    if isinstance(parts.reference, MovingReference) and adapter is not None:
+    if isinstance(parts.reference, MovingReference) and adapted:
         raise ValueError(
             "reference=ema with an adapter: only the adapter changes, and it has no place in the reference's weights; "
             "give reference=base"
         )
-    if parts.reference is not None and not parts.penalty:
+    if parts.reference is not None and not any(
+        getattr(penalty, "needs_reference", False) for penalty in parts.penalty.values()
+    ):
         warnings.warn(
             "reference without a penalty that uses it: every step pays for a forward pass in vain", stacklevel=3
         )

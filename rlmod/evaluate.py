@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,13 @@ def _score_file(source: Path, reward: Any, output: str | None) -> float:
     target = Path(output)
     if target.resolve() == source.resolve():
         raise ValueError(f"output={output} is the file that is read: give another")
-    records = list(_recorded(source))
+    located = list(_recorded(source))
+    records = [record for _, record in located]
     texts = Texts(completions=[r["completion"] for r in records], answers=[_text(r["answer"]) for r in records])
-    rewards, terms, _ = score(reward, texts)
+    try:
+        rewards, terms, _ = score(reward, texts)
+    except ValueError as error:
+        raise ValueError(f"{_culprit(reward, located) or source}: {error}") from error
     for row, record in enumerate(records):
         record["reward"] = float(rewards[row])
         if terms:
@@ -59,7 +63,20 @@ def _score_file(source: Path, reward: Any, output: str | None) -> float:
     return mean
 
 
-def _recorded(source: Path) -> Iterator[dict[str, Any]]:
+def _culprit(reward: Any, located: list[tuple[str, dict[str, Any]]]) -> str | None:
+    """The line that the reward refuses; None where it takes each by itself."""
+    from rlmod.scoring import score
+    from rlmod.types import Texts
+
+    for where, record in located:
+        try:
+            score(reward, Texts(completions=[record["completion"]], answers=[_text(record["answer"])]))
+        except ValueError:
+            return where
+    return None
+
+
+def _recorded(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not source.is_file():
         raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
     found = False
@@ -71,8 +88,10 @@ def _recorded(source: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
         if not isinstance(record["answer"], str | int | float) or isinstance(record["answer"], bool):
             raise ValueError(f"{where}: answer must be text or a number, got {record['answer']!r}")
+        if isinstance(record["answer"], float) and not math.isfinite(record["answer"]):
+            raise ValueError(f"{where}: answer must be a finite number, got {record['answer']}")
         found = True
-        yield record
+        yield where, record
     if not found:
         raise ValueError(f"completions={source}: the file holds no line")
 
@@ -83,13 +102,19 @@ def _text(answer: str | int | float) -> str:
 
 
 def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
-    import torch
-
+    from rlmod.fields import check_types, check_value
     from rlmod.interfaces import prepare
-    from rlmod.parts import check_types
     from rlmod.policy import HFPolicy
+    from rlmod.settings import check_seed
 
     n = cfg.sampler.completions_per_prompt
+    check_seed(cfg.seed, "seed")
+    check_value(cfg.pass_at, Sequence[int], "pass_at")
+    check_value(cfg.threshold, float, "threshold")
+    check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
+    if cfg.prompts_per_batch < 1:
+        raise ValueError(f"prompts_per_batch must be at least 1, got {cfg.prompts_per_batch}")
+    device = _device(cfg.device)
     for k in cfg.pass_at:
         if not 1 <= k <= n:
             raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
@@ -105,11 +130,24 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
     prepare([reward], encoded.problems, tokenizer)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)
     samples = _sampled(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
     return _summary(samples, n, cfg, encoded.dropped, folder)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={name}: {str(error).splitlines()[0]}; give auto, cpu, or a device that is here"
+        ) from error
+    return name
 
 
 def _sampled(

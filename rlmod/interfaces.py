@@ -105,10 +105,11 @@ class Weighting(Protocol):
 class Loss(Protocol):
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
-        """The loss of every token, and scalar metrics (means over the counted tokens).
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "..."]]]:
+        """The loss of every token, and metrics: a value of every token, NaN where a token has none, or one number for all.
 
-        ``logprobs`` are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``.
+        What is logged is the mean over the counted tokens of the whole step, however it is cut into micro-batches. ``logprobs``
+        are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``.
         """
         ...
 

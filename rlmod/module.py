@@ -100,8 +100,8 @@ class RLModule(L.LightningModule):
                 reward=self.reward,
                 filter=self.filter,
                 zero_reward=self.zero_reward,
-                room=self.zero_reward.room(prompts, self.trainer.world_size),
-                seed=lambda i: self.derived_seed(self.current_epoch, i),
+                room=self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank),
+                seed=lambda *place: self.derived_seed(self.current_epoch, *place),
             )
             rollouts = self.referenced(self.scored(collected.rollouts))
         rollouts = self.shaped(rollouts)
@@ -122,7 +122,7 @@ class RLModule(L.LightningModule):
             metrics |= measured
         assert batch.weights is not None and batch.mask is not None
         loss = (per_token * batch.weights).sum()
-        self.log_over_step(loss, metrics, int(batch.mask.sum()))
+        self.log_over_step(loss, metrics, batch.mask)
         # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
         # accumulated micro-batches, and the number of ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -172,12 +172,13 @@ class RLModule(L.LightningModule):
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
 
-    def log_over_step(self, loss: Tensor, metrics: dict[str, Tensor], tokens: int) -> None:
-        # The micro-batches' losses add up to the step's, and their other metrics are means over their own tokens.
+    def log_over_step(self, loss: Tensor, metrics: dict[str, Tensor], mask: Tensor) -> None:
+        # The micro-batches' losses add up to the step's; the other metrics are means over the tokens that have a value.
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         self.log("train/loss", loss.detach() / steps, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=max(tokens, 1))
+            if len(values := ops.measured(value, mask)):
+                self.log(f"train/{name}", values.mean(), on_step=False, on_epoch=True, batch_size=len(values))
 
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
@@ -220,6 +221,7 @@ class RLModule(L.LightningModule):
             checkpoint["reference"] = dict(self.reference.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         self.tokens_sampled = checkpoint["tokens_sampled"]
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
@@ -229,6 +231,24 @@ class RLModule(L.LightningModule):
     def derived_seed(self, *position: int) -> int:
         """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""
         return int(SeedSequence([self.seed, self.global_rank, *position]).generate_state(1)[0])
+
+
+def check_same_policy(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """ValueError where a checkpoint's weights are not those of this policy."""
+    differ = [
+        f"{name} is {_shape(saved.get(name))} there and {_shape(own.get(name))} here"
+        for name in sorted(saved.keys() | own.keys())
+        if _shape(saved.get(name)) != _shape(own.get(name))
+    ]
+    if saved and differ:
+        raise ValueError(
+            f"resume: the checkpoint is of another policy: {len(differ)} of its {len(saved)} weights differ, {differ[0]}; "
+            "give the policy and the adapter that it was made with (its config.yaml names them)"
+        )
+
+
+def _shape(weight: Tensor | None) -> str:
+    return "missing" if weight is None else f"of shape {list(weight.shape)}"
 
 
 @contextmanager

@@ -39,6 +39,17 @@ def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1.0 else wide / temperature
 
 
+def log_ratio(
+    logprobs: Float[Tensor, "R T"], old: Float[Tensor, "R T"], mask: Bool[Tensor, "R T"]
+) -> Float[Tensor, "R T"]:
+    """log pi - log pi_old of every token, held between -20 and 20; 0 where the mask is False.
+
+    Beyond that, as where a recorded log-probability says next to impossible, the ratio would be infinite and its gradient NaN even
+    behind a clip.
+    """
+    return torch.where(mask, logprobs - old, 0).clamp(-20, 20)
+
+
 def masked_mean(
     values: Float[Tensor, "R T"], mask: Bool[Tensor, "R T"], dim: int | None = None
 ) -> Float[Tensor, "..."]:
@@ -47,6 +58,12 @@ def masked_mean(
     if dim is None:
         return counted.sum() / mask.sum().clamp(min=1)
     return counted.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def measured(values: Float[Tensor, "..."], mask: Bool[Tensor, "R T"]) -> Float[Tensor, " n"]:
+    """The values of the counted tokens that have one; a single number stands for every token, NaN for none."""
+    counted = values.expand_as(mask)[mask]
+    return counted[~counted.isnan()]
 
 
 def group_index(group: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], int]:

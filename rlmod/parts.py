@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from hydra.utils import get_class, instantiate
+import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlmod.collect import Filter, ZeroReward
+from rlmod.fields import check_arguments, check_types, check_value
 from rlmod.interfaces import (
     Correction,
     Guide,
@@ -89,61 +89,24 @@ class Parts:
             weighting=part("weighting"),
             loss=part("loss"),
             penalty=parts_of("penalty"),
-            optimizer=part("optimizer"),
+            optimizer=_tried(part("optimizer")),
             batch=part("batch"),
-            validation=Validation(
-                sampler=part("validation.sampler"),
-                reward=build(cfg.validation.reward),
-                threshold=cfg.validation.threshold,
-                pass_at=list(cfg.validation.pass_at),
-                seed=cfg.validation.seed,
-            ),
+            validation=_validation(cfg.validation, part("validation.sampler")),
         )
 
 
-PLAIN: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _validation(node: DictConfig, sampler: Sampler) -> Validation:
+    hints = get_type_hints(Validation)
+    plain = {name: node[name] for name in ("threshold", "pass_at", "prompts_per_batch", "seed")}
+    for name, value in plain.items():
+        check_value(value, hints[name], f"validation.{name}")
+    return Validation(sampler=sampler, reward=build(node.reward), **plain)
 
 
-def check_types(node: DictConfig, key: str) -> None:
-    """ValueError for a plain field (number, text, switch, choice) of one of our dataclasses that holds something else."""
-    if not str(node.get("_target_", "")).startswith("rlmod."):
-        return
-    hints = get_type_hints(get_class(node._target_).__init__)
-    for name in node:
-        value = given(node, str(name), key)
-        if isinstance(value, DictConfig):
-            check_types(value, f"{key}.{name}")
-        if value is None or name not in hints:
-            continue
-        if get_origin(hints[name]) is Literal:
-            if value not in get_args(hints[name]):
-                raise ValueError(f"{key}.{name} must be one of {', '.join(get_args(hints[name]))}, got {value!r}")
-            continue
-        wanted = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not NoneType]
-        if len(wanted) == 1 and wanted[0] in PLAIN and not _is(value, wanted[0]):
-            raise ValueError(f"{key}.{name} must be {PLAIN[wanted[0]]}, got {value!r}")
-
-
-def _is(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def given(node: DictConfig, name: str, key: str) -> Any:
-    """The value; ValueError naming the key that is to be given where it is missing, behind interpolations too."""
-    if not OmegaConf.is_missing(node, name):
-        return node[name]
-    raw = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(raw, dict)
-    source = raw[name].strip("${} ") if raw[name] != "???" else f"{key}.{name}"
-    raise ValueError(f"{source} is missing: give it, as {source}=...")
-
-
-def check_arguments(made: partial[Any], key: str) -> None:
-    """ValueError for an argument that the function does not have, which would show only when it is called."""
-    known = signature(made.func).parameters
-    unknown = [name for name in made.keywords if name not in known]
-    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
-        names = ", ".join(name for name in known if name not in ("params", "optimizer"))
-        raise ValueError(f"{key}.{unknown[0]}: {made.func.__name__} has no such argument; it has {names}")
+def _tried(optimizer: Optimizer) -> Optimizer:
+    """Called once on a parameter of nobody's: what it refuses shows now, not when the policy's weights are loaded."""
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer: {error}") from error
+    return optimizer

@@ -37,12 +37,23 @@ class HFPolicy:
         # What can only be a folder is looked for at once: transformers takes seconds to be imported.
         if self.path.startswith(("/", ".", "~")) and not Path(self.location).is_dir():
             raise ValueError(self._cannot("policy", "there is no such folder"))
+        if saved := sorted(Path(self.location).glob("checkpoints/step-*/policy")):
+            raise ValueError(f"policy.path={self.path} is a run's folder; its newest policy is policy.path={saved[-1]}")
+        if self.adapter is not None and self.is_adapter:
+            raise ValueError(
+                f"policy.path={self.path} is an adapter already, which goes on being trained: leave adapter=none"
+            )
 
     @property
     def location(self) -> str:
         shipped = SHIPPED / self.path
         is_shipped = self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
         return str(shipped) if is_shipped else str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter, as a run with adapter=lora saves it, rather than a whole model."""
+        return (Path(self.location) / "adapter_config.json").is_file()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Padding on the left; without a pad token, the EOS token pads (masks are explicit, so nothing confuses the two)."""
@@ -65,10 +76,14 @@ class HFPolicy:
     def model(self, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
         from transformers import AutoModelForCausalLM
 
+        settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
-            )
+            if self.is_adapter:
+                from peft import AutoPeftModelForCausalLM
+
+                model = AutoPeftModelForCausalLM.from_pretrained(self.location, is_trainable=True, **settings)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(self.location, **settings)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._cannot("model", error)) from error
         rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
@@ -77,10 +92,10 @@ class HFPolicy:
                 f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings: "
                 "they do not belong together"
             )
-        settings = model.generation_config
-        known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        settings.eos_token_id = sorted({cast(int, tokenizer.eos_token_id), *(i for i in known if i is not None)})
-        settings.pad_token_id = tokenizer.pad_token_id
+        ends = model.generation_config
+        known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
+        ends.eos_token_id = sorted({cast(int, tokenizer.eos_token_id), *(i for i in known if i is not None)})
+        ends.pad_token_id = tokenizer.pad_token_id
         model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,16 +3,17 @@
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import hydra
 import torch
 from hydra.errors import InstantiationException
 from jaxtyping import Float
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from rlmod.fields import check_types
 from rlmod.interfaces import Reward
 from rlmod.types import Texts
 
@@ -47,7 +48,8 @@ def score(reward: Reward, texts: Texts) -> Scores:
     penalties = getattr(reward, "penalties", ())
     judged = [values for key, values in terms.items() if key not in penalties]
     outcomes = torch.stack(judged).sum(0) if judged else torch.zeros(len(texts))
-    return Scores(torch.stack(list(terms.values())).sum(0), terms, outcomes)
+    total = _checked(torch.stack(list(terms.values())).sum(0), f"the sum of the terms of the reward {name}", texts)
+    return Scores(total, terms, outcomes)
 
 
 def build(config: Mapping[Any, Any]) -> Reward:
@@ -56,11 +58,11 @@ def build(config: Mapping[Any, Any]) -> Reward:
     A class is instantiated. A plain function is the reward itself: the other keys become its arguments (a function that
     makes a reward says ``_partial_: false``). The same holds for the rewards inside ``terms``.
     """
-    container = OmegaConf.to_container(
-        config if OmegaConf.is_config(config) else OmegaConf.create(dict(config)), resolve=True
-    )
+    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), "reward")
+    check_types(node, "reward")
     try:
-        return hydra.utils.instantiate(_functions_as_partials(container, "reward"), _convert_="all")
+        return hydra.utils.instantiate(targets, _convert_="all")
     except InstantiationException as error:
         # Hydra wraps what the constructor raised, whose own words name the key, and knows where in the tree it was.
         where = re.search(r"full_key: (\S+)", str(error))
@@ -116,7 +118,7 @@ def _checked(values: Any, what: str, texts: Texts) -> Tensor:
                 f"{what} returned a tensor of shape {list(values.shape)}, expected one number a completion"
             )
         values = values.detach().cpu()
-    elif isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
+    elif isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
         raise RewardError(f"{what} returned {type(values).__name__}, expected one number a completion")
     if len(values) != len(texts):
         raise RewardError(f"{what} returned {len(values)} numbers for {len(texts)} completions")
@@ -126,7 +128,7 @@ def _checked(values: Any, what: str, texts: Texts) -> Tensor:
             if isinstance(value, str):  # float("1") would pass
                 raise TypeError
             numbers.append(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RewardError(
                 f"{what} returned {value!r} for row {row}, which is no number{_row(texts, row)}"
             ) from None

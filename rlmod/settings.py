@@ -49,6 +49,11 @@ class Batch:
         return step // min(self.micro_batch, step)
 
 
+def check_seed(seed: object, key: str) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"{key} must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+
+
 def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
@@ -62,9 +67,14 @@ class Validation:
     threshold: float = 0.5
     """A completion is correct when its reward, without penalties, is above this."""
     pass_at: Sequence[int] = ()
+    prompts_per_batch: int = 512
+    """Sampled at once; a matter of memory alone."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "validation.seed")
+        if self.prompts_per_batch < 1:
+            raise ValueError(f"validation.prompts_per_batch must be at least 1, got {self.prompts_per_batch}")
         n = self.sampler.completions_per_prompt
         for k in self.pass_at:
             if not 1 <= k <= n:

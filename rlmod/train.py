@@ -28,9 +28,11 @@ def train(cfg: DictConfig) -> float | None:
     from rlmod import compat
     from rlmod.interfaces import prepare
     from rlmod.parts import Parts
+    from rlmod.settings import check_seed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     logging.captureWarnings(True)
+    check_seed(cfg.seed, "seed")
     parts = Parts.of(cfg)
     compat.check(parts)
     for key in ("max_epochs", "check_val_every_n_epoch"):
@@ -53,6 +55,7 @@ def train(cfg: DictConfig) -> float | None:
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
+    trainer = _trainer(cfg)
     module = RLModule(
         policy=parts.policy.model(tokenizer),
         tokenizer=tokenizer,
@@ -79,21 +82,27 @@ def train(cfg: DictConfig) -> float | None:
         weighting=parts.weighting,
         rows_per_prompt=parts.rows_per_prompt,
         zero_reward=parts.zero_reward,
-        validation_prompts=cfg.validation.prompts_per_batch,
+        validation_prompts=parts.validation.prompts_per_batch,
         seed=cfg.seed,
     )
-    trainer = _trainer(cfg)
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     return _fitted(trainer, module, data, checkpoint, folder, started)
 
 
 def _trainer(cfg: DictConfig) -> "L.Trainer":
+    from rlmod.fields import check_types
+
+    def each(group: str) -> list[Any]:
+        for name, node in (cfg[group] or {}).items():
+            check_types(node, f"{group}.{name}")
+        return [instantiate(node) for node in (cfg[group] or {}).values()]
+
+    check_types(cfg.trainer, "trainer")
+    if (cfg.trainer.gradient_clip_val or 0) < 0:
+        raise ValueError(f"trainer.gradient_clip_val must be null or at least 0, got {cfg.trainer.gradient_clip_val}")
+    loggers, callbacks = each("logger"), each("callbacks")
     try:
-        return instantiate(
-            cfg.trainer,
-            logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
-            callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values()],
-        )
+        return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
 

@@ -15,6 +15,35 @@ REFUSED = {
     "unknown key": (["loss.clip_lo=0.2"], ["loss.clip_lo", "did you mean loss.clip_low", "clip_high"]),
     "unknown top-level key": (["sed=1"], ["unknown key sed", "did you mean seed"]),
     "unknown added field": (["+loss.foo=1"], ["loss", "foo"]),
+    "text for a number of the optimizer": (["optimizer.lr=abc"], ["optimizer.lr must be a number", "abc"]),
+    "optimizer out of range": (["optimizer.lr=-1"], ["optimizer: Invalid learning rate: -1"]),
+    "seed": (["seed=-1"], ["seed must be a whole number from 0 to 4294967295, got -1"]),
+    "text for a seed": (["validation.seed=abc"], ["validation.seed must be a whole number"]),
+    "nan": (["shaper.eps=nan"], ["shaper.eps must be a number, got nan"]),
+    "nan for a threshold": (["filter.threshold=nan"], ["filter.threshold must be a number, got nan"]),
+    "null for a number": (["loss.clip_high=null"], ["loss.clip_high must be a number, got null"]),
+    "text for a threshold": (["validation.threshold=abc"], ["validation.threshold must be a number"]),
+    "number for a list": (["validation.pass_at=3"], ["validation.pass_at must be a list", "got 3"]),
+    "no prompts a batch": (["validation.prompts_per_batch=0"], ["validation.prompts_per_batch must be at least 1"]),
+    "text for a reward's number": (["reward.right=abc"], ["reward.right must be a number", "'abc'"]),
+    "a reward's nan": (["reward.wrong=nan"], ["reward.wrong must be a number, got nan"]),
+    "text in a list": (
+        ["shaper=token_entropy", "shaper.entropy_clip=[a,b]"],
+        ["shaper.entropy_clip must be a list", "or null", "['a', 'b']"],
+    ),
+    "a callback's number": (
+        ["callbacks.checkpoints.every=abc"],
+        ["callbacks.checkpoints.every must be a whole number"],
+    ),
+    "a callback's range": (["callbacks.completions.rows=0"], ["callbacks.completions", "at least 1"]),
+    "a trainer's precision": (["trainer.precision=foo"], ["trainer.precision must be", "bf16-mixed"]),
+    "a trainer's number": (["trainer.limit_val_batches=abc"], ["trainer.limit_val_batches must be"]),
+    "a trainer's clip": (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val must be null or at least 0"]),
+    "weight": (["reference=frozen", "penalty=[kl]", "penalty.kl.weight=inf"], ["penalty.kl.weight must be finite"]),
+    "unquoted": (
+        ["data.answer_pattern=#### (.+"],
+        ["data.answer_pattern", "quotes", "'data.answer_pattern=\"#### (.+\"'"],
+    ),
     "unknown optimizer argument": (["+optimizer.lrr=1"], ["optimizer.lrr", "AdamW", "lr"]),
     "negative clip": (["loss.clip_low=-1"], ["loss.clip_low", "above 0", "-1"]),
     "text for a number": (["shaper.eps=foo"], ["shaper.eps must be a number", "'foo'"]),
@@ -83,6 +112,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_wrong_override_is_named_with_what_would_be_right(name, monkeypatch, tmp_path):
     overrides, expected = REFUSED[name]
+    monkeypatch.setattr("rlmod.policy.HFPolicy.model", lambda *_: pytest.fail("weights were loaded"))
     message = refused(monkeypatch, tmp_path, *overrides)
     missing = [part for part in expected if part not in message]
     assert not missing, message

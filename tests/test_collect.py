@@ -53,7 +53,7 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
         scored=lambda rollouts: rollouts, draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=None,
         reward=reward,
-        filter=Filter(**settings), zero_reward=ZeroReward(), room=0, seed=lambda i: i,
+        filter=Filter(**settings), zero_reward=ZeroReward(), room=0, seed=lambda *place: sum(place),
     )  # fmt: skip
     return collected, drawn
 

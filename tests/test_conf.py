@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
-from rlmod import cli, parts
+from rlmod import cli
+from rlmod.fields import check_types
 from rlmod.module import RLModule
 from rlmod.parts import Parts
 
@@ -89,7 +90,7 @@ def test_every_debug_run_composes(debug):
 
 def test_check_types_knows_numbers_switches_and_texts():
     cfg = composed("shaper.eps=1", "filter.threshold=1")  # a whole number is a number
-    parts.check_types(cfg.shaper, "shaper")
-    parts.check_types(cfg.filter, "filter")
+    check_types(cfg.shaper, "shaper")
+    check_types(cfg.filter, "filter")
     with pytest.raises(ValueError, match=r"sampler\.top_k must be a whole number, got True"):
-        parts.check_types(composed("sampler.top_k=true").sampler, "sampler")
+        check_types(composed("sampler.top_k=true").sampler, "sampler")

@@ -119,3 +119,40 @@ def test_recorded_tokens_are_those_of_the_text(tmp_path, monkeypatch):
         sample = json.loads(line)
         assert len(sample["completion_ids"]) == len(sample["logprobs"]) == sample["length"]
         assert max(sample["logprobs"]) <= 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pass_at=3", "pass_at must be a list"),
+        ("device=foo", "device=foo: "),
+        ("prompts_per_batch=0", "prompts_per_batch must be at least 1"),
+        ("threshold=nan", "threshold must be a number"),
+        ("seed=-1", "seed must be a whole number"),
+    ],
+)
+def test_bad_settings_are_named_before_weights_load(override, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlmod.policy.HFPolicy.model", lambda *_: pytest.fail("weights were loaded"))
+    assert message in refused_eval(monkeypatch, *SMALL, override, f"output={tmp_path / 'a'}")
+
+
+def test_a_recorded_line_that_cannot_be_scored_is_named(tmp_path, monkeypatch):
+    good = {"completion": "18", "answer": "18"}
+    cases = [
+        ({"completion": "18", "answer": "\\frac{"}, "cannot parse the answer"),
+        ({"completion": "18\ud800", "answer": "18"}, "half a character"),
+        ({"completion": "18", "answer": 1e999}, "answer must be a finite number"),
+    ]
+    for record, reason in cases:
+        source = written(tmp_path / "in.jsonl", good, record)
+        message = refused_eval(
+            monkeypatch, f"completions={source}", "reward=math_verify", f"output={tmp_path / 'out.jsonl'}"
+        )
+        assert "in.jsonl:2: " in message
+        assert reason in message
+
+
+def test_a_runs_folder_as_the_policy_is_answered_with_its_newest_policy(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "step-000004" / "policy").mkdir(parents=True)
+    message = refused_eval(monkeypatch, "policy=hf", f"policy.path={tmp_path}")
+    assert f"its newest policy is policy.path={tmp_path / 'checkpoints' / 'step-000004' / 'policy'}" in message

@@ -151,6 +151,9 @@ def _always_wrong(call):
     [
         (["reference=base", "penalty=[kl]"], ["reference=base without an adapter", "adapter=lora"]),
         (["reference=ema", "adapter=lora", "penalty=[kl]"], ["reference=ema with an adapter", "reference=base"]),
+        (["guide=policy", "guide.policy.path=strong", "filter.over=own", "filter.dynamic_sampling=true",
+          "sampler.completions_per_prompt=1", "batch.micro_batch=8"], ["filter.over=own", "at least 2"]),
+        (["loss=sequence_surrogate", "correction=[truncated_importance]"], ["TruncatedImportance", "level=sequence"]),
         (["adapter=lora", "policy.adapter.targets=[nowhere]"], ["policy.adapter.targets", "nowhere"]),
         (["guide=policy", "guide.policy.path=strong", "shaper.pool=own", "sampler.completions_per_prompt=1",
           "batch.micro_batch=8"], ["shaper.pool=own", "at least 2"]),
@@ -168,3 +171,15 @@ def test_warnings_of_what_works_but_not_as_one_may_think(tmp_path, monkeypatch):
         pytest.warns(UserWarning, match="reference without a penalty"),
     ):
         run_train(monkeypatch, *quick, f"output={tmp_path / 'a'}")
+
+
+def test_what_is_logged_of_the_ratios_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch):
+    """A micro-batch of guide tokens alone has no ratio of own ones: it counts for nothing, not for 0."""
+    quick = (*SHORT, *GUIDE, "trainer.max_epochs=1", "batch.updates=1", "guide.ratio=one")
+    for size in (48, 2):
+        run_train(monkeypatch, *quick, f"batch.micro_batch={size}", f"output={tmp_path / str(size)}")
+    whole, cut = (next(row for row in metrics(tmp_path / str(size)) if row["train/ratio"]) for size in (48, 2))
+    for name in ("train/ratio", "train/guide_ratio", "train/clip_fraction", "train/guide_clip_fraction"):
+        assert float(cut[name]) == pytest.approx(float(whole[name]), abs=1e-5), name
+    assert float(whole["train/ratio"]) == pytest.approx(1, abs=1e-4)
+    assert 0 < float(whole["train/guide_ratio"]) < 1

@@ -63,3 +63,21 @@ def test_standardize_leaves_no_residue_of_equal_values(value):
     values = torch.full((6, 7), value)
     counted = torch.ones(6, 7, dtype=torch.bool)
     assert (ops.standardize(values, counted, torch.zeros(6, dtype=torch.long), 1, eps=1e-6) == 0).all()
+
+
+def test_a_ratio_to_the_next_to_impossible_stays_finite():
+    old = torch.tensor([[-1.0, -9999.0, 0.0, -1.0]])
+    new = torch.tensor([[-1.5, -1.0, -9999.0, -2.0]], requires_grad=True)
+    ratio = ops.log_ratio(new, old, torch.tensor([[True, True, True, False]]))
+    torch.testing.assert_close(ratio.detach(), torch.tensor([[-0.5, 20.0, -20.0, 0.0]]))
+    # Behind a clip an infinite ratio would be multiplied by a gradient of 0.
+    ratio.exp().clamp(max=1.2).sum().backward()
+    torch.testing.assert_close(new.grad, torch.tensor([[0.6065307, 0.0, 0.0, 0.0]]))
+
+
+def test_measured_leaves_out_padding_and_what_has_no_value():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    values = torch.tensor([[1.0, torch.nan, 3.0], [5.0, 7.0, 7.0]])
+    assert ops.measured(values, mask).tolist() == [1, 3, 5]
+    assert ops.measured(torch.tensor(2.0), mask).tolist() == [2] * 4
+    assert len(ops.measured(torch.tensor(torch.nan), mask)) == 0

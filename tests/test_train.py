@@ -95,6 +95,13 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
     assert all(torch.equal(value, resumed[name]) for name, value in weights(run).items())
 
 
+def test_a_checkpoint_of_another_policy_is_refused_in_a_sentence(run, tmp_path, monkeypatch):
+    message = refused(monkeypatch, tmp_path, *QUICK, "adapter=lora", f"resume={run}")
+    assert "resume: the checkpoint is of another policy" in message
+    assert "of its 39 weights differ" in message
+    assert "is missing there and of shape" in message
+
+
 def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypatch):
     differences: dict[int, float] = {}
     plain = ClippedSurrogate.__call__
@@ -221,3 +228,12 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
         else:
             held_out = json.loads((folder / "result.json").read_text())["held_out"]
             assert float(row["objective"]) == pytest.approx(held_out["after"])
+
+
+def test_the_lines_show_the_collection_that_they_name(tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "callbacks.progress_bar.lines=4")
+    shown = [
+        line.split("reward ")[1][:5] for line in capsys.readouterr().out.splitlines() if line.startswith("collection ")
+    ]
+    assert shown == [f"{float(row['reward/mean']):.3f}" for row in metrics(tmp_path / "a") if row["reward/mean"]]
+    assert len(set(shown)) > 1

@@ -53,7 +53,9 @@ def scored(rollouts: Rollouts) -> Rollouts:
     return replace(rollouts, entropy=filled, logprobs=-filled)
 
 
-def run(kinds: list[str], prompts: int, guide=None, zero_reward=None, room: int | None = None, **settings) -> Collected:
+def run(
+    kinds: list[str], prompts: int, guide=None, zero_reward=None, sampler=None, room: int | None = None, **settings
+) -> Collected:
     drawn = 0
 
     def draw(n: int) -> Prompts:
@@ -66,10 +68,10 @@ def run(kinds: list[str], prompts: int, guide=None, zero_reward=None, room: int 
 
     return collect(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
-        scored=scored, draw=draw, prompts=prompts, sampler=Scripted(), guide=guide,
+        scored=scored, draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=guide,
         reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
         filter=Filter(**settings), zero_reward=zero_reward or ZeroReward(), room=prompts if room is None else room,
-        seed=lambda i: i,
+        seed=lambda *place: hash(place),
     )  # fmt: skip
 
 
@@ -171,4 +173,36 @@ def test_bad_fields_are_named(field, value):
 def test_room_is_shared_among_ranks():
     assert ZeroReward().room(8, 2) == 0
     assert ZeroReward(weight=1.0).room(8, 2) == 8
-    assert ZeroReward(weight=1.0, prompts=5).room(8, 2) == 3
+    assert [ZeroReward(weight=1.0, prompts=5).room(8, 2, rank) for rank in (0, 1)] == [3, 2]
+
+
+def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
+    """With one seed for both, a guide that is much like the policy would repeat the policy's own completions."""
+    seeds: list[int] = []
+
+    class Noting(ScriptedGuide):
+        def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
+            seeds.append(seed)
+            return super().__call__(prompts, completions_per_prompt, seed)
+
+    class NotingSampler(Scripted):
+        def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
+            seeds.append(seed)
+            return super().__call__(policy, prompts, seed)
+
+    zero = ZeroReward(weight=1.0)
+    settings = {"dynamic_sampling": True, "max_generation_batches": 3, "over": "own"}
+    run(["0/1"], 4, Noting(), zero, NotingSampler(), room=12, **settings)
+    assert len(seeds) == 9  # three draws, each with its guide, and three batches of failed prompts
+    assert len(set(seeds)) == 9
+
+
+def test_the_guides_log_probabilities_survive_a_sampler_that_hands_over_none():
+    class Bare(Scripted):
+        def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
+            return replace(super().__call__(policy, prompts, seed), logprobs=None, entropy=None)
+
+    zero = ZeroReward(weight=1.0)
+    settings = {"dynamic_sampling": True, "max_generation_batches": 1}
+    rows = run(["1/0", "0/1"], 2, ScriptedGuide(completions_per_prompt=0), zero, Bare(), **settings).rollouts
+    assert rows.logprobs[:, 0].tolist() == [-0.5] * 9 + [-2.0] * 2

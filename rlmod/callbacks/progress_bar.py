@@ -49,7 +49,8 @@ class ProgressBar(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule) and pl_module.collected is not None
-        metrics = {**pl_module.collected.metrics, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+        # This collection's own come last: the Trainer's are those of the collection before, until the module has logged them.
+        metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.collected.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
         numbers = "  ".join([shown[0], *([self.held_out] if self.held_out else []), *shown[1:]])
         done = trainer.current_epoch + 1

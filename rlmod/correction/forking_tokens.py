@@ -36,6 +36,6 @@ class ForkingTokens:
         entropies = all_gathered(rollouts.entropy[rollouts.mask])
         if not len(entropies):
             return rollouts
-        kept = math.ceil(self.share * len(entropies))
+        kept = max(math.ceil(self.share * len(entropies) - 1e-6), 1)  # 0.07 of 100 is 7, however floats round
         tau = entropies.kthvalue(len(entropies) - kept + 1).values
         return replace(rollouts, advantages=torch.where(rollouts.entropy >= tau, rollouts.advantages, 0))

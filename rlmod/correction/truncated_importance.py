@@ -1,30 +1,39 @@
 """What the sampling engine got wrong about its own probabilities, weighed back."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-import torch
-
+from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedImportance:
-    """A_{i,t} <- min(pi_old / pi_sampler, cap) A_{i,t}, with pi_old as the trainer computes it and pi_sampler as the engine said
+    """A_{i,t} <- min(rho, cap) A_{i,t}, with pi_old as the trainer computes it and pi_sampler as the engine said:
+
+        token       rho = pi_old / pi_sampler of the token
+        sequence    rho = the product over the completion's tokens, which a loss with one ratio a completion needs
 
     Two engines with the same weights disagree (other kernels, other precision), and completions are drawn by the sampler's
     distribution. The factor is positive and has no gradient, so that it comes to the same whether it multiplies the advantage or
     the loss of the token.
 
     Source: TIS, truncated importance sampling between sampler and trainer, as described by Yao et al. (2025); cap = C, 2 there.
+    Differs: [D] the logarithm of rho is held between -20 and 20.
     Degenerate: where both agree the factor is 1; so it is with sampler=hf, whose log-probabilities are the trainer's.
     Needs: logprobs, sampler_logprobs, mask, advantages.
     """
 
     cap: float = 2.0
+    level: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         if self.cap <= 0:
             raise ValueError(f"correction.truncated_importance.cap must be above 0, got {self.cap}")
+
+    @property
+    def varies_over_tokens(self) -> bool:
+        return self.level == "token"
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
         assert rollouts.logprobs is not None and rollouts.mask is not None and rollouts.advantages is not None
@@ -32,5 +41,7 @@ class TruncatedImportance:
             raise ValueError(
                 "correction.truncated_importance needs the sampler's log-probabilities, and this sampler gives none"
             )
-        log_ratio = torch.where(rollouts.mask, rollouts.logprobs - rollouts.sampler_logprobs, 0)
-        return replace(rollouts, advantages=rollouts.advantages * log_ratio.exp().clamp(max=self.cap))
+        log_rho = log_ratio(rollouts.logprobs, rollouts.sampler_logprobs, rollouts.mask)
+        if self.level == "sequence":
+            log_rho = log_rho.sum(1, keepdim=True).clamp(-20, 20)
+        return replace(rollouts, advantages=rollouts.advantages * log_rho.exp().clamp(max=self.cap))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from rlmod.jsonl import SURROGATE
 from rlmod.types import Message, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -53,8 +54,14 @@ class Conversion:
 
     def _prompt(self, record: Mapping, source: str) -> str | tuple[Message, ...]:
         if self.template is not None:
-            prompt: object = _Template(source).vformat(self.template, (), record)
             key = "data.template"
+            try:
+                prompt: object = _Template(source).vformat(self.template, (), record)
+            except (TypeError, ValueError) as error:
+                if str(error).startswith(source):
+                    raise
+                # Or it is a format or a conversion that the field's value does not have.
+                raise ValueError(f"{source}: {key}={self.template!r}: {error}") from error
         else:
             key = "data.prompt_field"
             prompt = _lookup(record, self.prompt_field, f"{key}={self.prompt_field}", source)
@@ -62,7 +69,13 @@ class Conversion:
             raise ValueError(f"{source}: {key} must give text or a list of chat messages, got {type(prompt).__name__}")
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"{source}: the prompt that {key} gives is empty")
-        return prompt if isinstance(prompt, str) else _messages(prompt, source)
+        prompt = prompt if isinstance(prompt, str) else _messages(prompt, source)
+        for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+            if half := SURROGATE.search(text):
+                raise ValueError(
+                    f"{source}: the prompt holds {half[0]!r}, half a character: a surrogate without its pair is no text"
+                )
+        return prompt
 
     def _answer(self, record: Mapping, source: str) -> str:
         key = f"data.answer_field={self.answer_field}"

@@ -71,8 +71,9 @@ def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: each line must be one JSON object: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # the latter of an endless nesting
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}:{number}: each line must be one JSON object: {reason}") from error
 
 
 def _json(path: Path) -> Iterator[tuple[int, object]]:
@@ -84,6 +85,8 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
         raise ValueError(
             f"{path}:{error.lineno}: the file must be one JSON list of objects: {error.msg}{hint}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the file must be one JSON list of objects: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: the file must be one JSON list of objects, got {type(records).__name__}")
     yield from enumerate(records, 1)
@@ -93,6 +96,9 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     line = 1
     try:
+        names = list(reader.fieldnames or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{path}:1: two columns have the name {twice[0]!r}; each needs one of its own")
         for row in reader:
             # A quoted cell can hold newlines: a record starts on the line after the one before ended.
             line, start = reader.line_num, line + 1
@@ -119,10 +125,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     # utf-8-sig: spreadsheets put a byte-order mark before the first column's name.
     with path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else None) as file:
+        number = 0
         try:
-            yield from enumerate(file, 1)
+            for number, line in enumerate(file, 1):
+                yield number, line
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: the file must be UTF-8 text: {error}") from error
+            # Text is read ahead in blocks: the byte is in this line or a later one.
+            raise ValueError(f"{path}: the file must be UTF-8 text: {error}, after line {number}") from error
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -3,11 +3,14 @@
 import difflib
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlmod.types import Problem
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.1
 PATIENCE = 50
@@ -50,6 +53,7 @@ class ReasoningGym:
             drawn = reasoning_gym.create_dataset(self.task, seed=self.seed, size=PATIENCE * self.size, **self.options)
         except (TypeError, AssertionError, ValueError) as error:
             raise ValueError(f"data.options of {self.task}: {error}") from error
+        log.info("drawing %d %s problems of %s", self.size, self.split, self.task)
         problems: dict[str, Problem] = {}
         for number in range(PATIENCE * self.size):
             entry = drawn[number]

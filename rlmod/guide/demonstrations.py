@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -29,8 +30,8 @@ class Demonstrations:
     """``completions_per_prompt`` of a prompt's recorded completions, drawn without replacement
 
     A line of the file is a JSON object with ``prompt`` (as the problems have it) and ``completion`` (text), and optionally
-    ``completion_ids`` (tokens, EOS included; else the text is tokenized and an EOS added), ``logprobs`` (nats, one a token, of whoever
-    wrote the completion) and ``truncated``. ``rlmod-eval ... record_tokens=true`` writes such a file.
+    ``completion_ids`` (tokens with EOS; else the text is tokenized and an EOS added), ``logprobs`` (nats, one a token, of who
+    wrote it) and ``truncated`` (else: whether the tokens lack an EOS). ``rlmod-eval ... record_tokens=true`` writes such a file.
 
     Source: [R] MIX, arXiv:2507.12931, with LUFFY's demonstrations, arXiv:2504.14945.
     Differs: [D] without recorded log-probabilities ``ratio`` must be ``one``; a prompt without enough completions is an error.
@@ -61,7 +62,9 @@ class Demonstrations:
         for where, record in jsonl.objects(Path(self.path)):
             prompt = _prompt(record, where)
             if prompt not in known:
-                raise ValueError(f"{where}: no problem of data.train has this prompt: {_short(prompt)}")
+                raise ValueError(
+                    f"{where}: no problem of data.train has this prompt, or it is too long for data.encoder: {_short(prompt)}"
+                )
             self.recorded.setdefault(prompt, []).append(_demonstration(record, where, self, tokenizer))
         wanted = max(self.completions_per_prompt, 1)
         for problem in problems:
@@ -122,30 +125,49 @@ def _prompt(record: Mapping[str, Any], where: str) -> str:
 def _demonstration(
     record: Mapping[str, Any], where: str, settings: Demonstrations, tokenizer: "PreTrainedTokenizerBase"
 ) -> Demonstration:
-    ids = record.get("completion_ids")
+    ids = _ids(record, where, tokenizer)
+    logprobs = _logprobs(record, where, len(ids), settings.ratio)
+    cut = settings.max_tokens is not None and len(ids) > settings.max_tokens
+    limit = settings.max_tokens if cut else None
+    unended = ids[-1] != tokenizer.eos_token_id
+    truncated = cut or bool(record.get("truncated", unended))
+    return Demonstration(tuple(ids[:limit]), tuple(logprobs[:limit]), truncated)
+
+
+def _ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens as recorded, or the text's and an EOS."""
+    text, ids = record.get("completion"), record.get("completion_ids")
+    eos, end = cast(int, tokenizer.eos_token_id), cast(str, tokenizer.eos_token)
+    if not isinstance(text, str | None) or (text is None and ids is None):
+        raise ValueError(f"{where}: completion must be text, got {text!r}")
     if ids is None:
-        text = record.get("completion")
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: completion must be text, got {text!r}")
-        ids = [*cast(list[int], tokenizer.encode(text, add_special_tokens=False)), cast(int, tokenizer.eos_token_id)]
+        assert text is not None
+        return [*cast(list[int], tokenizer.encode(text.removesuffix(end), add_special_tokens=False)), eos]
     vocabulary = len(tokenizer)
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
         raise ValueError(f"{where}: completion_ids must be token ids from 0 to {vocabulary - 1}, at least one")
+    if eos in ids[:-1]:
+        raise ValueError(
+            f"{where}: completion_ids has an EOS ({eos}) in place {ids.index(eos)} and goes on after it: a completion ends there"
+        )
+    decoded = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+    if text is not None and decoded.split() != text.removesuffix(end).split():
+        raise ValueError(
+            f"{where}: completion and completion_ids differ: {_short(text)}, but the tokens say {_short(decoded)}"
+        )
+    return ids
+
+
+def _logprobs(record: Mapping[str, Any], where: str, tokens: int, ratio: Literal["guide", "one"]) -> list[float]:
     logprobs = record.get("logprobs")
     if logprobs is None:
-        if settings.ratio == "guide":
+        if ratio == "guide":
             raise ValueError(
                 f"{where}: no logprobs, which guide.ratio=guide divides by; record them, or set guide.ratio=one"
             )
-    elif not isinstance(logprobs, list) or len(logprobs) != len(ids):
+    elif not isinstance(logprobs, list) or len(logprobs) != tokens:
         found = len(logprobs) if isinstance(logprobs, list) else repr(logprobs)
-        raise ValueError(f"{where}: logprobs must be one number a token: {len(ids)} tokens (EOS included), got {found}")
-    elif not all(isinstance(p, int | float) and p <= 0 for p in logprobs):
-        wrong = next(p for p in logprobs if not (isinstance(p, int | float) and p <= 0))
-        raise ValueError(f"{where}: a log-probability is at most 0, got {wrong!r}")
-    if settings.ratio == "one":
-        logprobs = [0.0] * len(ids)
-    assert logprobs is not None
-    cut = settings.max_tokens is not None and len(ids) > settings.max_tokens
-    limit = settings.max_tokens if cut else None
-    return Demonstration(tuple(ids[:limit]), tuple(logprobs[:limit]), cut or bool(record.get("truncated", False)))
+        raise ValueError(f"{where}: logprobs must be one number a token: {tokens} tokens (EOS included), got {found}")
+    elif wrong := [p for p in logprobs if not (isinstance(p, int | float) and isfinite(p) and p <= 0)]:
+        raise ValueError(f"{where}: a log-probability is a finite number of at most 0, got {wrong[0]!r}")
+    return [0.0] * tokens if ratio == "one" else cast(list[float], logprobs)

@@ -1,7 +1,8 @@
 """A frozen model that samples and scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from rlmod.guide._fields import check_completions
 from rlmod.interfaces import Sampler
-from rlmod.policy import HFPolicy
+from rlmod.policy import HFPolicy, completion_logprobs
 from rlmod.types import Problem, Prompts, Rollouts
 
 if TYPE_CHECKING:
@@ -66,9 +67,20 @@ class Policy:
         home = prompts.ids.device
         device = torch.device(self.device) if self.device else home
         model = self.model.to(device)
-        sampler = replace(self.sampler, completions_per_prompt=completions_per_prompt)  # pyright: ignore[reportArgumentType]
-        rows = sampler(model, prompts.to(device), seed).to(home)
-        assert rows.logprobs is not None
-        logprobs = torch.zeros_like(rows.logprobs) if self.ratio == "one" else rows.logprobs
+        rows = self._asking_for(completions_per_prompt)(model, prompts.to(device), seed)
+        logprobs = rows.logprobs
+        if logprobs is None:  # an engine that hands over none
+            assert rows.mask is not None
+            logprobs = completion_logprobs(model, rows, self.sampler.temperature) * rows.mask
+        rows, logprobs = rows.to(home), logprobs.to(home)
+        if self.ratio == "one":
+            logprobs = torch.zeros_like(logprobs)
         # Nothing to correct between engines: what the ratio divides by is what the guide hands over.
         return replace(rows, logprobs=logprobs, sampler_logprobs=logprobs)
+
+    def _asking_for(self, completions_per_prompt: int) -> Sampler:
+        if is_dataclass(self.sampler):
+            return replace(self.sampler, completions_per_prompt=completions_per_prompt)  # pyright: ignore[reportArgumentType]
+        sampler = copy(self.sampler)
+        sampler.completions_per_prompt = completions_per_prompt
+        return sampler

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
+from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
 
 
@@ -37,15 +37,15 @@ class Cispo:
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
         mask = rollouts.mask
-        ratio = torch.where(mask, logprobs.detach() - rollouts.logprobs, 0).exp()
+        ratio = log_ratio(logprobs.detach(), rollouts.logprobs, mask).exp()
         low = 0.0 if self.clip_low is None else 1 - self.clip_low
         weight = ratio.clamp(low, 1 + self.clip_high)
         metrics = {
-            "ratio": masked_mean(ratio, mask),
+            "ratio": ratio,
             # These tokens keep their gradient, with the bound as their weight.
-            "clip_fraction": masked_mean((weight != ratio).to(ratio.dtype), mask),
+            "clip_fraction": (weight != ratio).to(ratio.dtype),
         }
         return -weight * rollouts.advantages * torch.where(mask, logprobs, 0), metrics

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
+from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
 
 
@@ -31,14 +31,14 @@ class ClippedSurrogate:
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
-        ratio = torch.where(rollouts.mask, logprobs - rollouts.logprobs, 0).exp()
+        ratio = log_ratio(logprobs, rollouts.logprobs, rollouts.mask).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         unclipped_loss, clipped_loss = -ratio * rollouts.advantages, -clipped * rollouts.advantages
         metrics = {
-            "ratio": masked_mean(ratio.detach(), rollouts.mask),
+            "ratio": ratio.detach(),
             # Where the clip is what counts: these tokens give no gradient.
-            "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), rollouts.mask),
+            "clip_fraction": (clipped_loss > unclipped_loss).to(ratio.dtype),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
+from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
 
 
@@ -59,12 +59,11 @@ class MixedSurrogate:
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
         mask = rollouts.mask
         guided = torch.zeros_like(mask) if rollouts.from_guide is None else rollouts.from_guide[:, None] & mask
-        own = mask & ~guided
-        ratio = torch.where(mask, logprobs - rollouts.logprobs, 0).exp()
+        ratio = log_ratio(logprobs, rollouts.logprobs, mask).exp()
         weight = torch.where(guided, ratio / (ratio + self.gamma), ratio) if self.guide_shaping != "none" else ratio
         clipped = weight.clamp(1 - self.clip_low, 1 + self.clip_high)
         bounds = self._guide_clip()
@@ -73,9 +72,9 @@ class MixedSurrogate:
         unclipped_loss, clipped_loss = -weight * rollouts.advantages, -clipped * rollouts.advantages
         binding = (clipped_loss > unclipped_loss).to(ratio.dtype)
         metrics = {
-            "ratio": masked_mean(ratio.detach(), own),
-            "clip_fraction": masked_mean(binding, own),
-            "guide_ratio": masked_mean(ratio.detach(), guided),
-            "guide_clip_fraction": masked_mean(binding, guided),
+            "ratio": ratio.detach().masked_fill(guided, torch.nan),
+            "clip_fraction": binding.masked_fill(guided, torch.nan),
+            "guide_ratio": ratio.detach().masked_fill(~guided, torch.nan),
+            "guide_clip_fraction": binding.masked_fill(~guided, torch.nan),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics

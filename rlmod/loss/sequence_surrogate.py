@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
+from rlmod.ops import log_ratio, masked_mean
 from rlmod.types import Rollouts
 
 
@@ -42,19 +42,19 @@ class SequenceSurrogate:
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
         mask = rollouts.mask
-        log_ratio = torch.where(mask, logprobs - rollouts.logprobs, 0)
+        log_w = log_ratio(logprobs, rollouts.logprobs, mask)
         if self.ratio == "arithmetic":
-            ratio = masked_mean(log_ratio.exp(), mask, dim=1)
+            ratio = masked_mean(log_w.exp(), mask, dim=1)
         else:
-            ratio = masked_mean(log_ratio, mask, dim=1).exp()
+            ratio = masked_mean(log_w, mask, dim=1).exp()
         ratio = ratio[:, None]
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         unclipped_loss, clipped_loss = -ratio * rollouts.advantages, -clipped * rollouts.advantages
         metrics = {
-            "ratio": masked_mean(ratio.detach().expand_as(log_ratio), mask),
-            "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), mask),
+            "ratio": ratio.detach().expand_as(log_w),
+            "clip_fraction": (clipped_loss > unclipped_loss).to(ratio.dtype),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
 from rlmod.types import Rollouts
 
 
@@ -31,7 +30,7 @@ class EntropyBonus:
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.policy_entropy is not None and rollouts.mask is not None
         entropy = torch.where(rollouts.mask, rollouts.policy_entropy, 0)
-        return -self.weight * entropy, {"policy_entropy": masked_mean(entropy.detach(), rollouts.mask)}
+        return -self.weight * entropy, {"policy_entropy": entropy.detach()}

@@ -1,13 +1,14 @@
 """A price on leaving the reference policy."""
 
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.ops import masked_mean
+from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -26,7 +27,7 @@ class KL:
     direction, KL(pi_ref || pi_theta). So ``value`` says what is logged and added to the loss, ``gradient`` what is followed.
 
     ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a collection, whose tokens pi_old
-    drew.
+    drew; of a guide's tokens pi_old is whoever the guide says drew them.
 
     Source: the estimators: J. Schulman, "Approximating KL divergence" (2020); as a loss: GRPO, arXiv:2402.03300, eq. 4 (k3 for both).
     Differs: [D] the gradient is k2's; GRPO, TRL and verl (``low_var_kl``) follow k3's: gradient=k3 is theirs. TRL 1.16
@@ -35,18 +36,20 @@ class KL:
     Needs: reference_logprobs, mask; logprobs, with ``importance``.
     """
 
+    needs_reference: ClassVar[bool] = True
+
     weight: float = 0.001
     value: Estimator = "k3"
     gradient: Estimator = "k2"
     importance: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"penalty.kl.weight must not be negative, got {self.weight}")
+        if not 0 <= self.weight < inf:
+            raise ValueError(f"penalty.kl.weight must be finite and not negative, got {self.weight}")
 
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
-    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, ""]]]:
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.reference_logprobs is not None and rollouts.mask is not None
         d = torch.where(rollouts.mask, logprobs - rollouts.reference_logprobs, 0)
         value, followed = estimate(d.detach(), self.value), estimate(d, self.gradient)
@@ -54,11 +57,12 @@ class KL:
         kl = value + followed - followed.detach()
         if self.importance:
             assert rollouts.logprobs is not None
-            kl = kl * torch.where(rollouts.mask, logprobs.detach() - rollouts.logprobs, 0).exp()
-        return self.weight * kl, {"kl": masked_mean(value, rollouts.mask)}
+            kl = kl * log_ratio(logprobs.detach(), rollouts.logprobs, rollouts.mask).exp()
+        return self.weight * kl, {"kl": value}
 
 
 def estimate(d: Float[Tensor, "R T"], estimator: Estimator) -> Float[Tensor, "R T"]:
+    """k3's exponent stops at 20: a token that the policy has all but given up would make it infinite."""
     if estimator == "k1":
         return d
-    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+    return d.square() / 2 if estimator == "k2" else torch.expm1((-d).clamp(max=20)) + d

@@ -1,7 +1,7 @@
 """The reference follows the policy slowly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from rlmod.types import Problem, Rollouts
 class EMA:
     """theta_ref <- decay theta_ref + (1 - decay) theta, after every collection; it starts where the policy starts
 
+    The average is kept in float32: in bfloat16 a step of 1 % would be rounded away and the reference would never move.
     Its weights are in the run's checkpoint (and in no policy's folder), so that a resumed run goes on with them.
 
     Source: TR-DPO, arXiv:2404.09656, eq. 3 ("soft update"), with alpha = 1 - decay.
@@ -38,7 +39,7 @@ class EMA:
 
     @cached_property
     def model(self) -> nn.Module:
-        return self.policy.frozen()
+        return replace(self.policy, dtype="float32").frozen()
 
     @torch.no_grad()
     def update(self, policy: nn.Module) -> None:

@@ -71,16 +71,17 @@ class Grop:
         return {**(base.terms or {"base": base.rewards}), "grop": penalty}
 
     def _of_group(self, lengths: Float[Tensor, " G"], correct: Tensor) -> Float[Tensor, " G"]:
-        share = float(correct.float().mean())
-        if share >= self.easy:
+        n, size = int(correct.sum()), len(correct)
+        easy = self.easy * size - 1e-6  # 0.9 of 10 is 9, however floats round
+        if n >= easy:
             return torch.where(correct, _piecewise(lengths, lengths[correct]), 0)
-        if share <= 1 - self.easy:
+        if size - n >= easy:
             if self.hard == "none":
                 return torch.zeros_like(lengths)
             overlong = Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
             nobody = [""] * len(lengths)
             return torch.tensor(overlong(Texts(completions=nobody, answers=nobody, lengths=lengths.int().tolist())))
-        return torch.where(correct if share > 0.5 else ~correct, _piecewise(lengths, lengths), 0)
+        return torch.where(correct if 2 * n > size else ~correct, _piecewise(lengths, lengths), 0)
 
 
 def _piecewise(lengths: Float[Tensor, " G"], among: Float[Tensor, " n"]) -> Float[Tensor, " G"]:

@@ -18,7 +18,8 @@ from rlmod.types import Problem, Texts
 class Weighted:
     """reward_i = sum over the terms of weight * reward of the term_i
 
-    It returns weight * reward under each term's name, so that what is logged adds up to the reward.
+    It returns weight * reward under each term's name, so that what is logged adds up to the reward. Penalties inside a term, such as
+    Grop's, stand under ``term/penalty``.
 
     Source: none.
     Degenerate: a weight of 0 still computes its term, and shows it as 0.
@@ -26,7 +27,8 @@ class Weighted:
     """
 
     terms: Mapping[str, Mapping[str, Any]]
-    """name -> {weight: a number, reward: a component or a plain function}"""
+    """name -> {weight: a number, reward: a component or a plain function}; and ``penalty: true`` for a term that is not to say
+    whether a completion is right, such as a classifier's taste beside a rule."""
 
     def __post_init__(self) -> None:
         if OmegaConf.is_config(self.terms):  # what Hydra passes without `_convert_: all`
@@ -40,8 +42,12 @@ class Weighted:
             for part in ("weight", "reward"):
                 if term.get(part) is None:
                     raise ValueError(f"{key}.{part} is missing; a term is {{weight: ..., reward: ...}}")
-            if unknown := sorted(set(term) - {"weight", "reward"}):
-                raise ValueError(f"{key}.{unknown[0]} is unknown; a term is {{weight: ..., reward: ...}}")
+            if unknown := sorted(set(term) - {"weight", "reward", "penalty"}):
+                raise ValueError(
+                    f"{key}.{unknown[0]} is unknown; a term is {{weight: ..., reward: ..., penalty: true or false}}"
+                )
+            if not isinstance(term.get("penalty", False), bool):
+                raise ValueError(f"{key}.penalty must be true or false, got {term['penalty']!r}")
             weight = term["weight"]
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise ValueError(f"{key}.weight must be a finite number, got {weight!r}")
@@ -50,8 +56,16 @@ class Weighted:
 
     @property
     def penalties(self) -> tuple[str, ...]:
-        """Terms that say nothing about right or wrong, such as a length penalty; a reward says so by ``is_penalty``."""
-        return tuple(name for name, term in self.terms.items() if getattr(term["reward"], "is_penalty", False))
+        """Terms that say nothing about right or wrong, such as a length penalty; a reward says so by ``is_penalty``, or the config."""
+        own = [
+            name
+            for name, term in self.terms.items()
+            if term.get("penalty") or getattr(term["reward"], "is_penalty", False)
+        ]
+        return (*own, *(f"{name}/{inner}" for name in self.terms for inner in self._inner(name)))
+
+    def _inner(self, name: str) -> tuple[str, ...]:
+        return tuple(getattr(self.terms[name]["reward"], "penalties", ()))
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
         for name, term in self.terms.items():
@@ -60,11 +74,13 @@ class Weighted:
                     term["reward"].prepare(problems, tokenizer)
 
     def __call__(self, texts: Texts) -> dict[str, Tensor]:
-        return {name: term["weight"] * self._total(name, texts) for name, term in self.terms.items()}
-
-    def _total(self, name: str, texts: Texts) -> Tensor:
-        with _named(name):
-            return score(self.terms[name]["reward"], texts).rewards
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            with _named(name):
+                scores = score(term["reward"], texts)
+            values[name] = term["weight"] * scores.outcomes
+            values |= {f"{name}/{inner}": term["weight"] * scores.terms[inner] for inner in self._inner(name)}
+        return values
 
 
 @contextmanager

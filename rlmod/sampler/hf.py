@@ -1,5 +1,7 @@
 """Sampling with transformers' ``generate``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,6 +66,11 @@ class HF:
 
         from rlmod.sampler._recorder import LastLogits, Recorder
 
+        if getattr(policy, "_is_stateful", False):
+            raise ValueError(
+                f"sampler=hf goes on from a key-value cache, and {type(policy).__name__} keeps a recurrent state instead; "
+                "give a policy with attention alone"
+            )
         ids, attention = prompts.ids[group], prompts.mask[group]
         eos = torch.tensor(_eos_ids(policy), device=ids.device)
         rows = len(ids)
@@ -77,14 +84,15 @@ class HF:
         while len(running) and done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
-            sequences = cast(Any, policy).generate(
-                input_ids=ids,
-                attention_mask=attention.long(),
-                past_key_values=cache,
-                generation_config=self._generation_config(policy, self.max_new_tokens - done),
-                logits_processor=LogitsProcessorList([last]),
-                stopping_criteria=StoppingCriteriaList([recorder]),
-            )
+            with nothing_but_ends(policy):
+                sequences = cast(Any, policy).generate(
+                    input_ids=ids,
+                    attention_mask=attention.long(),
+                    past_key_values=cache,
+                    generation_config=self._generation_config(policy, self.max_new_tokens - done),
+                    logits_processor=LogitsProcessorList([last]),
+                    stopping_criteria=StoppingCriteriaList([recorder]),
+                )
             new = sequences[:, ids.shape[1] :]
             ended = (new[..., None] == eos).any(-1)
             counts = ended.int().cumsum(1) - ended.int() == 0
@@ -124,6 +132,23 @@ class HF:
             eos_token_id=policy.generation_config.eos_token_id,
             pad_token_id=policy.generation_config.pad_token_id,
         )
+
+
+@contextmanager
+def nothing_but_ends(policy: "PreTrainedModel") -> Iterator[None]:
+    """Without what a model's own generation_config asks for besides, such as a repetition penalty.
+
+    ``generate`` takes it up wherever the caller is silent, and completions would no longer be draws from the policy whose
+    log-probabilities are noted.
+    """
+    from transformers import GenerationConfig
+
+    own = policy.generation_config
+    policy.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    try:
+        yield
+    finally:
+        policy.generation_config = own
 
 
 def _eos_ids(policy: "PreTrainedModel") -> list[int]:

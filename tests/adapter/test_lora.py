@@ -87,3 +87,20 @@ def test_bad_fields_are_named(field, value):
 def test_unknown_targets_are_named():
     with pytest.raises(ValueError, match=r"policy\.adapter\.targets=\['nowhere'\]"):
         HFPolicy(path="tiny", adapter=LoRA(targets=["nowhere"])).model(HFPolicy(path="tiny").tokenizer())
+
+
+def test_a_saved_adapter_goes_on_being_trained(rows, tmp_path):
+    specification = HFPolicy(path="tiny", adapter=LoRA(rank=4))
+    policy = specification.model(specification.tokenizer()).eval()
+    changed(policy)
+    save_policy(policy, specification.tokenizer(), tmp_path / "policy")
+    again = HFPolicy(path=str(tmp_path / "policy"))
+    assert again.is_adapter
+    loaded = again.model(again.tokenizer()).eval()
+    torch.testing.assert_close(completion_logits(loaded, rows), completion_logits(policy, rows))
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {
+        name for name, p in policy.named_parameters() if p.requires_grad
+    }
+    assert not any(p.requires_grad for p in again.frozen().parameters())
+    with pytest.raises(ValueError, match=r"policy\.path=.* is an adapter already"):
+        HFPolicy(path=str(tmp_path / "policy"), adapter=LoRA(rank=4))

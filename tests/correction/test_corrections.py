@@ -90,3 +90,28 @@ def test_bad_share(share):
 def test_bad_cap():
     with pytest.raises(ValueError, match=r"correction\.truncated_importance\.cap"):
         TruncatedImportance(cap=0.0)
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.29, 0.57])
+def test_a_share_of_a_hundred_tokens_is_that_many(share):
+    """0.07 * 100 is 7.000000000000001."""
+    rows = Rollouts(
+        mask=torch.ones(10, 10).bool(), entropy=torch.randperm(100).view(10, 10).float(), advantages=torch.ones(10, 10)
+    )
+    assert (ForkingTokens(share=share)(rows).advantages != 0).sum() == round(100 * share)
+
+
+def test_sequence_level_truncated_importance_by_hand():
+    """Products of the tokens' ratios: 0.5 x 3 = 1.5 and 4 x 1 = 4, held at 2."""
+    sampler = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
+    old = sampler + torch.tensor([[0.5, 3.0], [4.0, 1.0]]).log()
+    rows = Rollouts(
+        mask=torch.ones(2, 2).bool(),
+        logprobs=old,
+        sampler_logprobs=sampler,
+        advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
+    )
+    out = TruncatedImportance(level="sequence")(rows).advantages
+    torch.testing.assert_close(out, torch.tensor([[1.5, 1.5], [-2.0, -2.0]]))
+    assert TruncatedImportance().varies_over_tokens
+    assert not TruncatedImportance(level="sequence").varies_over_tokens

@@ -182,3 +182,29 @@ def test_a_folder(tmp_path):
 def test_skipping_everything(write):
     with pytest.raises(ValueError, match=r"holds no problems after the 3 that data\.skip"):
         ProblemFile(path=write(RECORDS), skip=3)()
+
+
+def test_half_a_character_is_named(write):
+    path = write('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "a\\ud800", "answer": "2"}\n')
+    with pytest.raises(ValueError, match=r"problems\.jsonl:2: the prompt holds '\\ud800', half a character"):
+        ProblemFile(path=str(path))()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": "a", "answer": ' + "9" * 5000 + "}"])
+def test_what_json_cannot_take_is_named(write, line):
+    with pytest.raises(ValueError, match=r"problems\.jsonl:1: each line must be one JSON object"):
+        ProblemFile(path=str(write(line + "\n")))()
+    with pytest.raises(ValueError, match=r"problems\.json: the file must be one JSON list"):
+        ProblemFile(path=str(write(line, "problems.json")))()
+
+
+def test_two_columns_of_one_name_are_refused(write):
+    path = write("prompt,answer,prompt\na,b,c\n", "problems.csv")
+    with pytest.raises(ValueError, match=r"problems\.csv:1: two columns have the name 'prompt'"):
+        ProblemFile(path=str(path))()
+
+
+@pytest.mark.parametrize("template", ["{prompt:d}", "{prompt!z}"])
+def test_a_template_that_a_value_does_not_take_is_named_with_its_place(write, template):
+    with pytest.raises(ValueError, match=r"problems\.jsonl:1: data\.template="):
+        ProblemFile(path=str(write(RECORDS)), template=template)()

@@ -109,6 +109,24 @@ def test_texts_alone_are_tokenized_and_ended(sampled, prompts, tokenizer, tmp_pa
     assert (rows.logprobs == 0).all()
 
 
+def test_an_end_is_written_once_and_without_one_a_completion_counts_as_truncated(sampled, prompts, tokenizer, tmp_path):
+    bare = {"completion_ids": "drop", "logprobs": "drop"}
+    guide = Demonstrations(
+        path=str(recorded(tmp_path, sampled, prompts, tokenizer, **bare, completion="#7<eos>")), ratio="one"
+    )
+    guide.prepare(prompts.problems, tokenizer)
+    assert guide(prompts, 1, 0).completion_ids[0].tolist() == [*tokenizer("#7")["input_ids"], tokenizer.eos_token_id]
+    unended = {
+        "completion_ids": tokenizer("#7")["input_ids"],
+        "completion": "#7",
+        "logprobs": "drop",
+        "truncated": "drop",
+    }
+    guide = Demonstrations(path=str(recorded(tmp_path, sampled, prompts, tokenizer, **unended)), ratio="one")
+    guide.prepare(prompts.problems, tokenizer)
+    assert guide(prompts, 1, 0).truncated.all()
+
+
 def test_of_more_than_are_needed_some_are_drawn_by_the_seed(sampled, prompts, tokenizer, tmp_path):
     several = Policy(policy=STRONG, sampler=HF(temperature=2.0, max_new_tokens=48))(prompts, 5, 0)
     guide = Demonstrations(path=str(recorded(tmp_path, several, prompts, tokenizer)))
@@ -130,10 +148,13 @@ def test_longer_ones_are_cut_and_count_as_truncated(sampled, prompts, tokenizer,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "9+9:"}, r"demonstrations\.jsonl:1: no problem of data\.train has this prompt: '9\+9:'"),
+        ({"prompt": "9+9:"}, r"demonstrations\.jsonl:1: no problem of data\.train has this prompt, or .*: '9\+9:'"),
         ({"prompt": 3}, r":1: prompt must be text"),
         ({"logprobs": [0.0]}, r":1: logprobs must be one number a token: \d+ tokens \(EOS included\), got 1"),
         ({"logprobs": "drop"}, r":1: no logprobs.*guide\.ratio=one"),
+        ({"completion_ids": [1, 5, 1]}, r":1: completion_ids has an EOS \(1\) in place 0 and goes on after it"),
+        ({"completion_ids": [True, True]}, r":1: completion_ids must be token ids"),
+        ({"completion": "#99"}, r":1: completion and completion_ids differ: '#99', but the tokens say '"),
         ({"completion_ids": [500]}, r":1: completion_ids must be token ids from 0 to 98"),
         ({"completion_ids": []}, r":1: completion_ids"),
         ({"completion_ids": "drop", "completion": 4}, r":1: completion must be text"),
@@ -145,10 +166,11 @@ def test_a_bad_line_is_named(changes, message, sampled, prompts, tokenizer, tmp_
         Demonstrations(path=str(path)).prepare(prompts.problems, tokenizer)
 
 
-def test_a_log_probability_above_0_is_named(sampled, prompts, tokenizer, tmp_path):
-    above = replace(sampled, logprobs=sampled.logprobs + 3)
-    with pytest.raises(ValueError, match=r":1: a log-probability is at most 0, got [\d.]+"):
-        Demonstrations(path=str(recorded(tmp_path, above, prompts, tokenizer))).prepare(prompts.problems, tokenizer)
+@pytest.mark.parametrize("added", [3, float("-inf")])
+def test_a_log_probability_above_0_or_infinite_is_named(added, sampled, prompts, tokenizer, tmp_path):
+    wrong = replace(sampled, logprobs=sampled.logprobs + added)
+    with pytest.raises(ValueError, match=r":1: a log-probability is a finite number of at most 0, got (\d|-inf)"):
+        Demonstrations(path=str(recorded(tmp_path, wrong, prompts, tokenizer))).prepare(prompts.problems, tokenizer)
 
 
 def test_a_problem_without_demonstrations_is_named(sampled, prompts, tokenizer, tmp_path):
@@ -162,6 +184,9 @@ def test_broken_lines_and_missing_files_are_named(prompts, tokenizer, tmp_path):
     file.write_text("{broken\n")
     with pytest.raises(ValueError, match=r"a\.jsonl:1: not a JSON object"):
         Demonstrations(path=str(file)).prepare(prompts.problems, tokenizer)
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: not UTF-8"):
+        Demonstrations(path=str(file)).prepare(prompts.problems, tokenizer)
     with pytest.raises(ValueError, match=r"guide\.path=/nowhere: there is no such file"):
         Demonstrations(path="/nowhere")
 
@@ -172,3 +197,19 @@ def test_a_negative_number_of_completions_is_refused(guide, tmp_path):
     settings = SETTINGS if guide is Policy else {"path": str(tmp_path / "a.jsonl")}
     with pytest.raises(ValueError, match=r"guide\.completions_per_prompt must be 0"):
         guide(**settings, completions_per_prompt=-1)
+
+
+def test_any_sampler_will_do_for_a_guide(prompts, tokenizer):
+    """One that is no dataclass, and hands over no log-probabilities: the guide scores them itself."""
+
+    class Plain:
+        completions_per_prompt, temperature = 1, 0.7
+
+        def __call__(self, policy, prompts, seed):
+            inner = HF(completions_per_prompt=self.completions_per_prompt, temperature=0.7, max_new_tokens=48)
+            return replace(inner(policy, prompts, seed), logprobs=None, entropy=None, sampler_logprobs=None)
+
+    expected = Policy(policy=STRONG, sampler=HF(temperature=0.7, max_new_tokens=48))(prompts, 3, seed=1)
+    found = Policy(policy=STRONG, sampler=Plain())(prompts, 3, seed=1)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)

@@ -19,7 +19,7 @@ def test_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [5.0, 5.0]]], requires_grad=True)
     per_token, metrics = bonus(logits, 0.1)
     assert per_token[0].tolist() == pytest.approx([-0.05623351, 0], abs=1e-7)
-    assert metrics["policy_entropy"].item() == pytest.approx(0.5623351)
+    assert metrics["policy_entropy"][0, 0].item() == pytest.approx(0.5623351)
     per_token.sum().backward()
     slope = 0.25 * (math.log(0.25) + 0.5623351)
     assert logits.grad[0, 0].tolist() == pytest.approx([0.1 * slope, -0.1 * slope], abs=1e-6)

@@ -1,8 +1,11 @@
 """Values by hand, and the gradient against the exact KL divergence of a small vocabulary."""
 
+import math
+
 import pytest
 import torch
 
+from rlmod.ops import measured
 from rlmod.penalty.kl import KL
 from rlmod.types import Rollouts
 
@@ -22,7 +25,7 @@ def test_values_by_hand(value, expected):
     lp, record = rows([[0.5, -0.5]])
     penalty, metrics = KL(weight=2.0, value=value)(lp, record)
     assert penalty[0].tolist() == pytest.approx([2 * x for x in expected], abs=1e-6)
-    assert metrics["kl"].item() == pytest.approx(sum(expected) / 2, abs=1e-6)
+    assert measured(metrics["kl"], record.mask).mean().item() == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_in_expectation_the_gradient_is_the_exact_kls(gradient, direction):
     else:
         (true,) = torch.autograd.grad(exact(logits, reference, direction), logits)
         torch.testing.assert_close(expected, true)
-    assert metrics["kl"].item() >= 0
+    assert measured(metrics["kl"], record.mask).mean().item() >= 0
 
 
 @pytest.mark.parametrize("value", ["k1", "k3"])
@@ -82,7 +85,7 @@ def test_at_the_reference_nothing_is_paid_and_padding_is_never_read():
     reference = torch.full_like(record.reference_logprobs, -1.0).masked_fill(~mask, torch.nan)
     penalty, metrics = KL(weight=1.0)(lp, Rollouts(mask=mask, reference_logprobs=reference))
     assert (penalty == 0).all()
-    assert metrics["kl"] == 0
+    assert (measured(metrics["kl"], mask) == 0).all()
     penalty.sum().backward()
     assert (lp.grad == 0).all()
 
@@ -90,3 +93,12 @@ def test_at_the_reference_nothing_is_paid_and_padding_is_never_read():
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match=r"penalty\.kl\.weight"):
         KL(weight=-1.0)
+
+
+def test_a_token_that_the_policy_gave_up_costs_a_finite_price():
+    rows = Rollouts(mask=torch.ones(1, 1).bool(), reference_logprobs=torch.tensor([[-0.5]]))
+    for weight in (0.0, 0.1):
+        logprobs = torch.tensor([[-115.5]], requires_grad=True)
+        KL(weight=weight)(logprobs, rows)[0].sum().backward()
+        assert logprobs.grad.item() == pytest.approx(weight * -115)
+        assert KL(weight=weight)(logprobs, rows)[0].item() == pytest.approx(weight * (math.exp(20) - 1 - 115))

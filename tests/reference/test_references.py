@@ -50,6 +50,20 @@ def test_a_moving_reference_by_hand(policy):
         torch.testing.assert_close(now, start + 0.4375)
 
 
+def test_it_moves_under_a_policy_in_bfloat16_too(policy):
+    """A hundredth of a small difference is below bfloat16's resolution: 300 such steps would come to nothing."""
+    policy.bfloat16()
+    reference = EMA(policy=HFPolicy(path="tiny", dtype="bfloat16"), decay=0.99)
+    before = [parameter.clone() for parameter in reference.model.parameters()]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.0625)
+    for _ in range(300):
+        reference.update(policy)
+    for start, target, now in zip(before, policy.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(now, target.float() + 0.99**300 * (start - target.float()), rtol=1e-3, atol=1e-4)
+
+
 def test_its_ends(policy):
     moved(policy, 1.0)
     still, follows = EMA(policy=TINY, decay=1.0), EMA(policy=TINY, decay=0.0)

@@ -80,6 +80,16 @@ def test_the_base_may_have_terms_and_penalties_of_its_own():
     assert scores.rewards[3].item() == pytest.approx(1 - 0.2 - 25 / 70)
 
 
+def test_as_a_term_of_a_sum_its_penalty_stays_one():
+    """One right of eight, 100 tokens long: DAPO's penalty of -1 must not make its group all-wrong."""
+    sum_of_one = Weighted(terms={"correct": {"weight": 2.0, "reward": Grop(**{**SETTINGS, "hard": "dapo"})}})
+    scores = score(sum_of_one, texts([1] + [0] * 7, [100] + [10] * 7))
+    assert sum_of_one.penalties == ("correct/grop",)
+    assert scores.outcomes.tolist() == [2] + [0] * 7
+    assert scores.rewards.tolist() == [0] * 8
+    assert scores.terms["correct/grop"].tolist() == [-2] + [0] * 7
+
+
 def test_recorded_completions_have_no_lengths():
     with pytest.raises(RewardError, match="lengths of a group's completions"):
         score(Grop(**SETTINGS), Texts(completions=["1"], answers=["1"]))
@@ -89,3 +99,10 @@ def test_recorded_completions_have_no_lengths():
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ValueError, match=rf"reward\.{field}"):
         Grop(**{**SETTINGS, "hard": "dapo", field: value})
+
+
+def test_a_share_is_compared_by_counts_not_by_rounded_floats():
+    """9 of 10 are 0.9, though as floats 9/10 is 0.89999998; 1 of 5 wrong is as good as 1 - 0.8, though that is 0.19999999999999996."""
+    lengths = [10] * 8 + [30, 100]  # L = max(20, 110 / 9) = 20 of the nine correct ones
+    assert penalties([1] * 9 + [0], lengths, easy=0.9) == pytest.approx([0] * 8 + [-10 / 40, 0])
+    assert penalties([1, 0, 0, 0, 0], [10, 10, 10, 10, 30], easy=0.8) == [0] * 5  # hard: left alone

@@ -1,5 +1,7 @@
 """The sampler with the shipped tiny policy: real generation, checked against a plain forward pass."""
 
+import copy
+
 import pytest
 import torch
 
@@ -135,3 +137,32 @@ def test_texts_leave_special_tokens_out(tiny):
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ValueError, match=rf"sampler\.{field}"):
         HF(**{field: value})
+
+
+def test_a_models_own_generation_settings_do_not_change_what_is_sampled(tiny):
+    """Some models ship a repetition penalty; completions would then be draws from another policy than is noted."""
+    policy, _, prompts = tiny
+    sampler = HF(completions_per_prompt=2, max_new_tokens=24)
+    plain = sampler(policy, prompts, 0)
+    own = policy.generation_config
+    policy.generation_config = copy.deepcopy(own)
+    policy.generation_config.update(
+        repetition_penalty=1.5, min_p=0.4, no_repeat_ngram_size=2, min_new_tokens=20, num_beams=2, use_cache=False
+    )
+    try:
+        again = sampler(policy, prompts, 0)
+        assert policy.generation_config.repetition_penalty == 1.5  # what is saved with the policy is its own
+    finally:
+        policy.generation_config = own
+    assert torch.equal(again.completion_ids, plain.completion_ids)
+    assert torch.equal(again.logprobs, plain.logprobs)
+
+
+def test_a_recurrent_model_is_refused(tiny):
+    policy, _, prompts = tiny
+
+    class Recurrent(type(policy)):
+        _is_stateful = True
+
+    with pytest.raises(ValueError, match="Recurrent keeps a recurrent state"):
+        HF(max_new_tokens=2)(Recurrent(policy.config), prompts, 0)
