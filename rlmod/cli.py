@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,19 @@ from omegaconf.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(BaseException):
+    """A signal has ended the run. No KeyboardInterrupt: of those the Trainer makes an exit of its own."""
+
+    def __init__(self, number: int, go_on: str | None = None) -> None:
+        super().__init__(number, go_on)
+        self.number, self.go_on = number, go_on
+
+    def told(self) -> int:
+        """Says so, and returns the exit status."""
+        print(f"stopped; go on with {self.go_on}" if self.go_on else "stopped", file=sys.stderr)
+        return 128 + self.number
 
 
 def config_folder() -> Path:
@@ -51,9 +65,10 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         if with_traceback:
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {explained(error)}")
-    except KeyboardInterrupt as interrupt:
-        print(f"stopped; go on with {interrupt}" if interrupt.args else "stopped", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        sys.exit(stop.told())
+    except KeyboardInterrupt:
+        sys.exit(Stopped(signal.SIGINT).told())
 
 
 def explained(error: BaseException) -> str:

@@ -1,12 +1,14 @@
 """How a collection becomes optimizer steps: one Lightning epoch is one collection and the steps taken on it."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -119,6 +121,8 @@ class RLData(L.LightningDataModule):
         self.validation_prompts, self.seed = validation_prompts, seed
         self.drawn = 0
         """Prompts that this rank has drawn so far."""
+        self.random: dict[str, Any] | None = None
+        """The random states that a checkpoint left, until the first collection takes them up."""
 
     def draw(self, number: int) -> Prompts:
         """The next prompts of this rank."""
@@ -139,6 +143,9 @@ class RLData(L.LightningDataModule):
         assert self.trainer is not None
         ranks = self.trainer.world_size
         module: Any = self.trainer.lightning_module
+        if self.random is not None:
+            set_random_states(self.random)
+            self.random = None
         return RolloutLoader(
             lambda: module.collect(self.draw, self.batch.prompts // ranks),
             self.weighting,
@@ -159,17 +166,39 @@ class RLData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank calls this when a checkpoint is made; what rank 0 returns is saved."""
-        drawn: list[Any] = [self.drawn]
+        mine = {"drawn": self.drawn, "random": random_states()}
+        ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
-            drawn = [None] * dist.get_world_size()
-            dist.all_gather_object(drawn, self.drawn)
-        return {"drawn": drawn}
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
-        if len(state_dict["drawn"]) != self.trainer.world_size:
+        if len(state_dict["ranks"]) != self.trainer.world_size:
             raise ValueError(
-                f"the checkpoint was made by {len(state_dict['drawn'])} ranks, this run has {self.trainer.world_size}: "
+                f"the checkpoint was made by {len(state_dict['ranks'])} ranks, this run has {self.trainer.world_size}: "
                 "the positions in the data cannot be carried over"
             )
-        self.drawn = state_dict["drawn"][self.trainer.global_rank]
+        mine = state_dict["ranks"][self.trainer.global_rank]
+        self.drawn, self.random = mine["drawn"], mine["random"]
+
+
+def random_states() -> dict[str, Any]:
+    """Of the generators that dropout, or a component of one's own, may draw from. Sampling has seeds of its own."""
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(key), *rest),  # no array: a checkpoint is to load with weights_only
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, key.numpy(), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -6,6 +6,7 @@ collect        prompts to shaped rollouts      once an epoch, without gradients
 training_step  a micro-batch to its loss       many times an epoch; the weighting has made its weights span the step
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,6 +85,9 @@ class RLModule(L.LightningModule):
         """The optimizer step after which that was."""
         self.validated_problems = 0
         self.tokens_sampled = 0
+        self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
+        """Held-out accuracy before training, and seconds of training in earlier parts of a run that is gone on with."""
+        self.fit_started = time.perf_counter()
 
     @torch.no_grad()
     def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
@@ -217,16 +221,21 @@ class RLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
+        checkpoint["history"] = {"before": self.history["before"], "seconds": self.training_seconds()}
         if isinstance(self.reference, MovingReference):
             checkpoint["reference"] = dict(self.reference.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         self.tokens_sampled = checkpoint["tokens_sampled"]
+        self.history = checkpoint["history"]
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
                 raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")
             self.reference.load_state_dict(checkpoint["reference"])
+
+    def training_seconds(self) -> float:
+        return (self.history["seconds"] or 0.0) + time.perf_counter() - self.fit_started
 
     def derived_seed(self, *position: int) -> int:
         """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""

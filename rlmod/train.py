@@ -25,7 +25,7 @@ def train(cfg: DictConfig) -> float | None:
     """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
-    from rlmod import compat
+    from rlmod import compat, resume
     from rlmod.interfaces import prepare
     from rlmod.parts import Parts
     from rlmod.settings import check_seed
@@ -40,7 +40,13 @@ def train(cfg: DictConfig) -> float | None:
             raise ValueError(
                 f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}"
             )
-    checkpoint = newest(Path(cfg.resume)) if cfg.resume else None
+    if (finished := _finished(folder, cfg)) is not None:
+        return finished["held_out"] and finished["held_out"]["after"]
+    checkpoint = resume.newest(Path(cfg.resume)) if cfg.resume else resume.left_off(folder, cfg)
+    if checkpoint is None or folder.resolve() in checkpoint.resolve().parents:
+        resume.rewind(folder, checkpoint)
+    if checkpoint is not None:
+        log.warning("going on from %s", checkpoint)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
@@ -55,7 +61,7 @@ def train(cfg: DictConfig) -> float | None:
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg)
+    trainer = _trainer(cfg, checkpoint)
     module = RLModule(
         policy=parts.policy.model(tokenizer),
         tokenizer=tokenizer,
@@ -89,7 +95,23 @@ def train(cfg: DictConfig) -> float | None:
     return _fitted(trainer, module, data, checkpoint, folder, started)
 
 
-def _trainer(cfg: DictConfig) -> "L.Trainer":
+def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
+    from rlmod import resume
+
+    if cfg.resume or not (folder / "result.json").is_file() or not resume.same_run(folder, cfg):
+        return None
+    result = json.loads((folder / "result.json").read_text())
+    if not result["completed"]:
+        return None
+    print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
+    _say(result, folder / "report.html")
+    return result
+
+
+def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     from rlmod.fields import check_types
 
     def each(group: str) -> list[Any]:
@@ -101,6 +123,10 @@ def _trainer(cfg: DictConfig) -> "L.Trainer":
     if (cfg.trainer.gradient_clip_val or 0) < 0:
         raise ValueError(f"trainer.gradient_clip_val must be null or at least 0, got {cfg.trainer.gradient_clip_val}")
     loggers, callbacks = each("logger"), each("callbacks")
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger) and checkpoint is not None:
+            # What was drawn beyond the checkpoint is drawn again.
+            vars(logger)["_kwargs"]["purge_step"] = int(checkpoint.name.removeprefix("step-"))
     try:
         return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
@@ -115,11 +141,12 @@ def _fitted(
 
     if data.held_out is None:
         trainer.limit_val_batches = 0
-    before = _held_out(trainer, module, data) if checkpoint is None else None
-    fit_started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    training = time.perf_counter() - fit_started
-    interrupted = any(isinstance(c, Checkpoints) and c.interrupted for c in vars(trainer)["callbacks"])
+    if checkpoint is None:
+        module.history["before"] = _held_out(trainer, module, data)
+    module.fit_started = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint / "trainer.ckpt" if checkpoint else None)
+    training = module.training_seconds()
+    interrupted = next((c.interrupted for c in vars(trainer)["callbacks"] if isinstance(c, Checkpoints)), None)
     after = None if interrupted else _held_out(trainer, module, data)
     result = {
         "held_out": None
@@ -127,7 +154,7 @@ def _fitted(
         else {
             "metric": module.validation.objective,
             "problems": module.validated_problems,
-            "before": before,
+            "before": module.history["before"],
             "after": after,
         },
         "seconds": {"training": training, "total": time.perf_counter() - started},
@@ -136,14 +163,14 @@ def _fitted(
         "seed": module.seed,
         "versions": {name: version(name) for name in ("rlmod", "torch", "lightning", "transformers")}
         | {"python": platform.python_version()},
-        "completed": not interrupted,
+        "completed": interrupted is None,
     }
     if trainer.is_global_zero:
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         page = write_report(folder)
         _say(result, page)
     if interrupted:
-        raise KeyboardInterrupt(f"resume={folder}")
+        raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return after
 
 
@@ -165,21 +192,6 @@ def _say(result: dict[str, Any], page: Path) -> None:
             f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
         )
     print(f"report: {page}")
-
-
-def newest(place: Path) -> Path:
-    """The trainer's checkpoint in ``place``: a file, a checkpoint's folder, or a run's."""
-    if place.is_file():
-        return place
-    if (place / "trainer.ckpt").is_file():
-        return place / "trainer.ckpt"
-    found = sorted((place / "checkpoints").glob("step-*/trainer.ckpt"))
-    if not found:
-        raise ValueError(
-            f"resume={place}: no checkpoint there; give a run's folder (with checkpoints/step-*/trainer.ckpt in it), "
-            "one of those folders, or the file"
-        )
-    return found[-1]
 
 
 def main() -> None:

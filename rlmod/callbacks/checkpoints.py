@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: the trainer's state, the policy in Hugging Face format, and the config, in one folder."""
+"""Checkpoints that are whole: the trainer's state, the policy in Hugging Face format, the config and the run's records, in one folder."""
 
 import logging
 import os
@@ -9,71 +9,130 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from rlmod import ops, resume
+from rlmod.cli import Stopped
 from rlmod.module import RLModule
 from rlmod.policy import save_policy
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, and what schedulers send before they kill."""
+
 
 class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep``.
 
-        trainer.ckpt   weights, optimizer, schedule, position in the data: what ``resume=`` goes on from
+        trainer.ckpt   weights, optimizer, schedule, position in the data, random states: what a run goes on from
         policy/        AutoModelForCausalLM.from_pretrained loads it
         config.yaml    the resolved config of the run
+        metrics.csv, samples.jsonl   the run's records up to here
+        complete.json  the size of each of these files
 
-    A folder gets its name only when it is complete. The first Ctrl-C (or SIGTERM) lets the iteration finish and writes one; a second stops
-    at once.
+    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM or SIGUSR1 lets
+    the iteration finish and writes one; a second stops at once.
     """
 
     def __init__(self, *, folder: str, every: int = 50, keep: int = 2) -> None:
         if every < 1 or keep < 1:
             raise ValueError(f"callbacks.checkpoints.every and .keep must be at least 1, got {every} and {keep}")
         self.folder, self.every, self.keep = Path(folder), every, keep
-        self.interrupted = False
+        self.interrupted: signal.Signals | None = None
+        self.fitting = False
+        self.written: Path | None = None
+        """Whole but for the records, and not yet named."""
         self.handlers: dict[int, Any] = {}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self._interrupt)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        log.warning(
-            "%s: finishing this iteration, then a checkpoint; once more to stop at once", signal.Signals(number).name
-        )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done = trainer.current_epoch + 1
         last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if self.interrupted:
-            trainer.should_stop = True
-        if self.interrupted or last or done % self.every == 0:
-            self.save(trainer, pl_module)
+        # All ranks stop together, whichever has had the signal.
+        stop = bool(ops.all_max(torch.tensor(float(self.interrupted is not None), device=pl_module.device)))
+        trainer.should_stop = trainer.should_stop or stop
+        if stop or last or done % self.every == 0:
+            self.write(trainer, pl_module)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # The Trainer logs a collection's metrics after on_train_epoch_end: only now are they in metrics.csv.
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.publish(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.publish(trainer)
+
+    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)
-        target = self.folder / f"step-{trainer.global_step:06d}"
-        partial = target.with_name(f".partial-{target.name}")
+        partial = self.folder / f".partial-step-{trainer.global_step:06d}"
+        try:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            trainer.strategy.barrier()
+            trainer.save_checkpoint(partial / "trainer.ckpt")
+            if trainer.is_global_zero:
+                save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy")
+                shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
+            raise self._not_written(partial, error) from error
+        self.written = partial
+
+    def publish(self, trainer: L.Trainer) -> None:
+        """Adds the run's records and gives the folder its name."""
+        if self.written is None:
+            return
+        partial, self.written = self.written, None
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        trainer.strategy.barrier()
-        trainer.save_checkpoint(partial / "trainer.ckpt")
-        if trainer.is_global_zero:
-            save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy")
-            shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
+            for logger in trainer.loggers:
+                logger.save()
+            try:
+                for name in resume.RECORDS:
+                    if (self.folder.parent / name).is_file():
+                        shutil.copy(self.folder.parent / name, partial / name)
+                resume.seal(partial)
+            except OSError as error:
+                raise self._not_written(partial, error) from error
+            target = self.folder / partial.name.removeprefix(".partial-")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            for old in resume.checkpoints(self.folder.parent)[: -self.keep]:
                 shutil.rmtree(old)
         trainer.strategy.barrier()
 
+    def _not_written(self, partial: Path, error: Exception) -> ValueError:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = resume.checkpoints(self.folder.parent)
+        reason = str(error).splitlines()[0]
+        newest = f"the newest whole one is {kept[-1]}" if kept else "there is no earlier one"
+        return ValueError(
+            f"the checkpoint {partial.name.removeprefix('.partial-')} could not be written ({reason}); {newest}"
+        )
+
+    # The Trainer sets handlers of its own just before these hooks, and they would end the run in the middle of an iteration.
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.fitting = True
+        self._listen()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    def _listen(self) -> None:
+        for number in SIGNALS:
+            if signal.getsignal(number) != self._interrupt:
+                self.handlers[number] = signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted or not self.fitting:
+            run = self.folder.parent
+            raise Stopped(number, f"resume={run}" if resume.checkpoints(run) else None)
+        self.interrupted = signal.Signals(number)
+        log.warning("%s: finishing this iteration, then a checkpoint; once more to stop at once", self.interrupted.name)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.fitting = False
         while self.handlers:
             number, handler = self.handlers.popitem()
             signal.signal(number, handler)

@@ -1,0 +1,103 @@
+"""Where a run left off: its newest whole checkpoint, and its files as they were then."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "complete.json"
+"""Of a checkpoint: the size of each of its files."""
+RECORDS = ("metrics.csv", "samples.jsonl")
+"""What a run writes line by line. A checkpoint has a copy, so that a run that goes on from it repeats no line and lacks none."""
+
+
+def seal(folder: Path) -> None:
+    """Notes what a checkpoint is made of: the last thing that is written into it."""
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's, oldest first."""
+    found = [folder for folder in (run / "checkpoints").glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def newest(place: Path) -> Path:
+    """The newest whole checkpoint in ``place``, a run's folder or a checkpoint's own; broken ones are named and passed over."""
+    candidates = [place] if (place / MANIFEST).is_file() or (place / "trainer.ckpt").exists() else checkpoints(place)
+    for folder in reversed(candidates):
+        broken = damage(folder)
+        if broken is None:
+            return folder
+        log.warning("the checkpoint %s is broken and is passed over: %s", folder, broken)
+    raise ValueError(
+        f"resume={place}: no whole checkpoint there; give a run's folder (with checkpoints/step-* in it), or one of those"
+    )
+
+
+def left_off(folder: Path, cfg: DictConfig) -> Path | None:
+    """The checkpoint from which the same command goes on in the same folder; None where it has to begin.
+
+    ValueError where the folder holds another run, whose files would be mixed with this one's.
+    """
+    if not (folder / "config.yaml").is_file():
+        return None
+    if differing := _differences(_plain(OmegaConf.load(folder / "config.yaml")), _plain(cfg)):
+        key, before, now = differing[0]
+        raise ValueError(
+            f"output={folder} holds a run with other settings ({key} was {before!r}, now {now!r}): give another output=FOLDER; or "
+            f"resume={folder}, to go on from its checkpoint with the new settings"
+        )
+    return newest(folder) if checkpoints(folder) else None
+
+
+def same_run(folder: Path, cfg: DictConfig) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and not _differences(_plain(OmegaConf.load(config)), _plain(cfg))
+
+
+def rewind(folder: Path, checkpoint: Path | None) -> None:
+    """The run's files as they were at the checkpoint, or none of them where it begins anew."""
+    for name in RECORDS:
+        (folder / name).unlink(missing_ok=True)
+        if checkpoint is not None and (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, folder / name)
+    if checkpoint is None:
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+    for partial in (folder / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(partial)
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items() if key not in ("resume", "output")}
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(name for name in now if name not in before)]
+        inner = [_differences(before.get(n), now.get(n), f"{key}.{n}" if key else str(n)) for n in names]
+        return [difference for differences in inner for difference in differences]
+    return [] if before == now else [(key, before, now)]
