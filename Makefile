@@ -18,6 +18,7 @@ help:
 	@echo "make clean        remove the virtual environment and build leftovers"
 
 $(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a few minutes, most of them quiet"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -38,7 +38,7 @@ from rlmod.interfaces import (
     Shaper,
 )
 from rlmod.metrics import MeanAtK, PassAtK
-from rlmod.policy import completion_logits, completion_texts
+from rlmod.policy import completion_scores, completion_texts
 from rlmod.scoring import score
 from rlmod.settings import Validation
 from rlmod.types import Prompts, Rollouts, concatenate
@@ -115,10 +115,9 @@ class RLModule(L.LightningModule):
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
         assert batch.completion_ids is not None
-        logits, temperature = completion_logits(self.policy, batch), self.sampler.temperature
-        logprobs = ops.token_logprobs(logits, batch.completion_ids, temperature)
-        if any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values()):
-            batch = replace(batch, policy_entropy=ops.entropy(logits, temperature))
+        entropy = any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values())
+        logprobs, policy_entropy = completion_scores(self.policy, batch, self.sampler.temperature, entropy=entropy)
+        batch = replace(batch, policy_entropy=policy_entropy)
         per_token, metrics = self.loss(logprobs, batch)
         for penalty in self.penalty.values():
             added, measured = penalty(logprobs, batch)
@@ -138,10 +137,8 @@ class RLModule(L.LightningModule):
         assert rollouts.completion_ids is not None and rollouts.mask is not None
         temperature, parts = self.sampler.temperature, []
         for rows in torch.arange(len(rollouts), device=rollouts.device).split(self.rows_per_forward):
-            logits = completion_logits(self.policy, rollouts.rows(rows))
-            logprobs = ops.token_logprobs(logits, rollouts.completion_ids[rows], temperature)
-            parts.append((logprobs, ops.entropy(logits, temperature)))
-        logprobs, entropy = (torch.cat(values) * rollouts.mask for values in zip(*parts, strict=True))
+            parts.append(completion_scores(self.policy, rollouts.rows(rows), temperature))
+        logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
         return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
 
     def referenced(self, rollouts: Rollouts) -> Rollouts:

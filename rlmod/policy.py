@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlmod import ops
+from rlmod.head import logprobs_and_entropy
 from rlmod.ops import token_logprobs
 from rlmod.types import Rollouts
 
@@ -118,27 +121,66 @@ class HFPolicy:
 
 
 def completion_logprobs(policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
-    """log pi(o_{i,t} | q, o_{i,<t}) in nats, of softmax(logits / temperature)."""
+    """log pi(o_{i,t} | q, o_{i,<t}) in nats, of softmax(logits / temperature); 0 where ``rollouts.mask`` is False."""
+    return completion_scores(policy, rollouts, temperature, entropy=False)[0]
+
+
+def completion_scores(
+    policy: nn.Module, rollouts: Rollouts, temperature: float, *, entropy: bool = True
+) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"] | None]:
+    """The log-probability of each completion token, and the entropy of the distribution it is drawn from; 0 off the mask.
+
+    Only counted tokens are looked at, and their logits are never whole: the policy's head is made to hand over what becomes of them. A
+    model that does something to its logits behind the head (a cap, a scale) shows by it that its logits are needed.
+    """
     assert rollouts.completion_ids is not None
-    return token_logprobs(completion_logits(policy, rollouts), rollouts.completion_ids, temperature)
+    mask = torch.ones_like(rollouts.completion_ids, dtype=torch.bool) if rollouts.mask is None else rollouts.mask
+    head = cast(Any, policy).get_output_embeddings()
+    if policy in _CHANGES_LOGITS or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        logits = completion_logits(policy, rollouts)
+        logprobs = token_logprobs(logits, rollouts.completion_ids, temperature) * mask
+        return logprobs, ops.entropy(logits, temperature) * mask if entropy else None
+    ids, scores, seen = rollouts.completion_ids[mask], [], []
+
+    def scoring(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        scores.extend(logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy))
+        return hidden
+
+    cast(Any, head).forward = scoring  # inside the policy's forward, where a sharded head is whole
+    try:
+        logits = _logits(policy, rollouts)
+    finally:
+        del head.forward
+    if logits is not seen[0]:
+        _CHANGES_LOGITS.add(policy)
+        return completion_scores(policy, rollouts, temperature, entropy=entropy)
+    logprobs, entropies = (None if s is None else s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
+    return cast(Tensor, logprobs), entropies
+
+
+_CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
 def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:
-    """The logits from which each completion token was, or would be, drawn.
+    """The logits from which each completion token was, or would be, drawn."""
+    return _logits(policy, rollouts)[:, :-1]
+
+
+def _logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"]:
+    """Of the last prompt token, and of every completion token.
 
     Completions need no attention mask: they are padded on the right, where no counted position looks.
     """
     assert rollouts.prompt_ids is not None and rollouts.prompt_mask is not None and rollouts.completion_ids is not None
     attention = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.completion_ids, dtype=torch.bool)], 1)
-    length = rollouts.completion_ids.shape[1]
-    logits = policy(
+    return policy(
         input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1),
         attention_mask=attention.long(),
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=length + 1,
+        logits_to_keep=rollouts.completion_ids.shape[1] + 1,
         use_cache=False,
     ).logits
-    return logits[:, :-1]
 
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:

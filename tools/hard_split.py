@@ -2,31 +2,34 @@
 
 ``python tools/hard_split.py`` (policies: about 10 minutes; then a minute or two a run, one thread each)
 
-The task: sums and differences of three to five two-digit numbers modulo 100. Two policies are trained for it, of the shipped tiny ones'
-architecture:
+The task: differences of three or four numbers below 100, modulo 100, such as ``41-7-93:``, read from the left. Two policies are trained
+for it, of the shipped tiny ones' architecture:
 
-    expert   worked solutions only: the guide
-    start    the expert, trained on so that it begins a worked solution 3 times out of 100 and else gives a bare answer, which it can only
-             guess. It still knows how to work a problem, but not when.
+    both     works from the left one time out of two, and else from the right (``7-93=14,41-14=27#27``), which is as long and nearly
+             always wrong
+    expert   both, trained on to work from the left: the guide
+    start    both, trained on to begin from the left only about 1 time out of 100. It still knows how, but not when.
 """
 
 import argparse
 import copy
 import csv
 import os
+import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from tiny_policies import character_tokenizer, save, tiny_model, train
+from tiny_policies import Lesson, character_tokenizer, save, tiny_model, train
 
-from rlmod.data.arithmetic import Arithmetic
+from rlmod.data.arithmetic import Arithmetic, solve
 
 ROOT = Path(__file__).parents[1]
-TASK = {"min_numbers": 3, "max_numbers": 5, "operations": "+-", "modulus": 100}
+TASK = {"min_numbers": 3, "max_numbers": 4, "operations": "-", "modulus": 100}
 GOAL = 0.5
 SATURATING = ("guide.ratio=one", "loss.guide_clip=none", "loss.guide_shaping=saturating")
 NO_REFILL = "filter.max_generation_batches=1"
@@ -41,15 +44,38 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 
 
+def from_the_left(text: str) -> Lesson:
+    steps, value = solve(text, TASK["modulus"])
+    return Lesson(completion=",".join(steps) + f"#{value}")
+
+
+def from_the_right(text: str) -> Lesson:
+    *numbers, value = map(int, text.split("-"))
+    steps = []
+    for number in reversed(numbers):
+        result = (number - value) % TASK["modulus"]
+        steps.append(f"{number}-{value}={result}")
+        value = result
+    return Lesson(completion=",".join(steps) + f"#{value}")
+
+
+def of_both_ways(text: str, draw: random.Random, begun: float) -> Lesson:
+    """Half of them from the left, whose first token counts in a share ``begun`` of the cases alone."""
+    if draw.random() < 0.5:
+        return from_the_right(text)
+    return replace(from_the_left(text), first_token=draw.random() < begun)
+
+
 def policies(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
     problems = Arithmetic(split="train", size=50_000, **TASK)
     model = tiny_model(tokenizer)
-    train(model, tokenizer, problems, updates=2500, worked=1.0, wrong=0.0, seed=0)
-    save(model, tokenizer, folder / "expert")
-    start = copy.deepcopy(model)
-    train(start, tokenizer, problems, updates=800, worked=0.6, wrong=0.0, seed=1, lr=1e-3, silent=0.98)
+    train(model, tokenizer, problems, 6000, partial(of_both_ways, begun=1.0), seed=0)
+    expert, start = copy.deepcopy(model), copy.deepcopy(model)
+    train(expert, tokenizer, problems, 300, lambda text, _: from_the_left(text), seed=1, lr=5e-4)
+    save(expert, tokenizer, folder / "expert")
+    train(start, tokenizer, problems, 600, partial(of_both_ways, begun=0.01), seed=2, lr=5e-4)
     save(start, tokenizer, folder / "start")
 
 

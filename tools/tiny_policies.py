@@ -12,6 +12,9 @@ import argparse
 import random
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ from rlmod.policy import SHIPPED
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 RECIPES = {
-    "tiny": {"worked": 0.4, "wrong": 0.1, "updates": 1800},
-    "strong": {"worked": 1.0, "wrong": 0.0, "updates": 3000},
+    "tiny": (1800, {"worked": 0.4, "wrong": 0.1}),
+    "strong": (3000, {"worked": 1.0, "wrong": 0.0}),
 }
+"""Updates, and what the solutions are like."""
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,21 +70,26 @@ def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
     )
 
 
-def solution(text: str, draw: random.Random, modulus: int, worked: float, wrong: float) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    completion: str
+    first_token: bool = True
+    """Whether the first token counts: a way can be taught without teaching to choose it."""
+
+
+def solution(text: str, draw: random.Random, worked: float, wrong: float, modulus: int = 10) -> Lesson:
     """A worked solution with probability ``worked``, each of its steps wrong with probability ``wrong``; else the answer."""
     if draw.random() < worked:
         steps, value = solve(text, modulus, wrong, draw)
-        return ",".join(steps) + f"#{value}"
-    return f"#{solve(text, modulus)[1]}"
+        return Lesson(completion=",".join(steps) + f"#{value}")
+    return Lesson(completion=f"#{solve(text, modulus)[1]}")
 
 
-def batch_of(
-    tokenizer: Any, prompts: list[str], completions: list[str], beginnings: list[bool] | None = None
-) -> dict[str, torch.Tensor]:
-    """Right-padded rows; the loss counts the completion and its EOS only, and its first token where ``beginnings`` says so."""
+def batch_of(tokenizer: Any, prompts: list[str], lessons: list[Lesson]) -> dict[str, torch.Tensor]:
+    """Right-padded rows; the loss counts the completion and its EOS only."""
     rows = [
-        (tokenizer(p)["input_ids"], tokenizer(c)["input_ids"] + [tokenizer.eos_token_id])
-        for p, c in zip(prompts, completions, strict=True)
+        (tokenizer(p)["input_ids"], tokenizer(lesson.completion)["input_ids"] + [tokenizer.eos_token_id])
+        for p, lesson in zip(prompts, lessons, strict=True)
     ]
     width = max(len(p) + len(c) for p, c in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -88,7 +97,7 @@ def batch_of(
     for i, (p, c) in enumerate(rows):
         ids[i, : len(p) + len(c)] = torch.tensor(p + c)
         labels[i, len(p) : len(p) + len(c)] = torch.tensor(c)
-        if beginnings is not None and not beginnings[i]:
+        if not lessons[i].first_token:
             labels[i, len(p)] = -100
     return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
 
@@ -98,17 +107,11 @@ def train(
     tokenizer: Any,
     problems: Arithmetic,
     updates: int,
-    worked: float,
-    wrong: float,
+    lesson: Callable[[str, random.Random], Lesson],
     seed: int,
     lr: float = 2e-3,
-    silent: float = 0.0,
 ) -> None:
-    """Next-token prediction on solutions of these problems, 96 of them an update.
-
-    The first token of a worked solution is left out of the loss with probability ``silent``: how to work a problem is learned, but not
-    to begin it so often.
-    """
+    """Next-token prediction on what ``lesson`` says of these problems, 96 of them an update."""
     draw = random.Random(seed)
     texts = [str(problem.prompt) for problem in problems()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -116,9 +119,7 @@ def train(
     started = time.time()
     for update in track(range(updates)):
         prompts = draw.sample(texts, 96)
-        completions = [solution(p.removesuffix(":"), draw, problems.modulus, worked, wrong) for p in prompts]
-        beginnings = [c.startswith("#") or draw.random() >= silent for c in completions] if silent else None
-        loss = model(**batch_of(tokenizer, prompts, completions, beginnings)).loss
+        loss = model(**batch_of(tokenizer, prompts, [lesson(p.removesuffix(":"), draw) for p in prompts])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -147,5 +148,13 @@ if __name__ == "__main__":
         torch.manual_seed(options.seed)
         tokenizer = character_tokenizer()
         model = tiny_model(tokenizer)
-        train(model, tokenizer, Arithmetic(split="train", size=50_000), seed=options.seed, **RECIPES[name])
+        updates, mixture = RECIPES[name]
+        train(
+            model,
+            tokenizer,
+            Arithmetic(split="train", size=50_000),
+            updates,
+            partial(solution, **mixture),
+            options.seed,
+        )
         save(model, tokenizer, SHIPPED / name)

@@ -1,0 +1,126 @@
+"""Scores from hidden states: the numbers and gradients of whole logits, whatever the chunk, and memory that does not grow."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from rlmod import head, ops, policy
+from rlmod.policy import HFPolicy, completion_logits, completion_scores
+from rlmod.types import Rollouts
+
+N, D, V = 13, 8, 31
+
+
+def inputs(dtype: torch.dtype, bias: bool) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    linear = nn.Linear(D, V, bias=bias, dtype=dtype)
+    return linear, torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randint(V, (N,))
+
+
+def gradients(of: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(of, [hidden, *linear.parameters()]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("at_once", [1, 5 * V, N * V], ids=["a token", "five tokens", "all"])
+def test_values_and_gradients_are_those_of_whole_logits(at_once, temperature, bias):
+    linear, hidden, ids = inputs(torch.float64, bias)
+    upstream = torch.randn(2, N, dtype=torch.float64)
+    logits = linear(hidden)
+    expected = ops.token_logprobs(logits[None], ids[None], temperature)[0], ops.entropy(logits, temperature)
+    found = head.logprobs_and_entropy(hidden, linear, ids, temperature, at_once=at_once)
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, plain)
+    for weights in ((1, 0), (0, 1), (1, 1)):  # of the log-probabilities, of the entropies, of both
+        total = [
+            sum(w * (u * x).sum() for w, u, x in zip(weights, upstream, pair, strict=True))
+            for pair in (found, expected)
+        ]
+        mine = torch.autograd.grad(total[0], [hidden, *linear.parameters()], retain_graph=True)
+        plain = torch.autograd.grad(total[1], [hidden, *linear.parameters()], retain_graph=True)
+        for a, b in zip(mine, plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_without_the_entropy_the_log_probabilities_are_the_same():
+    linear, hidden, ids = inputs(torch.float32, False)
+    alone, none = head.logprobs_and_entropy(hidden, linear, ids, entropy=False, at_once=4 * V)
+    both, _ = head.logprobs_and_entropy(hidden, linear, ids, at_once=4 * V)
+    assert none is None
+    assert torch.equal(alone, both)
+    for a, b in zip(gradients(alone.sum(), linear, hidden), gradients(both.sum(), linear, hidden), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autograd_agrees_with_differences():
+    linear, hidden, ids = inputs(torch.float64, True)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: head._Head.apply(h, w, b, ids, 0.7, True, 4), (hidden, linear.weight, linear.bias)
+    )
+
+
+def test_a_certain_token_and_a_frozen_head():
+    linear, hidden, ids = inputs(torch.float32, True)
+    with torch.no_grad():
+        linear.bias.fill_(-torch.inf)
+        linear.bias[3] = 0.0
+    linear.requires_grad_(False)
+    ids[:] = 3
+    logprobs, entropy = head.logprobs_and_entropy(hidden, linear, ids)
+    assert (logprobs == 0).all()
+    assert (entropy == 0).all()
+    (gradient,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), hidden)
+    assert (gradient == 0).all()
+
+
+def test_autocast_takes_the_products_in_its_precision_and_no_token_is_no_error():
+    linear, hidden, ids = inputs(torch.float32, False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = head.logprobs_and_entropy(hidden, linear, ids, at_once=4 * V)
+        expected = ops.token_logprobs(linear(hidden)[None], ids[None])[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert all(g.dtype == torch.float32 for g in gradients(found.sum(), linear, hidden))
+    empty, _ = head.logprobs_and_entropy(hidden[:0], linear, ids[:0])
+    assert gradients(empty.sum(), linear, hidden)[1].abs().sum() == 0
+
+
+def rows() -> Rollouts:
+    ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    return Rollouts(prompt_ids=ids[:, :4], prompt_mask=torch.ones(3, 4).bool(), completion_ids=ids[:, 4:], mask=mask)
+
+
+def test_a_policys_scores_are_those_of_its_logits_where_tokens_count_and_0_elsewhere(monkeypatch):
+    tiny = HFPolicy(path="tiny")
+    model = tiny.model(tiny.tokenizer()).eval()
+    logits = completion_logits(model, rows())
+    monkeypatch.setattr(policy, "completion_logits", lambda *_: pytest.fail("whole logits were asked for"))
+    logprobs, entropy = completion_scores(model, rows(), 0.8)
+    expected = ops.token_logprobs(logits, rows().completion_ids, 0.8)
+    torch.testing.assert_close(logprobs, expected * rows().mask)
+    torch.testing.assert_close(entropy, ops.entropy(logits, 0.8) * rows().mask)
+    assert "forward" not in vars(model.lm_head)
+    mine = torch.autograd.grad(logprobs.sum(), list(model.parameters()))
+    plain = torch.autograd.grad((expected * rows().mask).sum(), list(model.parameters()))
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_caps_its_logits_is_asked_for_them():
+    """Gemma 2 bends its logits behind the head: scores from the head alone would be wrong."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5,
+        )
+    ).eval()  # fmt: skip
+    logits = completion_logits(model, rows())
+    for _ in range(2):  # found out the first time, known the second
+        logprobs, entropy = completion_scores(model, rows(), 1.0)
+        torch.testing.assert_close(logprobs, ops.token_logprobs(logits, rows().completion_ids) * rows().mask)
+        torch.testing.assert_close(entropy, ops.entropy(logits) * rows().mask)
+    assert model in policy._CHANGES_LOGITS
