@@ -4,9 +4,11 @@ So that a filter does not flatter the policy. Names that do not begin with ``gui
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -45,6 +47,31 @@ def counted(drawn: Sequence[Drawn], trained: Bool[Tensor, " groups"], prompts: i
         metrics |= of_guide(drawn)
     _warn(metrics, int(own.sum()), signal, prompts)
     return {name: float(value) for name, value in metrics.items()}
+
+
+TOTALS = ("completions/tokens", "prompts/drawn", "prompts/unfilled", "guide/tokens", "zero_reward/prompts")
+
+
+def over_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Of all ranks: totals added up, the longest the longest of all, shares and means weighted by the prompts that a rank drew.
+
+    Ranks may have measured different things, as where only some had failed prompts.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(metrics)
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, dict(metrics))
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        having = [rank for rank in ranks if name in rank]
+        if name in TOTALS:
+            found[name] = sum(rank[name] for rank in having)
+        elif name == "completions/longest":
+            found[name] = max(rank[name] for rank in having)
+        else:
+            drawn = sum(rank["prompts/drawn"] for rank in having)
+            found[name] = sum(rank[name] * rank["prompts/drawn"] for rank in having) / drawn
+    return found
 
 
 def of_guide(drawn: Sequence[Drawn]) -> dict[str, float]:

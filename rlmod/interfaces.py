@@ -109,7 +109,8 @@ class Loss(Protocol):
         """The loss of every token, and metrics: a value of every token, NaN where a token has none, or one number for all.
 
         What is logged is the mean over the counted tokens of the whole step, however it is cut into micro-batches. ``logprobs``
-        are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``.
+        are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``. A loss that says
+        ``proportional_to_advantage: ClassVar[bool] = True`` is spared the rows whose advantages are all 0.
         """
         ...
 

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from rlmod import ops
 from rlmod.collect import ZeroReward
 from rlmod.interfaces import Weighting
+from rlmod.packing import packs, with_gradient
 from rlmod.prompts import EncodedProblems
 from rlmod.settings import Batch
 from rlmod.types import Prompts, Rollouts, concatenate
@@ -35,9 +37,10 @@ class RolloutLoader:
         batch: Batch,
         micro_batches: int,
         zero_reward_weight: float = 0.0,
+        every_row: bool = False,
     ) -> None:
         self.collect, self.weighting, self.batch, self.micro_batches = collect, weighting, batch, micro_batches
-        self.zero_reward_weight = zero_reward_weight
+        self.zero_reward_weight, self.every_row = zero_reward_weight, every_row
 
     def __len__(self) -> int:
         return self.batch.passes * self.batch.updates * self.micro_batches
@@ -46,9 +49,16 @@ class RolloutLoader:
         rollouts = self.collect()
         for _ in range(self.batch.passes):
             for step in self.steps(rollouts):
-                weighted = replace(step, weights=self.weights(step))
-                for micro_batch in parts(weighted, self.micro_batches):
-                    yield micro_batch.trimmed()
+                yield from self.cut(replace(step, weights=self.weights(step)))
+
+    def cut(self, step: Rollouts) -> Iterator[Rollouts]:
+        """The micro-batches of an optimizer step: always as many, and on every rank as many with rows. The others come first, empty."""
+        rows = with_gradient(step, every_row=self.every_row).nonzero()[:, 0]
+        found = [rows[pack] for pack in packs(step.rows(rows), self.batch.micro_batch, self.batch.micro_batch_tokens)]
+        needed = max(int(ops.all_max(torch.tensor(float(len(found)), device=step.device))), 1)
+        yield from (step.rows(slice(0, 0)) for _ in range(self.micro_batches - needed))
+        yield from (_masked_out(step.rows(slice(0, 1))).trimmed() for _ in range(needed - len(found)))
+        yield from (step.rows(pack).trimmed() for pack in found)
 
     def steps(self, rollouts: Rollouts) -> Iterator[Rollouts]:
         """The rows of each optimizer step: of the zero-reward batch, where there is one, a share goes into each."""
@@ -111,13 +121,14 @@ class RLData(L.LightningDataModule):
         weighting: Weighting,
         rows_per_prompt: int,
         zero_reward: ZeroReward,
+        every_row: bool,
         validation_prompts: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.train, self.held_out = train, held_out
         self.batch, self.weighting = batch, weighting
-        self.rows_per_prompt, self.zero_reward = rows_per_prompt, zero_reward
+        self.rows_per_prompt, self.zero_reward, self.every_row = rows_per_prompt, zero_reward, every_row
         self.validation_prompts, self.seed = validation_prompts, seed
         self.drawn = 0
         """Prompts that this rank has drawn so far."""
@@ -152,6 +163,7 @@ class RLData(L.LightningDataModule):
             self.batch,
             self.micro_batches(ranks),
             self.zero_reward.weight,
+            self.every_row,
         )
 
     def micro_batches(self, ranks: int) -> int:
@@ -189,7 +201,7 @@ def random_states() -> dict[str, Any]:
     name, key, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(key), *rest),  # no array: a checkpoint is to load with weights_only
+        "numpy": (name, torch.tensor(key.tolist()), *rest),  # no array: a checkpoint is to load with weights_only
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -198,7 +210,7 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     name, key, *rest = states["numpy"]
-    np.random.set_state((name, key.numpy(), *rest))
+    np.random.set_state((name, key.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Float
 from numpy.random import SeedSequence
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.collect import Collected, Filter, ZeroReward, collect
+from rlmod.counts import over_ranks
 from rlmod.groups import read
 from rlmod.interfaces import (
     Correction,
@@ -38,9 +40,11 @@ from rlmod.interfaces import (
     Shaper,
 )
 from rlmod.metrics import MeanAtK, PassAtK
+from rlmod.packing import packs
 from rlmod.policy import completion_scores, completion_texts
 from rlmod.scoring import score
-from rlmod.settings import Validation
+from rlmod.settings import Batch, Validation
+from rlmod.strategy.fsdp2 import FSDP2, whole
 from rlmod.types import Prompts, Rollouts, concatenate
 
 
@@ -63,7 +67,7 @@ class RLModule(L.LightningModule):
         optimizer: Optimizer,
         schedule: Schedule | None,
         validation: Validation,
-        rows_per_forward: int,
+        batch: Batch,
         seed: int,
     ) -> None:
         super().__init__()
@@ -72,7 +76,7 @@ class RLModule(L.LightningModule):
         self.zero_reward, self.reference = zero_reward, reference
         self.shaper, self.correction, self.loss, self.penalty = shaper, correction, loss, penalty
         self.optimizer, self.schedule = optimizer, schedule
-        self.validation, self.rows_per_forward, self.seed = validation, rows_per_forward, seed
+        self.validation, self.batch, self.seed = validation, batch, seed
         self.validation_metrics = MetricCollection(
             {validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in validation.pass_at}},
             compute_groups=False,
@@ -85,6 +89,8 @@ class RLModule(L.LightningModule):
         """The optimizer step after which that was."""
         self.validated_problems = 0
         self.tokens_sampled = 0
+        self.noted: dict[str, Tensor] = {}
+        """Sums and counts of what the collection's training steps measured."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
         """Held-out accuracy before training, and seconds of training in earlier parts of a run that is gone on with."""
         self.fit_started = time.perf_counter()
@@ -109,11 +115,18 @@ class RLModule(L.LightningModule):
             )
             rollouts = self.referenced(self.scored(collected.rollouts))
         rollouts = self.shaped(rollouts)
-        self.collected = replace(collected, rollouts=rollouts)
-        self.tokens_sampled += int(collected.metrics["completions/tokens"] + collected.metrics.get("guide/tokens", 0))
+        metrics = over_ranks(collected.metrics)
+        self.collected = replace(collected, rollouts=rollouts, metrics=metrics)
+        self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
 
-    def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP2):
+            self.trainer.strategy.shard(self.policy)
+
+    def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""] | None:
+        if not len(batch):  # an optimizer step has always as many micro-batches, not all of which are needed
+            return None
         assert batch.completion_ids is not None
         entropy = any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values())
         logprobs, policy_entropy = completion_scores(self.policy, batch, self.sampler.temperature, entropy=entropy)
@@ -125,7 +138,9 @@ class RLModule(L.LightningModule):
             metrics |= measured
         assert batch.weights is not None and batch.mask is not None
         loss = (per_token * batch.weights).sum()
-        self.log_over_step(loss, metrics, batch.mask)
+        self.note("loss", loss.detach()[None])
+        for name, value in metrics.items():
+            self.note(name, ops.measured(value, batch.mask))
         # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
         # accumulated micro-batches, and the number of ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -134,23 +149,29 @@ class RLModule(L.LightningModule):
         """With pi_old's log-probabilities and entropy, where the sampler could not hand them over."""
         if rollouts.logprobs is not None and rollouts.entropy is not None:
             return rollouts
-        assert rollouts.completion_ids is not None and rollouts.mask is not None
-        temperature, parts = self.sampler.temperature, []
-        for rows in torch.arange(len(rollouts), device=rollouts.device).split(self.rows_per_forward):
-            parts.append(completion_scores(self.policy, rollouts.rows(rows), temperature))
-        logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+        assert rollouts.mask is not None
+        logprobs, entropy = (torch.zeros(rollouts.mask.shape, device=rollouts.device) for _ in range(2))
+        for rows, micro_batch in self.swept(rollouts):
+            of_tokens, undecided = completion_scores(self.policy, micro_batch, self.sampler.temperature)
+            assert undecided is not None
+            logprobs[rows, : of_tokens.shape[1]], entropy[rows, : of_tokens.shape[1]] = of_tokens, undecided
         return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
+
+    def swept(self, rollouts: Rollouts) -> Iterator[tuple[Tensor, Rollouts]]:
+        """All rows once, as many at a time as in a training step, with their indices."""
+        for rows in packs(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens):
+            yield rows, rollouts.rows(rows).trimmed()
 
     def referenced(self, rollouts: Rollouts) -> Rollouts:
         """With the reference policy's log-probabilities, where there is one."""
         if self.reference is None:
             return rollouts
         assert rollouts.mask is not None
-        parts = [
-            self.reference(self.policy, rollouts.rows(rows), self.sampler.temperature)
-            for rows in torch.arange(len(rollouts), device=rollouts.device).split(self.rows_per_forward)
-        ]
-        return replace(rollouts, reference_logprobs=torch.cat(parts) * rollouts.mask)
+        logprobs = torch.zeros(rollouts.mask.shape, device=rollouts.device)
+        for rows, micro_batch in self.swept(rollouts):
+            of_tokens = self.reference(self.policy, micro_batch, self.sampler.temperature)
+            logprobs[rows, : of_tokens.shape[1]] = of_tokens
+        return replace(rollouts, reference_logprobs=logprobs * rollouts.mask)
 
     def shaped(self, rollouts: Rollouts) -> Rollouts:
         """With advantages, corrected. The zero-reward batch is shaped by itself, or its rows would enter the others' statistics."""
@@ -169,30 +190,39 @@ class RLModule(L.LightningModule):
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.note("grad_norm", norm[None])
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
 
-    def log_over_step(self, loss: Tensor, metrics: dict[str, Tensor], mask: Tensor) -> None:
-        # The micro-batches' losses add up to the step's; the other metrics are means over the tokens that have a value.
-        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.log("train/loss", loss.detach() / steps, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
-        for name, value in metrics.items():
-            if len(values := ops.measured(value, mask)):
-                self.log(f"train/{name}", values.mean(), on_step=False, on_epoch=True, batch_size=len(values))
+    def note(self, name: str, values: Tensor) -> None:
+        """For the collection's metrics: their sum and how many they are, without waiting for the device."""
+        mine = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+        self.noted[name] = self.noted[name] + mine if name in self.noted else mine
 
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
-        self.log_dict(dict(self.collected.metrics), batch_size=1, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({**self.collected.metrics, **self.measured()}, batch_size=1)
         if isinstance(self.reference, MovingReference):
             self.reference.update(self.policy)
+
+    def measured(self) -> dict[str, float]:
+        """What was noted in the collection's steps, over all ranks: the loss of a step, the means of all else."""
+        noted = dict(zip(self.noted, ops.all_sum(torch.stack(list(self.noted.values()))).tolist(), strict=True))
+        self.noted = {}
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        loss, _ = noted.pop("loss")  # of micro-batches, which add up to their steps'
+        return {"train/loss": loss / steps} | {
+            f"train/{n}": total / count for n, (total, count) in noted.items() if count
+        }
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         settings = self.validation
-        rollouts = settings.sampler(self.policy, batch, self.derived_seed(settings.seed, batch_idx))
+        with evaluating(self.policy):
+            rollouts = settings.sampler(self.policy, batch, self.derived_seed(settings.seed, batch_idx))
         texts = read(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
         rewards, _, outcomes = score(settings.reward, texts)
         self.validation_metrics.update((outcomes > settings.threshold).view(len(batch), -1).to(self.device))
@@ -259,10 +289,11 @@ def _shape(weight: Tensor | None) -> str:
 
 @contextmanager
 def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Without dropout, and as it was afterwards: pi_old is the policy that the ratios are taken with."""
+    """Without dropout, with all its weights, and as it was afterwards: pi_old is the policy that the ratios are taken with."""
     before = policy.training
     policy.eval()
     try:
-        yield
+        with whole(policy):
+            yield
     finally:
         policy.train(before)

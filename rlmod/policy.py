@@ -191,7 +191,12 @@ def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def save_policy(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; of a policy with an adapter, the adapter."""
-    cast(Any, policy).save_pretrained(folder)
+def save_policy(
+    policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; of a policy with an adapter, the adapter.
+
+    ``weights`` are the whole ones of a policy that holds only its share.
+    """
+    cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)

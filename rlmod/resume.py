@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def left_off(folder: Path, cfg: DictConfig) -> Path | None:
 def same_run(folder: Path, cfg: DictConfig) -> bool:
     config = folder / "config.yaml"
     return config.is_file() and not _differences(_plain(OmegaConf.load(config)), _plain(cfg))
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes; before there is a process group, by what the launchers say."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def rewind(folder: Path, checkpoint: Path | None) -> None:

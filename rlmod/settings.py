@@ -19,16 +19,20 @@ class Batch:
     """Times that the collection is gone through."""
     micro_batch: int = 64
     """Rows of one forward and backward pass on one rank; a matter of memory alone, the result does not depend on it."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward and backward pass, padding included, besides; a longer row goes alone. null: as many as there are."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "updates", "passes", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prompts", "updates", "passes", "micro_batch", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"batch.{name} must be at least 1, got {value}")
 
     def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
-        """Micro-batches of one optimizer step on one rank. ValueError where they do not come out even.
+        """The most micro-batches of one optimizer step on one rank. ValueError where they do not come out even.
 
-        With ``extra_rows``, which a collection may or may not have, they cannot: then a micro-batch has at most ``micro_batch`` rows.
+        With ``extra_rows``, which a collection may or may not have, they cannot: then a micro-batch has at most ``micro_batch`` rows. By
+        tokens, each row may need one of its own.
         """
         if self.prompts % ranks:
             raise ValueError(f"batch.prompts={self.prompts} cannot be shared out among {ranks} ranks: give a multiple")
@@ -39,6 +43,8 @@ class Batch:
                 f"x {completions_per_prompt} completions a rank): give one of {_divisors(rows)}"
             )
         step = rows // self.updates
+        if self.micro_batch_tokens is not None:
+            return step + math.ceil(extra_rows / self.updates)
         if extra_rows:
             return math.ceil((step + math.ceil(extra_rows / self.updates)) / self.micro_batch)
         if step % min(self.micro_batch, step):

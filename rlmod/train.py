@@ -43,11 +43,12 @@ def train(cfg: DictConfig) -> float | None:
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
     checkpoint = resume.newest(Path(cfg.resume)) if cfg.resume else resume.left_off(folder, cfg)
-    if checkpoint is None or folder.resolve() in checkpoint.resolve().parents:
-        resume.rewind(folder, checkpoint)
-    if checkpoint is not None:
-        log.warning("going on from %s", checkpoint)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    if resume.first_rank():
+        if checkpoint is None or folder.resolve() in checkpoint.resolve().parents:
+            resume.rewind(folder, checkpoint)
+        if checkpoint is not None:
+            log.warning("going on from %s", checkpoint)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
@@ -78,7 +79,7 @@ def train(cfg: DictConfig) -> float | None:
         optimizer=parts.optimizer,
         schedule=instantiate(cfg.schedule),
         validation=parts.validation,
-        rows_per_forward=parts.batch.micro_batch,
+        batch=parts.batch,
         seed=cfg.seed,
     )
     data = RLData(
@@ -88,6 +89,7 @@ def train(cfg: DictConfig) -> float | None:
         weighting=parts.weighting,
         rows_per_prompt=parts.rows_per_prompt,
         zero_reward=parts.zero_reward,
+        every_row=bool(parts.penalty) or not getattr(parts.loss, "proportional_to_advantage", False),
         validation_prompts=parts.validation.prompts_per_batch,
         seed=cfg.seed,
     )
@@ -104,8 +106,9 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     result = json.loads((folder / "result.json").read_text())
     if not result["completed"]:
         return None
-    print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
-    _say(result, folder / "report.html")
+    if resume.first_rank():
+        print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
+        _say(result, folder / "report.html")
     return result
 
 

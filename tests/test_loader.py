@@ -39,11 +39,17 @@ def test_micro_batches_by_hand():
     assert Batch(prompts=2, micro_batch=64).micro_batches(4) == 1
 
 
+def shaped(rows: Rollouts) -> Rollouts:
+    """As the module hands them over."""
+    prompts = torch.ones(len(rows), 2).bool()
+    return replace(rows, prompt_ids=prompts.long(), prompt_mask=prompts, advantages=rows.mask.double())
+
+
 def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
     made: list[Rollouts] = []
 
     def collect() -> Rollouts:
-        made.append(ragged(len(made)))
+        made.append(shaped(ragged(len(made))))
         return made[-1]
 
     batch = Batch(prompts=4, updates=2, passes=3, micro_batch=4)
@@ -54,8 +60,12 @@ def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
     assert len(made) == 1
     assert len(batches) == len(loader)
     first_pass = batches[: 2 * 3]
-    assert torch.equal(torch.cat([b.rewards for b in first_pass]), made[0].rewards)
     for step in range(2):
+        of_step = torch.cat([b.rewards for b in first_pass[3 * step : 3 * step + 3]])
+        assert of_step.sort().values.tolist() == made[0].rewards[12 * step : 12 * step + 12].sort().values.tolist()
+        # The long with the long: there is no more padding than the spread within a micro-batch.
+        widths = [b.mask.shape[1] for b in first_pass[3 * step : 3 * step + 3]]
+        assert widths == sorted(widths, reverse=True)
         # The weights span the optimizer step, not the micro-batch.
         total = sum(float(b.weights.sum()) for b in first_pass[3 * step : 3 * step + 3])
         assert total == pytest.approx(1, abs=1e-6)
@@ -79,7 +89,7 @@ def test_fewer_rows_than_parts_leave_masked_out_rows_that_weigh_nothing():
 
 def test_the_zero_reward_batch_has_a_normaliser_of_its_own_and_a_share_in_every_step():
     rows = ragged(0, groups=4, g=6)
-    rows = replace(rows, zero_reward=rows.group >= 2)
+    rows = shaped(replace(rows, zero_reward=rows.group >= 2))
     batch = Batch(prompts=2, updates=2, micro_batch=4)
     loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6, extra_rows=24), 0.25)
     batches = list(loader)
@@ -93,12 +103,41 @@ def test_the_zero_reward_batch_has_a_normaliser_of_its_own_and_a_share_in_every_
     assert sorted(seen) == sorted(rows.group.tolist())
 
 
+def test_rows_that_can_change_nothing_are_left_out_and_the_rest_is_packed_closely():
+    rows = shaped(ragged(0))
+    advantages = rows.advantages.clone()
+    advantages[:18] = 0  # three of four groups without signal
+    rows = replace(rows, advantages=advantages)
+    batch = Batch(prompts=4, micro_batch=4)
+    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6))
+    batches = list(loader)
+    assert [len(b) for b in batches] == [0, 0, 0, 0, 4, 2]  # always six of them: the Trainer counts
+    assert all(int(g) == 3 for b in batches for g in b.group)
+    # The weights are still those of the whole step: what is left out counts in the normaliser.
+    assert sum(float(b.weights.sum()) for b in batches) == pytest.approx(float(TokenMean()(rows)[18:].sum()))
+    every = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6), every_row=True)
+    assert sum(len(b) for b in every) == 24
+    nothing = replace(rows, advantages=torch.zeros_like(advantages))
+    batches = list(RolloutLoader(lambda: nothing, TokenMean(), batch, batch.micro_batches(6)))
+    assert [len(b) for b in batches] == [0] * 5 + [1]
+    assert not batches[-1].mask.any()
+
+
+def test_micro_batches_by_tokens():
+    rows = shaped(ragged(0))
+    batch = Batch(prompts=4, micro_batch=24, micro_batch_tokens=30)
+    batches = [b for b in RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6)) if len(b)]
+    assert sum(len(b) for b in batches) == 24
+    assert all(len(b) * (2 + b.mask.shape[1]) <= 30 for b in batches)
+    assert len(batches) < 24
+
+
 def data(rank: int = 0, ranks: int = 1, size: int = 6) -> RLData:
     problems = tuple(Problem(prompt=str(i), answer="", source="") for i in range(size))
     encoded = EncodedProblems(problems=problems, ids=tuple((i,) for i in range(size)), pad_id=0, dropped=0)
     made = RLData(
         train=encoded, held_out=encoded, batch=Batch(), weighting=TokenMean(), rows_per_prompt=2,
-        zero_reward=ZeroReward(), validation_prompts=4, seed=0,
+        zero_reward=ZeroReward(), every_row=False, validation_prompts=4, seed=0,
     )  # fmt: skip
     made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)  # pyright: ignore
     return made

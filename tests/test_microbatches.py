@@ -11,12 +11,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlmod import ops
 from rlmod.correction.forking_tokens import ForkingTokens
-from rlmod.loader import parts
+from rlmod.loader import RolloutLoader
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.mixed_surrogate import MixedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.policy import completion_logits
+from rlmod.settings import Batch
 from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.shaper.uniform import Uniform
@@ -62,10 +63,12 @@ def step(shaper=None) -> Rollouts:
     return replace(rows, advantages=(shaper or Uniform())(rows))
 
 
-def gradient(policy, rollouts: Rollouts, loss, number: int) -> torch.Tensor:
+def gradient(policy, rollouts: Rollouts, loss, number: int, tokens: int | None = None) -> torch.Tensor:
     policy.zero_grad()
-    for batch in parts(rollouts, number):
-        batch = batch.trimmed()
+    sizes = Batch(prompts=1, micro_batch=len(rollouts) // number, micro_batch_tokens=tokens)
+    for batch in RolloutLoader(lambda: rollouts, lambda rows: rows.weights, sizes, len(rollouts)).cut(rollouts):
+        if not len(batch):
+            continue
         logprobs = ops.token_logprobs(completion_logits(policy, batch), batch.completion_ids)
         (loss(logprobs, batch)[0] * batch.weights).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -81,6 +84,20 @@ def test_one_two_four_and_eight_micro_batches_give_the_same_gradient(loss, weigh
     assert whole.norm() > 1e-3
     for number in (2, 4, 8):
         torch.testing.assert_close(gradient(policy, rollouts, loss, number), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient(policy, rollouts, loss, 1, tokens=40), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_leaving_out_rows_without_signal_changes_nothing(loss):
+    policy = model()
+    rollouts = step()
+    silent = (rollouts.group % 2 == 0)[:, None]
+    rollouts = replace(rollouts, weights=TokenMean()(rollouts), advantages=rollouts.advantages.masked_fill(silent, 0))
+    policy.zero_grad()
+    logprobs = ops.token_logprobs(completion_logits(policy, rollouts), rollouts.completion_ids)
+    (loss(logprobs, rollouts)[0] * rollouts.weights).sum().backward()
+    whole = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(gradient(policy, rollouts, loss, 4), whole, atol=1e-6, rtol=0)
 
 
 def on_a_rank(rank: int, port: int, shaper, correction, weighting, result) -> None:

@@ -61,12 +61,12 @@ def built(model: str, *overrides: str) -> tuple[RLModule, RLData, dict[str, Any]
         reward=lambda texts: [float(i % 3 == 0) for i in range(len(texts))],
         filter=parts.filter, zero_reward=parts.zero_reward, reference=None, shaper=parts.shaper, correction={},
         loss=parts.loss, penalty={}, optimizer=parts.optimizer, schedule=instantiate(cfg.schedule),
-        validation=parts.validation, rows_per_forward=64, seed=0,
+        validation=parts.validation, batch=parts.batch, seed=0,
     )  # fmt: skip
     problems = parts.encoder.encode(parts.train()[:256], tokenizer)
     data = RLData(
         train=problems, held_out=None, batch=parts.batch, weighting=parts.weighting, rows_per_prompt=8,
-        zero_reward=parts.zero_reward, validation_prompts=64, seed=0,
+        zero_reward=parts.zero_reward, every_row=False, validation_prompts=64, seed=0,
     )  # fmt: skip
     trainer = {"accumulate_grad_batches": parts.batch.micro_batches(8)}
     return module, data, trainer
@@ -184,12 +184,13 @@ def stepper(module: RLModule, data: RLData, settings: dict[str, Any]) -> Callabl
         enable_model_summary=False, enable_checkpointing=False, **settings,
     ).fit(module, datamodule=data)  # fmt: skip
     optimizer = torch.optim.AdamW(module.policy.parameters(), lr=1e-5)
-    vars(module)["log_over_step"] = lambda *_: None  # nothing may be logged outside of the Trainer
     loader = data.train_dataloader()
 
     def iteration() -> None:
         for i, batch in enumerate(loader):
-            module.training_step(batch, i).backward()
+            loss = module.training_step(batch, i)
+            assert loss is not None
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(module.policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,7 +31,7 @@ from rlmod.data.arithmetic import Arithmetic, solve
 ROOT = Path(__file__).parents[1]
 TASK = {"min_numbers": 3, "max_numbers": 4, "operations": "-", "modulus": 100}
 GOAL = 0.5
-SATURATING = ("guide.ratio=one", "loss.guide_clip=none", "loss.guide_shaping=saturating")
+SATURATING = ("guide.ratio=one", "loss.guide_clip=none", "loss.guide_shaping=saturating", "loss.gamma=0.02")
 NO_REFILL = "filter.max_generation_batches=1"
 ARMS: dict[str, tuple[str, ...]] = {
     "dapo": ("experiment=dapo",),
@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "mixed_zero_reward, no refill": ("experiment=mixed_zero_reward", NO_REFILL),
     "mixed_zero_reward, no refill, saturating": ("experiment=mixed_zero_reward", NO_REFILL, *SATURATING),
     "luffy": ("experiment=luffy",),
+    "luffy, no refill": ("experiment=luffy", NO_REFILL),
 }
 
 
@@ -88,7 +89,7 @@ def run(arm: str, seed: int, folder: Path, collections: int) -> Path:
         Path(sys.executable).with_name("rlmod-train"), *ARMS[arm], f"output={target}", f"seed={seed}", "reward=exact_match",
         f"policy.path={folder / 'start'}", *guide, *(f"data.{key}={value}" for key, value in TASK.items()),
         "data.validation.size=256", "sampler.max_new_tokens=64", "batch.prompts=16", "batch.micro_batch=32",
-        "optimizer.lr=3e-5", f"trainer.max_epochs={collections}", "trainer.check_val_every_n_epoch=1",
+        "optimizer.lr=1e-4", f"trainer.max_epochs={collections}", "trainer.check_val_every_n_epoch=1",
         "trainer.accelerator=cpu", "callbacks.completions.every=0",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

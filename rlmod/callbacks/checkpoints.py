@@ -16,6 +16,7 @@ from rlmod import ops, resume
 from rlmod.cli import Stopped
 from rlmod.module import RLModule
 from rlmod.policy import save_policy
+from rlmod.strategy.fsdp2 import whole_state
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ class Checkpoints(Checkpoint):
                 partial.mkdir(parents=True)
             trainer.strategy.barrier()
             trainer.save_checkpoint(partial / "trainer.ckpt")
+            weights = whole_state(pl_module.policy)
             if trainer.is_global_zero:
-                save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy")
+                save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy", weights)
                 shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
             raise self._not_written(partial, error) from error

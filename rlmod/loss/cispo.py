@@ -1,6 +1,7 @@
 """CISPO: the clipped ratio weighs the log-probability, and no token loses its gradient."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,8 @@ class Cispo:
     -A, and means nothing.
     Needs: logprobs, advantages, mask.
     """
+
+    proportional_to_advantage: ClassVar[bool] = True
 
     clip_low: float | None = None
     clip_high: float = 4.0

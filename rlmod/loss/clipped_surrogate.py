@@ -1,6 +1,7 @@
 """PPO's clipped surrogate, token by token."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,8 @@ class ClippedSurrogate:
     Degenerate: on-policy (w = 1) the value is -A and the gradient that of REINFORCE; A = 0 gives no gradient.
     Needs: logprobs, advantages, mask.
     """
+
+    proportional_to_advantage: ClassVar[bool] = True
 
     clip_low: float = 0.2
     clip_high: float = 0.2

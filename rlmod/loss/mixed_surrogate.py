@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,8 @@ class MixedSurrogate:
     Degenerate: without guide rows, and with the defaults on any rows, it is ClippedSurrogate.
     Needs: logprobs, advantages, mask; from_guide, where there are guide rows.
     """
+
+    proportional_to_advantage: ClassVar[bool] = True
 
     clip_low: float = 0.2
     clip_high: float = 0.28

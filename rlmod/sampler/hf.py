@@ -92,6 +92,7 @@ class HF:
                     generation_config=self._generation_config(policy, self.max_new_tokens - done),
                     logits_processor=LogitsProcessorList([last]),
                     stopping_criteria=StoppingCriteriaList([recorder]),
+                    synced_gpus=False,  # the policy is whole: ranks need not wait for each other
                 )
             new = sequences[:, ids.shape[1] :]
             ended = (new[..., None] == eos).any(-1)
