@@ -135,6 +135,8 @@ def quiet() -> None:
     for harmless in (
         "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
         "`isinstance(treespec, LeafSpec)` is deprecated",
+        "Multiple backends are registered with this ProcessGroup",  # of FSDP on a CPU
+        "Please use DTensor instead",  # of FSDP's sharded checkpoints
         "It is recommended to use `self.log",  # what is logged is of all ranks already
         "`training_step` returned `None`",  # for micro-batches that are not needed
     ):

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -198,7 +198,7 @@ class RLData(L.LightningDataModule):
 
 def random_states() -> dict[str, Any]:
     """Of the generators that dropout, or a component of one's own, may draw from. Sampling has seeds of its own."""
-    name, key, *rest = np.random.get_state()
+    name, key, *rest = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),
         "numpy": (name, torch.tensor(key.tolist()), *rest),  # no array: a checkpoint is to load with weights_only

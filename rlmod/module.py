@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from numpy.random import SeedSequence
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +44,7 @@ from rlmod.packing import packs
 from rlmod.policy import completion_scores, completion_texts
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
-from rlmod.strategy.fsdp2 import FSDP2, whole
+from rlmod.strategy._sharding import Sharding, whole
 from rlmod.types import Prompts, Rollouts, concatenate
 
 
@@ -89,6 +89,8 @@ class RLModule(L.LightningModule):
         """The optimizer step after which that was."""
         self.validated_problems = 0
         self.tokens_sampled = 0
+        self.evaluated = policy
+        """What samples and scores: the policy, with all its weights where the strategy shards it."""
         self.noted: dict[str, Tensor] = {}
         """Sums and counts of what the collection's training steps measured."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
@@ -98,9 +100,9 @@ class RLModule(L.LightningModule):
     @torch.no_grad()
     def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
         """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
-        with evaluating(self.policy):
+        with self.evaluating() as policy:
             collected = collect(
-                policy=self.policy,
+                policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
                 scored=self.scored,
                 draw=lambda n: draw(n).to(self.device),
@@ -120,9 +122,13 @@ class RLModule(L.LightningModule):
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
 
+    def setup(self, stage: str) -> None:
+        # Precision plugins would round what a batch holds (advantages, log-probabilities), and cannot take a frozen record.
+        vars(self.trainer.precision_plugin)["convert_input"] = lambda batch: batch
+
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDP2):
-            self.trainer.strategy.shard(self.policy)
+        if isinstance(self.trainer.strategy, Sharding):
+            self.policy = self.trainer.strategy.shard(self.policy)
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""] | None:
         if not len(batch):  # an optimizer step has always as many micro-batches, not all of which are needed
@@ -150,9 +156,11 @@ class RLModule(L.LightningModule):
         if rollouts.logprobs is not None and rollouts.entropy is not None:
             return rollouts
         assert rollouts.mask is not None
-        logprobs, entropy = (torch.zeros(rollouts.mask.shape, device=rollouts.device) for _ in range(2))
+        logprobs, entropy = (
+            torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device) for _ in range(2)
+        )
         for rows, micro_batch in self.swept(rollouts):
-            of_tokens, undecided = completion_scores(self.policy, micro_batch, self.sampler.temperature)
+            of_tokens, undecided = completion_scores(self.evaluated, micro_batch, self.sampler.temperature)
             assert undecided is not None
             logprobs[rows, : of_tokens.shape[1]], entropy[rows, : of_tokens.shape[1]] = of_tokens, undecided
         return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
@@ -162,14 +170,28 @@ class RLModule(L.LightningModule):
         for rows in packs(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens):
             yield rows, rollouts.rows(rows).trimmed()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """Without dropout, with all its weights, in the precision of training: pi_old is the policy that the ratios are taken with."""
+        before = self.policy.training
+        self.policy.eval()
+        try:
+            with (
+                whole(self.trainer.strategy, self.policy) as self.evaluated,
+                self.trainer.precision_plugin.forward_context(),
+            ):
+                yield self.evaluated
+        finally:
+            self.policy.train(before)
+
     def referenced(self, rollouts: Rollouts) -> Rollouts:
         """With the reference policy's log-probabilities, where there is one."""
         if self.reference is None:
             return rollouts
         assert rollouts.mask is not None
-        logprobs = torch.zeros(rollouts.mask.shape, device=rollouts.device)
+        logprobs = torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device)
         for rows, micro_batch in self.swept(rollouts):
-            of_tokens = self.reference(self.policy, micro_batch, self.sampler.temperature)
+            of_tokens = self.reference(self.evaluated, micro_batch, self.sampler.temperature)
             logprobs[rows, : of_tokens.shape[1]] = of_tokens
         return replace(rollouts, reference_logprobs=logprobs * rollouts.mask)
 
@@ -188,23 +210,37 @@ class RLModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if isinstance(self.trainer.strategy, Sharding):
+            norm = self.trainer.strategy.gradient_norm(self.policy)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         self.note("grad_norm", norm[None])
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if (
+            isinstance(self.policy, FullyShardedDataParallel)
+            and gradient_clip_val
+            and gradient_clip_algorithm != "value"
+        ):
+            self.policy.clip_grad_norm_(gradient_clip_val)  # each rank has a share of the gradient; Lightning refuses
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def note(self, name: str, values: Tensor) -> None:
         """For the collection's metrics: their sum and how many they are, without waiting for the device."""
-        mine = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+        mine = torch.stack([values.sum(dtype=torch.float32), values.new_tensor(len(values), dtype=torch.float32)])
         self.noted[name] = self.noted[name] + mine if name in self.noted else mine
 
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
         self.log_dict({**self.collected.metrics, **self.measured()}, batch_size=1)
         if isinstance(self.reference, MovingReference):
-            self.reference.update(self.policy)
+            with self.evaluating() as policy:
+                self.reference.update(policy)
 
     def measured(self) -> dict[str, float]:
         """What was noted in the collection's steps, over all ranks: the loss of a step, the means of all else."""
@@ -221,8 +257,8 @@ class RLModule(L.LightningModule):
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         settings = self.validation
-        with evaluating(self.policy):
-            rollouts = settings.sampler(self.policy, batch, self.derived_seed(settings.seed, batch_idx))
+        with self.evaluating() as policy:
+            rollouts = settings.sampler(policy, batch, self.derived_seed(settings.seed, batch_idx))
         texts = read(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
         rewards, _, outcomes = score(settings.reward, texts)
         self.validation_metrics.update((outcomes > settings.threshold).view(len(batch), -1).to(self.device))
@@ -285,15 +321,3 @@ def check_same_policy(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 def _shape(weight: Tensor | None) -> str:
     return "missing" if weight is None else f"of shape {list(weight.shape)}"
-
-
-@contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Without dropout, with all its weights, and as it was afterwards: pi_old is the policy that the ratios are taken with."""
-    before = policy.training
-    policy.eval()
-    try:
-        with whole(policy):
-            yield
-    finally:
-        policy.train(before)

@@ -47,7 +47,7 @@ def score(reward: Reward, texts: Texts) -> Scores:
     terms = {key: _checked(values, f"the term {key!r} of the reward {name}", texts) for key, values in result.items()}
     penalties = getattr(reward, "penalties", ())
     judged = [values for key, values in terms.items() if key not in penalties]
-    outcomes = torch.stack(judged).sum(0) if judged else torch.zeros(len(texts))
+    outcomes = torch.stack(judged).sum(0) if judged else torch.zeros(len(texts), dtype=torch.float32)
     total = _checked(torch.stack(list(terms.values())).sum(0), f"the sum of the terms of the reward {name}", texts)
     return Scores(total, terms, outcomes)
 

@@ -345,3 +345,15 @@ def test_the_lines_show_the_collection_that_they_name(tmp_path, monkeypatch, cap
     ]
     assert shown == [f"{float(row['reward/mean']):.3f}" for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(set(shown)) > 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_sampling_has_the_precision_of_training(precision, tmp_path, monkeypatch):
+    """Or the first update's ratios would be off by what bfloat16 rounds away."""
+    run_train(monkeypatch, *QUICK, f"trainer.precision={precision}", f"output={tmp_path / 'a'}", "trainer.max_epochs=2")
+    rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["train/ratio"]) == pytest.approx(1, abs=0.02)
+        assert float(row["completions/tokens"]) == int(float(row["completions/tokens"])) > 100
+    assert torch.get_default_dtype() == torch.float32

@@ -16,7 +16,7 @@ from rlmod import ops, resume
 from rlmod.cli import Stopped
 from rlmod.module import RLModule
 from rlmod.policy import save_policy
-from rlmod.strategy.fsdp2 import whole_state
+from rlmod.strategy._sharding import Sharding
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Checkpoints(Checkpoint):
                 partial.mkdir(parents=True)
             trainer.strategy.barrier()
             trainer.save_checkpoint(partial / "trainer.ckpt")
-            weights = whole_state(pl_module.policy)
+            sharding = trainer.strategy
+            weights = sharding.whole_state(pl_module.policy) if isinstance(sharding, Sharding) else None
             if trainer.is_global_zero:
                 save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy", weights)
                 shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")

@@ -81,12 +81,12 @@ class Demonstrations:
         chosen = [d for problem in prompts.problems for d in self._drawn(problem, completions_per_prompt, draw)]
         device = prompts.ids.device
         group = torch.arange(len(prompts), device=device).repeat_interleave(completions_per_prompt)
-        mask = _rows([[True] * len(d.ids) for d in chosen]).bool().to(device)
-        logprobs = _rows([d.logprobs for d in chosen]).float().to(device)
+        mask = _rows([[True] * len(d.ids) for d in chosen], torch.bool).to(device)
+        logprobs = _rows([d.logprobs for d in chosen], torch.float32).to(device)
         return Rollouts(
             prompt_ids=prompts.ids[group],
             prompt_mask=prompts.mask[group],
-            completion_ids=_rows([d.ids for d in chosen]).long().to(device),
+            completion_ids=_rows([d.ids for d in chosen], torch.long).to(device),
             mask=mask,
             group=group,
             logprobs=logprobs,
@@ -101,8 +101,8 @@ class Demonstrations:
         return [found[picked[i % len(picked)]] for i in range(number)]
 
 
-def _rows(values: Sequence[Sequence[Any]]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in values], batch_first=True)
+def _rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True)
 
 
 def _key(problem: Problem) -> str:

@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rlmod.policy import HFPolicy, completion_logprobs
 from rlmod.types import Problem, Rollouts
@@ -45,7 +44,6 @@ class EMA:
     @torch.no_grad()
     def update(self, policy: nn.Module) -> None:
         for average, value in zip(self.model.parameters(), policy.parameters(), strict=True):
-            value = value.full_tensor() if isinstance(value, DTensor) else value  # of a sharded policy
             average.lerp_(value.to(average), 1 - self.decay)
 
     def state_dict(self) -> Mapping[str, Tensor]:

@@ -80,7 +80,8 @@ class Grop:
                 return torch.zeros_like(lengths)
             overlong = Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
             nobody = [""] * len(lengths)
-            return torch.tensor(overlong(Texts(completions=nobody, answers=nobody, lengths=lengths.int().tolist())))
+            penalties = overlong(Texts(completions=nobody, answers=nobody, lengths=lengths.int().tolist()))
+            return torch.tensor(penalties, dtype=torch.float32)
         return torch.where(correct if 2 * n > size else ~correct, _piecewise(lengths, lengths), 0)
 
 

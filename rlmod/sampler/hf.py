@@ -76,7 +76,7 @@ class HF:
         rows = len(ids)
         completion = ids.new_full((rows, self.max_new_tokens), policy.generation_config.pad_token_id)
         mask = torch.zeros_like(completion, dtype=torch.bool)
-        logprobs = torch.zeros(completion.shape, device=ids.device)
+        logprobs = torch.zeros(completion.shape, dtype=torch.float32, device=ids.device)
         entropy = torch.zeros_like(logprobs)
 
         running = torch.arange(rows, device=ids.device)

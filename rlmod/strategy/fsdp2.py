@@ -6,9 +6,12 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rlmod.strategy._sharding import layers
 
 
 class FSDP2(ModelParallelStrategy):
@@ -34,10 +37,9 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def shard(self, policy: nn.Module) -> None:
-        """Layer by layer, then what is left; called once."""
+    def shard(self, policy: nn.Module) -> nn.Module:
         if isinstance(policy, FSDPModule):
-            return
+            return policy
         settings: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
         if self.reduced_precision is not None:
             dtype = getattr(torch, self.reduced_precision)
@@ -47,32 +49,25 @@ class FSDP2(ModelParallelStrategy):
         for layer in layers(policy):
             fully_shard(layer, **settings)
         fully_shard(policy, **settings)
+        return policy
 
-
-def layers(policy: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers says must not be split."""
-    names = set(getattr(policy, "_no_split_modules", None) or ())
-    return [module for module in policy.modules() if type(module).__name__ in names]
-
-
-@contextmanager
-def whole(policy: nn.Module) -> Iterator[None]:
-    """All weights on every rank, so that ranks may ask for different numbers of forward passes, as sampling does."""
-    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
+    @contextmanager
+    def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+        sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
-            module.reshard()
-            module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield policy
+        finally:
+            for module in sharded:
+                module.reshard()
+                module.set_reshard_after_forward(module is not policy, recurse=False)
 
+    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
 
-def whole_state(policy: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights as rank 0 is to save them, where they are sharded (all ranks call this); None where they are whole anyway."""
-    if not any(isinstance(module, FSDPModule) for module in policy.modules()):
-        return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
+    def gradient_norm(self, policy: nn.Module) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

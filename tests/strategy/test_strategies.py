@@ -42,6 +42,7 @@ SETTINGS = (
 )  # fmt: skip
 STRATEGIES = {
     "ddp": ("strategy=ddp", "trainer.devices=2"),
+    "fsdp": ("strategy=fsdp", "trainer.devices=2"),
     "fsdp2": ("strategy=fsdp2", "trainer.devices=2"),
     "fsdp2, sharded": ("strategy=fsdp2", "trainer.devices=2", "trainer.strategy.sharded_checkpoints=true"),
 }

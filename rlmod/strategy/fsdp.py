@@ -1,0 +1,71 @@
+"""Fully sharded data parallelism by Lightning's FSDPStrategy."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+from rlmod.strategy._sharding import layers
+
+
+class FSDP(FSDPStrategy):
+    """As strategy=fsdp2, for what still needs the older implementation.
+
+    The policy itself is the root of what is wrapped. It cannot be called with its weights gathered, so that sampling has a copy of it
+    on every rank, brought up to date before each collection. Checkpoints are sharded: a folder with a file a rank.
+
+    Source: PyTorch FSDP, arXiv:2304.11277.
+    Degenerate: with one rank it computes what strategy=single computes.
+    """
+
+    def __init__(
+        self,
+        *,
+        reduced_precision: Literal["bfloat16", "float16"] | None = None,
+        cpu_offload: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(state_dict_type="sharded", process_group_backend=process_group_backend)
+        self.reduced_precision, self.offload = reduced_precision, cpu_offload
+        self.copy: nn.Module | None = None
+
+    def shard(self, policy: nn.Module) -> nn.Module:
+        if isinstance(policy, FullyShardedDataParallel):
+            return policy
+        self.copy = copy.deepcopy(policy).requires_grad_(False).eval().to(self.root_device)
+        blocks = set(layers(policy))
+        settings: dict[str, Any] = {}
+        if self.reduced_precision is not None:
+            dtype = getattr(torch, self.reduced_precision)
+            settings["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
+        return FullyShardedDataParallel(
+            policy,
+            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks),
+            cpu_offload=CPUOffload(offload_params=self.offload),
+            device_id=self.root_device,  # Lightning would pass an index, which a CPU does not have
+            use_orig_params=True,
+            **settings,
+        )
+
+    @contextmanager
+    def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+        assert self.copy is not None
+        with FullyShardedDataParallel.summon_full_params(policy, writeback=False), torch.no_grad():
+            for mine, value in zip(self.copy.parameters(), policy.parameters(), strict=True):
+                mine.copy_(value)
+        yield self.copy
+
+    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
+        with self.whole(policy) as unsharded:
+            return {name: value.cpu() for name, value in unsharded.state_dict().items()}
+
+    def gradient_norm(self, policy: nn.Module) -> Tensor:
+        assert isinstance(policy, FullyShardedDataParallel)
+        return policy.clip_grad_norm_(torch.inf)  # the norm, and nothing is clipped
