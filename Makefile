@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
 	@echo "make check        lint, types, layer contracts"
-	@echo "make bench        cost of the frame against a bare loop; writes docs/benchmarks.md"
+	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
 	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
 	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
@@ -39,6 +39,7 @@ check: $(READY)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_head.py
 
 docs: $(READY)
 	$(BIN)/python tools/algorithms.py

@@ -89,8 +89,6 @@ class RLModule(L.LightningModule):
         """The optimizer step after which that was."""
         self.validated_problems = 0
         self.tokens_sampled = 0
-        self.evaluated = policy
-        """What samples and scores: the policy, with all its weights where the strategy shards it."""
         self.noted: dict[str, Tensor] = {}
         """Sums and counts of what the collection's training steps measured."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
@@ -104,7 +102,7 @@ class RLModule(L.LightningModule):
             collected = collect(
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
-                scored=self.scored,
+                scored=lambda rows: self.scored(policy, rows),
                 draw=lambda n: draw(n).to(self.device),
                 prompts=prompts,
                 sampler=self.sampler,
@@ -115,7 +113,7 @@ class RLModule(L.LightningModule):
                 room=self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank),
                 seed=lambda *place: self.derived_seed(self.current_epoch, *place),
             )
-            rollouts = self.referenced(self.scored(collected.rollouts))
+            rollouts = self.referenced(policy, self.scored(policy, collected.rollouts))
         rollouts = self.shaped(rollouts)
         metrics = over_ranks(collected.metrics)
         self.collected = replace(collected, rollouts=rollouts, metrics=metrics)
@@ -151,7 +149,7 @@ class RLModule(L.LightningModule):
         # accumulated micro-batches, and the number of ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def scored(self, rollouts: Rollouts) -> Rollouts:
+    def scored(self, policy: nn.Module, rollouts: Rollouts) -> Rollouts:
         """With pi_old's log-probabilities and entropy, where the sampler could not hand them over."""
         if rollouts.logprobs is not None and rollouts.entropy is not None:
             return rollouts
@@ -160,7 +158,7 @@ class RLModule(L.LightningModule):
             torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device) for _ in range(2)
         )
         for rows, micro_batch in self.swept(rollouts):
-            of_tokens, undecided = completion_scores(self.evaluated, micro_batch, self.sampler.temperature)
+            of_tokens, undecided = completion_scores(policy, micro_batch, self.sampler.temperature)
             assert undecided is not None
             logprobs[rows, : of_tokens.shape[1]], entropy[rows, : of_tokens.shape[1]] = of_tokens, undecided
         return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
@@ -177,21 +175,21 @@ class RLModule(L.LightningModule):
         self.policy.eval()
         try:
             with (
-                whole(self.trainer.strategy, self.policy) as self.evaluated,
+                whole(self.trainer.strategy, self.policy) as policy,
                 self.trainer.precision_plugin.forward_context(),
             ):
-                yield self.evaluated
+                yield policy
         finally:
             self.policy.train(before)
 
-    def referenced(self, rollouts: Rollouts) -> Rollouts:
+    def referenced(self, policy: nn.Module, rollouts: Rollouts) -> Rollouts:
         """With the reference policy's log-probabilities, where there is one."""
         if self.reference is None:
             return rollouts
         assert rollouts.mask is not None
         logprobs = torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device)
         for rows, micro_batch in self.swept(rollouts):
-            of_tokens = self.reference(self.evaluated, micro_batch, self.sampler.temperature)
+            of_tokens = self.reference(policy, micro_batch, self.sampler.temperature)
             logprobs[rows, : of_tokens.shape[1]] = of_tokens
         return replace(rollouts, reference_logprobs=logprobs * rollouts.mask)
 

@@ -167,16 +167,16 @@ The task: differences of three or four numbers modulo 100, read from the left. T
 wrong; it knows the other way but begins it about once in a hundred times. The guide always works from the left.
 
 `python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} an arm, 16 prompts x 8 completions a collection,
-learning rate 1e-4, 40 collections) and writes this page. In the first collection {low:.0f} to {high:.0f} % of the prompts were all-wrong. Counted
-are the tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
+learning rate 1e-4, 40 collections) and writes this page. In the first collection {low:.0f} to {high:.0f} % of the prompts were
+all-wrong. Counted are the tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
 
 {rows}
 
 ![held-out accuracy over tokens](hard_split.png)
 
-"No refill" is `filter.max_generation_batches=1`: what dynamic sampling drops is not drawn again. "Saturating" is LUFFY's w / (w + gamma) on guide
-tokens with gamma 0.02, which was picked with seed 0 from five settings (gamma 0.1 and 0.02, weight 1 and 4, four completions of the guide);
-seeds 1 and 2 had no part in it.
+"No refill" is `filter.max_generation_batches=1`: what dynamic sampling drops is not drawn again. "Saturating" is LUFFY's w / (w + gamma) on
+guide tokens with gamma 0.02, which was picked with seed 0 from five settings (gamma 0.1 and 0.02, weight 1 and 4, four completions of
+the guide); seeds 1 and 2 had no part in it.
 """
 
 
