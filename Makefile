@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check bench docs recipes oracle policies clean
+.PHONY: help quickstart test test-slow check bench docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
+	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
 	@echo "make check        lint, types, layer contracts"
 	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
@@ -29,7 +30,10 @@ quickstart: $(READY)
 
 # One worker a core, each with one thread: more threads only get in each other's way.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

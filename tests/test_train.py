@@ -235,6 +235,7 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path, monkeypatch):
     """SIGKILL at random moments; the same command goes on. With dropout, so that random states matter."""
     settings = (

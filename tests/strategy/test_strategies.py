@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 PARTS = '''
 import torch
 from rlmod.sampler.hf import HF
