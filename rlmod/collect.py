@@ -7,8 +7,8 @@ draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> ro
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Literal
 
@@ -99,84 +99,92 @@ class Collected:
     metrics: Mapping[str, float]
 
 
-@torch.no_grad()
-def collect(
-    *,
-    policy: nn.Module,
-    decode: Callable[[Rollouts], list[str]],
-    scored: Callable[[Rollouts], Rollouts],
-    draw: Callable[[int], Prompts],
-    prompts: int,
-    sampler: Sampler,
-    guide: Guide | None,
-    reward: Reward,
-    filter: Filter,
-    zero_reward: ZeroReward,
-    room: int,
-    seed: Callable[..., int],
-) -> Collected:
-    """``prompts`` groups of rewarded rollouts, and behind them those of the zero-reward batch, if there is one.
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What the prompts of one collection go through until they are rewarded rollouts."""
 
-    ``draw(n)`` hands over the next n prompts; ``scored`` fills in pi_old's log-probabilities and entropy where they are missing;
-    ``room`` groups may stand in the zero-reward batch; ``seed(i)`` is the seed of
-    the i-th batch of this collection, ``seed(i, 1)`` that of the i-th time the guide is asked: with one seed for both, a guide that
-    is much like the policy would repeat its completions.
-    """
+    policy: nn.Module
+    decode: Callable[[Rollouts], list[str]]
+    scored: Callable[[Rollouts], Rollouts]
+    """Fills in pi_old's log-probabilities and entropy where they are missing."""
+    draw: Callable[[int], Prompts]
+    """``draw(n)``: the next n prompts."""
+    sampler: Sampler
+    guide: Guide | None
+    reward: Reward
+    filter: Filter
+    zero_reward: ZeroReward
+    seed: Callable[..., int]
+    """``seed(i)`` of the i-th batch of this collection, ``seed(i, 1)`` of the i-th time the guide is asked: with one seed for both, a
+    guide that is much like the policy would repeat its completions."""
+    times_asked: Iterator[int] = field(default_factory=count)
 
-    def guided(drawing: Prompts, number: int) -> Rollouts:
-        assert guide is not None
-        rows = guide(drawing, number, seed(next(times_asked), 1))
-        entropy = scored(replace(rows, logprobs=None, entropy=None)).entropy
+    def sampled(self, prompts: Prompts, batch: int) -> Rollouts:
+        rollouts = self.sampler(self.policy, prompts, self.seed(batch))
+        if self.guide is None or self.guide.completions_per_prompt == 0:
+            return rollouts
+        return joined(self.scored(rollouts), self.guided(prompts, self.guide.completions_per_prompt))
+
+    def guided(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
+        assert self.guide is not None
+        rows = self.guide(prompts, completions_per_prompt, self.seed(next(self.times_asked), 1))
+        entropy = self.scored(replace(rows, logprobs=None, entropy=None)).entropy
         assert rows.truncated is not None
         return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
 
-    def sampled(drawing: Prompts) -> Rollouts:
-        rollouts = sampler(policy, drawing, seed(len(batches)))
-        if guide is None or guide.completions_per_prompt == 0:
-            return rollouts
-        return joined(scored(rollouts), guided(drawing, guide.completions_per_prompt))
+    def judged(self, rollouts: Rollouts, prompts: Prompts, first_group: int) -> Drawn:
+        own = self.filter.over == "own"
+        threshold = self.filter.threshold
+        return rewarded(rollouts, prompts, first_group, self.decode, self.reward, threshold=threshold, over_own=own)
 
-    def judged(rollouts: Rollouts, drawing: Prompts, first_group: int) -> Drawn:
-        return rewarded(
-            rollouts,
-            drawing,
-            first_group,
-            decode,
-            reward,
-            threshold=filter.threshold,
-            over_own=filter.over == "own",
-        )
 
+@torch.no_grad()
+def collect(stages: Stages, *, prompts: int, room: int) -> Collected:
+    """``prompts`` groups of rewarded rollouts, and behind them those of the zero-reward batch: at most ``room`` groups."""
+    batches = _drawn(stages, prompts)
+    signal = torch.cat([batch.signal for batch in batches])
+    trained = signal.clone() if stages.filter.dynamic_sampling else torch.ones_like(signal)
+    trained &= trained.cumsum(0) <= prompts
+    collected = _filled(batches, trained, prompts)
+    if not stages.zero_reward.active:
+        return collected
+    joint = _guided(stages, batches, room)
+    if joint:  # scored here, with pi_old: later the guide's rows could no longer be told from those that still lack it
+        collected = replace(collected, rollouts=stages.scored(collected.rollouts))
+    return _with_zero_reward(collected, joint, len(signal), stages.zero_reward, stages.filter.threshold)
+
+
+def _drawn(stages: Stages, prompts: int) -> list[Drawn]:
+    """Batches of prompts, until the filter has enough of them."""
     batches: list[Drawn] = []
-    times_asked = count()
     drawn = usable = 0
     wanted = prompts
     while True:
-        drawing = draw(wanted)
-        batches.append(judged(sampled(drawing), drawing, drawn))
+        drawing = stages.draw(wanted)
+        batches.append(stages.judged(stages.sampled(drawing, len(batches)), drawing, drawn))
         drawn += len(drawing)
         usable += int(batches[-1].signal.sum())
-        if not filter.dynamic_sampling or usable >= prompts or len(batches) == filter.max_generation_batches:
-            break
+        rounds = stages.filter.max_generation_batches if stages.filter.dynamic_sampling else 1
+        if usable >= prompts or len(batches) == rounds:
+            return batches
         share_with_signal = max(usable, 1) / drawn
         wanted = min(prompts, math.ceil((prompts - usable) / share_with_signal))
-    signal = torch.cat([batch.signal for batch in batches])
-    trained = signal.clone() if filter.dynamic_sampling else torch.ones_like(signal)
-    trained &= trained.cumsum(0) <= prompts
-    collected = _filled(batches, trained, prompts)
-    if not zero_reward.active:
-        return collected
+
+
+def _guided(stages: Stages, batches: Sequence[Drawn], room: int) -> list[Drawn]:
+    """The first ``room`` groups without a right completion of the policy's own, joined by completions of the guide."""
     joint: list[Drawn] = []
+    first_group = sum(len(batch.prompts) for batch in batches)
     for batch in batches:
         failed = (batch.wrong & ~batch.signal).nonzero()[:room, 0]
         if len(failed):
-            drawing = batch.prompts.pick(failed.tolist())
-            rows = joined(scored(batch.rows_of(failed)), guided(drawing, zero_reward.completions_per_prompt))
-            joint.append(judged(rows, drawing, drawn + sum(len(earlier.prompts) for earlier in joint)))
+            prompts = batch.prompts.pick(failed.tolist())
+            guided = stages.guided(prompts, stages.zero_reward.completions_per_prompt)
+            rows = joined(stages.scored(batch.rows_of(failed)), guided)
+            joint.append(stages.judged(rows, prompts, first_group))
+            first_group += len(failed)
             room -= len(failed)
-    if joint:  # scored here, with pi_old: later the guide's rows could no longer be told from those that still lack it
-        collected = replace(collected, rollouts=scored(collected.rollouts))
-    return _with_zero_reward(collected, joint, drawn, zero_reward, filter.threshold)
+    return joint
 
 
 def _filled(batches: Sequence[Drawn], trained: Bool[Tensor, " groups"], prompts: int) -> Collected:

@@ -23,7 +23,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
-from rlmod.collect import Collected, Filter, ZeroReward, collect
+from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
 from rlmod.counts import over_ranks
 from rlmod.groups import read
 from rlmod.interfaces import (
@@ -39,9 +39,11 @@ from rlmod.interfaces import (
     Schedule,
     Shaper,
 )
+from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
 from rlmod.packing import packs
 from rlmod.policy import completion_scores, completion_texts
+from rlmod.resume import check_same_policy
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
 from rlmod.strategy._sharding import Sharding, whole
@@ -89,8 +91,8 @@ class RLModule(L.LightningModule):
         """The optimizer step after which that was."""
         self.validated_problems = 0
         self.tokens_sampled = 0
-        self.noted: dict[str, Tensor] = {}
-        """Sums and counts of what the collection's training steps measured."""
+        self.means = Means()
+        """Of what the collection's training steps measure."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
         """Held-out accuracy before training, and seconds of training in earlier parts of a run that is gone on with."""
         self.fit_started = time.perf_counter()
@@ -99,20 +101,20 @@ class RLModule(L.LightningModule):
     def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
         """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
         with self.evaluating() as policy:
-            collected = collect(
+            stages = Stages(
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
                 scored=lambda rows: self.scored(policy, rows),
                 draw=lambda n: draw(n).to(self.device),
-                prompts=prompts,
                 sampler=self.sampler,
                 guide=self.guide,
                 reward=self.reward,
                 filter=self.filter,
                 zero_reward=self.zero_reward,
-                room=self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank),
                 seed=lambda *place: self.derived_seed(self.current_epoch, *place),
             )
+            room = self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank)
+            collected = collect(stages, prompts=prompts, room=room)
             rollouts = self.referenced(policy, self.scored(policy, collected.rollouts))
         rollouts = self.shaped(rollouts)
         metrics = over_ranks(collected.metrics)
@@ -142,9 +144,9 @@ class RLModule(L.LightningModule):
             metrics |= measured
         assert batch.weights is not None and batch.mask is not None
         loss = (per_token * batch.weights).sum()
-        self.note("loss", loss.detach()[None])
+        self.means.add("loss", loss)
         for name, value in metrics.items():
-            self.note(name, ops.measured(value, batch.mask))
+            self.means.add(name, value, batch.mask)
         # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
         # accumulated micro-batches, and the number of ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -212,7 +214,7 @@ class RLModule(L.LightningModule):
             norm = self.trainer.strategy.gradient_norm(self.policy)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        self.note("grad_norm", norm[None])
+        self.means.add("grad_norm", norm)
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
 
@@ -228,27 +230,16 @@ class RLModule(L.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def note(self, name: str, values: Tensor) -> None:
-        """For the collection's metrics: their sum and how many they are, without waiting for the device."""
-        mine = torch.stack([values.sum(dtype=torch.float32), values.new_tensor(len(values), dtype=torch.float32)])
-        self.noted[name] = self.noted[name] + mine if name in self.noted else mine
-
     def on_train_epoch_end(self) -> None:
         assert self.collected is not None
-        self.log_dict({**self.collected.metrics, **self.measured()}, batch_size=1)
+        measured = self.means.over_ranks()
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        loss, _ = measured.pop("loss")  # of micro-batches and ranks, which add up to their step's
+        means = {f"train/{name}": total / count for name, (total, count) in measured.items() if count}
+        self.log_dict({**self.collected.metrics, "train/loss": loss / steps, **means}, batch_size=1)
         if isinstance(self.reference, MovingReference):
             with self.evaluating() as policy:
                 self.reference.update(policy)
-
-    def measured(self) -> dict[str, float]:
-        """What was noted in the collection's steps, over all ranks: the loss of a step, the means of all else."""
-        noted = dict(zip(self.noted, ops.all_sum(torch.stack(list(self.noted.values()))).tolist(), strict=True))
-        self.noted = {}
-        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        loss, _ = noted.pop("loss")  # of micro-batches, which add up to their steps'
-        return {"train/loss": loss / steps} | {
-            f"train/{n}": total / count for n, (total, count) in noted.items() if count
-        }
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
@@ -301,21 +292,3 @@ class RLModule(L.LightningModule):
     def derived_seed(self, *position: int) -> int:
         """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""
         return int(SeedSequence([self.seed, self.global_rank, *position]).generate_state(1)[0])
-
-
-def check_same_policy(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """ValueError where a checkpoint's weights are not those of this policy."""
-    differ = [
-        f"{name} is {_shape(saved.get(name))} there and {_shape(own.get(name))} here"
-        for name in sorted(saved.keys() | own.keys())
-        if _shape(saved.get(name)) != _shape(own.get(name))
-    ]
-    if saved and differ:
-        raise ValueError(
-            f"resume: the checkpoint is of another policy: {len(differ)} of its {len(saved)} weights differ, {differ[0]}; "
-            "give the policy and the adapter that it was made with (its config.yaml names them)"
-        )
-
-
-def _shape(weight: Tensor | None) -> str:
-    return "missing" if weight is None else f"of shape {list(weight.shape)}"

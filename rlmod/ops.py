@@ -60,12 +60,6 @@ def masked_mean(
     return counted.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def measured(values: Float[Tensor, "..."], mask: Bool[Tensor, "R T"]) -> Float[Tensor, " n"]:
-    """The values of the counted tokens that have one; a single number stands for every token, NaN for none."""
-    counted = values.expand_as(mask)[mask]
-    return counted[~counted.isnan()]
-
-
 def group_index(group: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], int]:
     """The groups renumbered 0, 1, ... without gaps, and how many there are."""
     names, index = torch.unique(group, return_inverse=True)

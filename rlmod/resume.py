@@ -4,10 +4,14 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,20 @@ def rewind(folder: Path, checkpoint: Path | None) -> None:
         shutil.rmtree(partial)
 
 
+def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]) -> None:
+    """ValueError where a checkpoint's weights are not those of this policy."""
+    differ = [
+        f"{name} is {_shape(saved.get(name))} there and {_shape(own.get(name))} here"
+        for name in sorted(saved.keys() | own.keys())
+        if _shape(saved.get(name)) != _shape(own.get(name))
+    ]
+    if saved and differ:
+        raise ValueError(
+            f"resume: the checkpoint is of another policy: {len(differ)} of its {len(saved)} weights differ, {differ[0]}; "
+            "give the policy and the adapter that it was made with (its config.yaml names them)"
+        )
+
+
 def _plain(cfg: Any) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
@@ -107,3 +125,7 @@ def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, A
         inner = [_differences(before.get(n), now.get(n), f"{key}.{n}" if key else str(n)) for n in names]
         return [difference for differences in inner for difference in differences]
     return [] if before == now else [(key, before, now)]
+
+
+def _shape(weight: "Tensor | None") -> str:
+    return "missing" if weight is None else f"of shape {list(weight.shape)}"

@@ -18,6 +18,10 @@ from rlmod import cli
 if TYPE_CHECKING:
     import lightning as L
 
+    from rlmod.loader import RLData
+    from rlmod.module import RLModule
+    from rlmod.parts import Parts
+
 log = logging.getLogger(__name__)
 
 
@@ -57,42 +61,11 @@ def train(cfg: DictConfig) -> float | None:
 
     import lightning as L
 
-    from rlmod.loader import RLData
-    from rlmod.module import RLModule
-
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _trainer(cfg, checkpoint)
-    module = RLModule(
-        policy=parts.policy.model(tokenizer),
-        tokenizer=tokenizer,
-        sampler=parts.sampler,
-        guide=parts.guide,
-        reward=parts.reward,
-        filter=parts.filter,
-        zero_reward=parts.zero_reward,
-        reference=parts.reference,
-        shaper=parts.shaper,
-        correction=parts.correction,
-        loss=parts.loss,
-        penalty=parts.penalty,
-        optimizer=parts.optimizer,
-        schedule=instantiate(cfg.schedule),
-        validation=parts.validation,
-        batch=parts.batch,
-        seed=cfg.seed,
-    )
-    data = RLData(
-        train=problems,
-        held_out=held_out,
-        batch=parts.batch,
-        weighting=parts.weighting,
-        rows_per_prompt=parts.rows_per_prompt,
-        zero_reward=parts.zero_reward,
-        every_row=bool(parts.penalty) or not getattr(parts.loss, "proportional_to_advantage", False),
-        validation_prompts=parts.validation.prompts_per_batch,
-        seed=cfg.seed,
-    )
+    module = _module(cfg, parts, tokenizer)
+    data = _data(cfg, parts, problems, held_out)
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     return _fitted(trainer, module, data, checkpoint, folder, started)
 
@@ -134,6 +107,46 @@ def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
         return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
+
+
+def _module(cfg: DictConfig, parts: "Parts", tokenizer: Any) -> "RLModule":
+    from rlmod.module import RLModule
+
+    return RLModule(
+        policy=parts.policy.model(tokenizer),
+        tokenizer=tokenizer,
+        sampler=parts.sampler,
+        guide=parts.guide,
+        reward=parts.reward,
+        filter=parts.filter,
+        zero_reward=parts.zero_reward,
+        reference=parts.reference,
+        shaper=parts.shaper,
+        correction=parts.correction,
+        loss=parts.loss,
+        penalty=parts.penalty,
+        optimizer=parts.optimizer,
+        schedule=instantiate(cfg.schedule),
+        validation=parts.validation,
+        batch=parts.batch,
+        seed=cfg.seed,
+    )
+
+
+def _data(cfg: DictConfig, parts: "Parts", problems: Any, held_out: Any) -> "RLData":
+    from rlmod.loader import RLData
+
+    return RLData(
+        train=problems,
+        held_out=held_out,
+        batch=parts.batch,
+        weighting=parts.weighting,
+        rows_per_prompt=parts.rows_per_prompt,
+        zero_reward=parts.zero_reward,
+        every_row=bool(parts.penalty) or not getattr(parts.loss, "proportional_to_advantage", False),
+        validation_prompts=parts.validation.prompts_per_batch,
+        seed=cfg.seed,
+    )
 
 
 def _fitted(

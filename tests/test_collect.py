@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rlmod.collect import Filter, ZeroReward, collect
+from rlmod.collect import Filter, Stages, ZeroReward, collect
 from rlmod.types import Problem, Prompts, Rollouts
 
 G = 3
@@ -48,14 +48,14 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward
             ids=torch.zeros(n, 1, dtype=torch.long), mask=torch.ones(n, 1, dtype=torch.bool), problems=problems
         )
 
-    collected = collect(
+    stages = Stages(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
-        scored=lambda rollouts: rollouts, draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=None,
+        scored=lambda rollouts: rollouts, draw=draw, sampler=sampler or Scripted(), guide=None,
         reward=reward,
-        filter=Filter(**settings), zero_reward=ZeroReward(), room=0, seed=lambda *place: sum(place),
+        filter=Filter(**settings), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip
-    return collected, drawn
+    return collect(stages, prompts=prompts, room=0), drawn
 
 
 def test_a_penalty_does_not_make_a_right_answer_wrong():

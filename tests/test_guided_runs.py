@@ -171,6 +171,7 @@ def test_warnings_of_what_works_but_not_as_one_may_think(tmp_path, monkeypatch):
         pytest.warns(UserWarning, match="reference without a penalty"),
     ):
         run_train(monkeypatch, *quick, f"output={tmp_path / 'a'}")
+    assert (tmp_path / "a" / "result.json").is_file()  # warned of, and done
 
 
 def test_what_is_logged_of_the_ratios_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch):

@@ -73,11 +73,3 @@ def test_a_ratio_to_the_next_to_impossible_stays_finite():
     # Behind a clip an infinite ratio would be multiplied by a gradient of 0.
     ratio.exp().clamp(max=1.2).sum().backward()
     torch.testing.assert_close(new.grad, torch.tensor([[0.6065307, 0.0, 0.0, 0.0]]))
-
-
-def test_measured_leaves_out_padding_and_what_has_no_value():
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    values = torch.tensor([[1.0, torch.nan, 3.0], [5.0, 7.0, 7.0]])
-    assert ops.measured(values, mask).tolist() == [1, 3, 5]
-    assert ops.measured(torch.tensor(2.0), mask).tolist() == [2] * 4
-    assert len(ops.measured(torch.tensor(torch.nan), mask)) == 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from rlmod.collect import Collected, Filter, ZeroReward, collect
+from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
 from rlmod.types import Problem, Prompts, Rollouts
 
 G = 3
@@ -66,13 +66,13 @@ def run(
         ones = torch.ones(n, 1)
         return Prompts(ids=ones.long(), mask=ones.bool(), problems=problems)
 
-    return collect(
+    stages = Stages(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
-        scored=scored, draw=draw, prompts=prompts, sampler=sampler or Scripted(), guide=guide,
+        scored=scored, draw=draw, sampler=sampler or Scripted(), guide=guide,
         reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
-        filter=Filter(**settings), zero_reward=zero_reward or ZeroReward(), room=prompts if room is None else room,
-        seed=lambda *place: hash(place),
+        filter=Filter(**settings), zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
     )  # fmt: skip
+    return collect(stages, prompts=prompts, room=prompts if room is None else room)
 
 
 def test_the_guides_rows_join_each_prompts_own():
