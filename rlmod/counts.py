@@ -13,7 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rlmod.groups import Drawn
-from rlmod.types import concatenate
+from rlmod.interfaces import Sampler, Synced
+from rlmod.types import Rollouts, concatenate
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,37 @@ def counted(drawn: Sequence[Drawn], trained: Bool[Tensor, " groups"], prompts: i
     return {name: float(value) for name, value in metrics.items()}
 
 
+def agreement(rollouts: Rollouts) -> dict[str, float]:
+    """How far the sampling engine's log-probabilities are from pi_old's, over the counted tokens of the policy's own rows, in nats.
+
+    And the ratios pi_old / pi_sampler, as they are before any truncation.
+    """
+    assert rollouts.mask is not None and rollouts.logprobs is not None and rollouts.sampler_logprobs is not None
+    own = rollouts.mask if rollouts.from_guide is None else rollouts.mask & ~rollouts.from_guide[:, None]
+    apart = (rollouts.logprobs - rollouts.sampler_logprobs)[own]
+    if not len(apart):
+        return {}
+    ratios = apart.exp()
+    return {
+        "sampler/difference": float(apart.abs().mean()),
+        "sampler/difference_max": float(apart.abs().max()),
+        "sampler/ratio": float(ratios.mean()),
+        "sampler/ratio_min": float(ratios.min()),
+        "sampler/ratio_max": float(ratios.max()),
+    }
+
+
+def check_agreement(sampler: Sampler, metrics: Mapping[str, float]) -> None:
+    """ValueError where the engine samples from another policy than the one that is trained."""
+    apart = metrics.get("sampler/difference")
+    if isinstance(sampler, Synced) and apart is not None and not apart <= sampler.max_difference:
+        raise ValueError(
+            f"the sampler's log-probabilities are {apart:.4f} nats from the policy's in the mean, more than sampler.max_difference="
+            f"{sampler.max_difference} (the ratios go from {metrics['sampler/ratio_min']:.3g} to {metrics['sampler/ratio_max']:.3g}): "
+            "the engine has other weights, or computes in another precision (sampler.dtype, trainer.precision)"
+        )
+
+
 TOTALS = ("completions/tokens", "prompts/drawn", "prompts/unfilled", "guide/tokens", "zero_reward/prompts")
 
 
@@ -66,8 +98,10 @@ def over_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
         having = [rank for rank in ranks if name in rank]
         if name in TOTALS:
             found[name] = sum(rank[name] for rank in having)
-        elif name == "completions/longest":
+        elif name == "completions/longest" or name.endswith("_max"):
             found[name] = max(rank[name] for rank in having)
+        elif name.endswith("_min"):
+            found[name] = min(rank[name] for rank in having)
         else:
             drawn = sum(rank["prompts/drawn"] for rank in having)
             found[name] = sum(rank[name] * rank["prompts/drawn"] for rank in having) / drawn

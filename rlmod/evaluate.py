@@ -158,10 +158,12 @@ def _sampled(
     from rich.progress import track
 
     from rlmod.groups import read
+    from rlmod.interfaces import sync
     from rlmod.policy import completion_texts
     from rlmod.scoring import score
 
     samples: list[dict[str, Any]] = []
+    sync(sampler, policy)
     starts = range(0, len(encoded.problems), cfg.prompts_per_batch)
     with file.open("w", encoding="utf-8") as stream:
         for start in track(starts, description="evaluating"):

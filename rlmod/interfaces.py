@@ -41,6 +41,32 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class Synced(Sampler, Protocol):
+    """A sampler with an engine of its own, which has to be handed the policy's weights."""
+
+    max_difference: float
+    """Nats that its log-probabilities may be apart from the policy's, in the mean over the tokens of a collection."""
+
+    def sync(self, policy: nn.Module) -> None:
+        """Called on every rank before each collection and each validation, with the whole policy."""
+        ...
+
+    def rest(self) -> None:
+        """Called when nothing will be sampled before the next sync."""
+        ...
+
+
+def sync(sampler: Sampler, policy: nn.Module) -> None:
+    if isinstance(sampler, Synced):
+        sampler.sync(policy)
+
+
+def rest(sampler: Sampler) -> None:
+    if isinstance(sampler, Synced):
+        sampler.rest()
+
+
+@runtime_checkable
 class Guide(Protocol):
     completions_per_prompt: int
     """That join every prompt's own; 0: the guide serves the zero-reward batch alone."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
-from rlmod.counts import over_ranks
+from rlmod.counts import agreement, check_agreement, over_ranks
 from rlmod.groups import read
 from rlmod.interfaces import (
     Correction,
@@ -38,12 +38,15 @@ from rlmod.interfaces import (
     Sampler,
     Schedule,
     Shaper,
+    Synced,
+    rest,
+    sync,
 )
 from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
-from rlmod.packing import packs
-from rlmod.policy import completion_scores, completion_texts
+from rlmod.policy import completion_scores, completion_texts, has_dropout
 from rlmod.resume import check_same_policy
+from rlmod.scores import scored, swept
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
 from rlmod.strategy._sharding import Sharding, whole
@@ -101,6 +104,7 @@ class RLModule(L.LightningModule):
     def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
         """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
         with self.evaluating() as policy:
+            sync(self.sampler, policy)
             stages = Stages(
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
@@ -115,9 +119,13 @@ class RLModule(L.LightningModule):
             )
             room = self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank)
             collected = collect(stages, prompts=prompts, room=room)
-            rollouts = self.referenced(policy, self.scored(policy, collected.rollouts))
+            rest(self.sampler)
+            own = not self.scores_can_wait
+            rollouts = self.scored(policy, collected.rollouts, own=own, reference=self.reference)
+            agreed = self.agreed(policy, rollouts)
         rollouts = self.shaped(rollouts)
-        metrics = over_ranks(collected.metrics)
+        metrics = over_ranks({**collected.metrics, **agreed})
+        check_agreement(self.sampler, metrics)
         self.collected = replace(collected, rollouts=rollouts, metrics=metrics)
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
@@ -136,7 +144,8 @@ class RLModule(L.LightningModule):
         assert batch.completion_ids is not None
         entropy = any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values())
         logprobs, policy_entropy = completion_scores(self.policy, batch, self.sampler.temperature, entropy=entropy)
-        batch = replace(batch, policy_entropy=policy_entropy)
+        old = logprobs.detach() if batch.logprobs is None else batch.logprobs  # None: this very policy sampled them
+        batch = replace(batch, logprobs=old, policy_entropy=policy_entropy)
         per_token, metrics = self.loss(logprobs, batch)
         for penalty in self.penalty.values():
             added, measured = penalty(logprobs, batch)
@@ -151,24 +160,28 @@ class RLModule(L.LightningModule):
         # accumulated micro-batches, and the number of ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def scored(self, policy: nn.Module, rollouts: Rollouts) -> Rollouts:
-        """With pi_old's log-probabilities and entropy, where the sampler could not hand them over."""
-        if rollouts.logprobs is not None and rollouts.entropy is not None:
-            return rollouts
-        assert rollouts.mask is not None
-        logprobs, entropy = (
-            torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device) for _ in range(2)
-        )
-        for rows, micro_batch in self.swept(rollouts):
-            of_tokens, undecided = completion_scores(policy, micro_batch, self.sampler.temperature)
-            assert undecided is not None
-            logprobs[rows, : of_tokens.shape[1]], entropy[rows, : of_tokens.shape[1]] = of_tokens, undecided
-        return replace(rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy)
+    def scored(self, policy: nn.Module, rollouts: Rollouts, **what: Any) -> Rollouts:
+        return scored(policy, rollouts, self.batch, self.sampler.temperature, **what)
 
-    def swept(self, rollouts: Rollouts) -> Iterator[tuple[Tensor, Rollouts]]:
-        """All rows once, as many at a time as in a training step, with their indices."""
-        for rows in packs(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens):
-            yield rows, rollouts.rows(rows).trimmed()
+    def agreed(self, policy: nn.Module, rollouts: Rollouts) -> dict[str, float]:
+        """What the sampling engine, where there is one, and the policy say of the same tokens; of some rows, if none are scored yet."""
+        if not isinstance(self.sampler, Synced) or rollouts.sampler_logprobs is None:
+            return {}
+        if rollouts.logprobs is None:
+            rollouts = self.scored(policy, next(swept(rollouts, self.batch))[1])
+        return agreement(rollouts)
+
+    @property
+    def scores_can_wait(self) -> bool:
+        """Whether pi_old is the policy of the only training step on its rows, and nothing asks for its scores before."""
+        parts = (self.shaper, *self.correction.values(), self.loss, *self.penalty.values())
+        return (
+            self.batch.score == "needed"
+            and self.batch.updates * self.batch.passes == 1
+            and self.guide is None
+            and not any(getattr(part, "needs_scores", True) for part in parts)
+            and not has_dropout(self.policy)
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -183,17 +196,6 @@ class RLModule(L.LightningModule):
                 yield policy
         finally:
             self.policy.train(before)
-
-    def referenced(self, policy: nn.Module, rollouts: Rollouts) -> Rollouts:
-        """With the reference policy's log-probabilities, where there is one."""
-        if self.reference is None:
-            return rollouts
-        assert rollouts.mask is not None
-        logprobs = torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device)
-        for rows, micro_batch in self.swept(rollouts):
-            of_tokens = self.reference(policy, micro_batch, self.sampler.temperature)
-            logprobs[rows, : of_tokens.shape[1]] = of_tokens
-        return replace(rollouts, reference_logprobs=logprobs * rollouts.mask)
 
     def shaped(self, rollouts: Rollouts) -> Rollouts:
         """With advantages, corrected. The zero-reward batch is shaped by itself, or its rows would enter the others' statistics."""
@@ -243,6 +245,8 @@ class RLModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
+        with self.evaluating() as policy:
+            sync(self.validation.sampler, policy)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         settings = self.validation
@@ -258,6 +262,7 @@ class RLModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.validation_metrics.compute(), batch_size=1)
         self.validation_metrics.reset()
+        rest(self.validation.sampler)
         self.validated_at = self.global_step
         rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
         self.validated_problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from hydra.utils import instantiate
@@ -60,8 +60,8 @@ class Parts:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Parts":
-        def part(key: str) -> Any:
-            node = OmegaConf.select(cfg, key)
+        def part(key: str, node: Any = None) -> Any:
+            node = OmegaConf.select(cfg, key) if node is None else node
             if node is None:
                 return None
             check_types(node, key)
@@ -91,8 +91,16 @@ class Parts:
             penalty=parts_of("penalty"),
             optimizer=_tried(part("optimizer")),
             batch=part("batch"),
-            validation=_validation(cfg.validation, part("validation.sampler")),
+            validation=_validation(cfg.validation, part("validation.sampler", _validation_sampler(cfg))),
         )
+
+
+def _validation_sampler(cfg: DictConfig) -> DictConfig:
+    """What validation.sampler leaves open is as in training, as an engine's settings, which the two then share."""
+    given = cfg.validation.sampler
+    same = OmegaConf.select(given, "_target_") == OmegaConf.select(cfg.sampler, "_target_")
+    resolved = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)))
+    return cast(DictConfig, OmegaConf.merge(cfg.sampler, resolved) if same else given)
 
 
 def _validation(node: DictConfig, sampler: Sampler) -> Validation:

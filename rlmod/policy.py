@@ -16,7 +16,7 @@ from rlmod.ops import token_logprobs
 from rlmod.types import Rollouts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).parent / "policies"
 """The tiny policies that come with rlmod, by name; tools/tiny_policies.py trains them."""
@@ -104,6 +104,20 @@ class HFPolicy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model if self.adapter is None else self.adapter(model)
 
+    def shape(self) -> "PreTrainedConfig":
+        """The config of the model, or of the one under the adapter; no weights are loaded."""
+        from transformers import AutoConfig
+
+        location = self.location
+        try:
+            if self.is_adapter:
+                from peft import PeftConfig
+
+                location = str(PeftConfig.from_pretrained(location).base_model_name_or_path)
+            return AutoConfig.from_pretrained(location)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(self._cannot("config", error)) from error
+
     def frozen(self) -> "PreTrainedModel":
         """This model as a guide or a reference: without gradients, in evaluation mode.
 
@@ -181,6 +195,15 @@ def _logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"
         logits_to_keep=rollouts.completion_ids.shape[1] + 1,
         use_cache=False,
     ).logits
+
+
+def has_dropout(policy: nn.Module) -> bool:
+    """Whether the policy computes otherwise in training than in evaluation."""
+    config = getattr(policy, "config", None)
+    rates = [value for name, value in vars(config).items() if name.endswith(("dropout", "pdrop"))] if config else []
+    return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()
+    )
 
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rlmod.interfaces import Reward, Sampler
 
@@ -21,6 +22,9 @@ class Batch:
     """Rows of one forward and backward pass on one rank; a matter of memory alone, the result does not depend on it."""
     micro_batch_tokens: int | None = None
     """Tokens of one forward and backward pass, padding included, besides; a longer row goes alone. null: as many as there are."""
+    score: Literal["needed", "always"] = "needed"
+    """Whether pi_old's log-probabilities and entropies are computed even where no part reads them before the training step, which then
+    has them for nothing; only then is ``completions/entropy`` there to be looked at. A sampler that hands them over makes no difference."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "updates", "passes", "micro_batch", "micro_batch_tokens"):

@@ -71,7 +71,7 @@ def policies(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
     problems = Arithmetic(split="train", size=50_000, **TASK)
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, heads=4)
     train(model, tokenizer, problems, 6000, partial(of_both_ways, begun=1.0), seed=0)
     expert, start = copy.deepcopy(model), copy.deepcopy(model)
     train(expert, tokenizer, problems, 300, lambda text, _: from_the_left(text), seed=1, lr=5e-4)

@@ -52,15 +52,16 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
+def tiny_model(tokenizer: Any, heads: int = 3) -> Qwen2ForCausalLM:
+    """Heads of 32: vLLM's attention on a CPU has no smaller ones."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,

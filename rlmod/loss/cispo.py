@@ -26,6 +26,7 @@ class Cispo:
     """
 
     proportional_to_advantage: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     clip_low: float | None = None
     clip_high: float = 4.0

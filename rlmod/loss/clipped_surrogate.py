@@ -22,6 +22,7 @@ class ClippedSurrogate:
     """
 
     proportional_to_advantage: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     clip_low: float = 0.2
     clip_high: float = 0.2

@@ -28,6 +28,7 @@ class SequenceSurrogate:
 
     needs_constant_advantage: ClassVar[bool] = True
     proportional_to_advantage: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     ratio: Literal["arithmetic", "geometric"] = "arithmetic"
     clip_low: float = 0.2

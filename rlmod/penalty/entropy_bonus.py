@@ -21,6 +21,7 @@ class EntropyBonus:
     """
 
     needs_policy_entropy: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     weight: float = 0.001
 

@@ -37,6 +37,7 @@ class KL:
     """
 
     needs_reference: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     weight: float = 0.001
     value: Estimator = "k3"

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlmod.sampler._sampling import check, ends_of
 from rlmod.types import Prompts, Rollouts, concatenate
 
 if TYPE_CHECKING:
@@ -36,18 +37,7 @@ class HF:
     """Take the most likely token instead of sampling; for evaluation."""
 
     def __post_init__(self) -> None:
-        if self.completions_per_prompt < 1:
-            raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {self.completions_per_prompt}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"sampler.temperature must be above 0, got {self.temperature}; for the most likely token: sampler.greedy=true"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"sampler.top_k must be 0 (the whole vocabulary) or more, got {self.top_k}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"sampler.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check(self)
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
             raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
 
@@ -72,7 +62,7 @@ class HF:
                 "give a policy with attention alone"
             )
         ids, attention = prompts.ids[group], prompts.mask[group]
-        eos = torch.tensor(_eos_ids(policy), device=ids.device)
+        eos = torch.tensor(ends_of(policy), device=ids.device)
         rows = len(ids)
         completion = ids.new_full((rows, self.max_new_tokens), policy.generation_config.pad_token_id)
         mask = torch.zeros_like(completion, dtype=torch.bool)
@@ -150,8 +140,3 @@ def nothing_but_ends(policy: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         policy.generation_config = own
-
-
-def _eos_ids(policy: "PreTrainedModel") -> list[int]:
-    ids = policy.generation_config.eos_token_id
-    return ids if isinstance(ids, list) else [ids]

@@ -28,6 +28,7 @@ class GroupBaseline:
     """
 
     compares_within_group: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     eps: float = 1e-8
     """Added to the std; in units of reward."""

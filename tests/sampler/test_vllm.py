@@ -1,0 +1,236 @@
+"""vLLM, the real engine, with the shipped tiny policy."""
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from rlmod.adapter.lora import LoRA
+from rlmod.counts import agreement, check_agreement
+from rlmod.data.arithmetic import Arithmetic
+from rlmod.policy import HFPolicy
+from rlmod.prompts import PromptEncoder
+from rlmod.sampler.hf import HF
+from rlmod.scores import scored
+from rlmod.settings import Batch
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm, which make test-vllm installs"),
+]
+TINY = HFPolicy(path="tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    problems = Arithmetic(split="held_out", size=16)()
+    return PromptEncoder().encode(problems, TINY.tokenizer()).batch(range(16))
+
+
+@pytest.fixture
+def policy():
+    """Not the shipped weights: what was loaded before must not pass for what was handed over."""
+    model = TINY.model(TINY.tokenizer()).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01 * torch.randn(weight.shape, generator=draw))
+    return model
+
+
+def sampler(**settings):
+    from rlmod.sampler.vllm import VLLM
+
+    return VLLM(**{"completions_per_prompt": 4, "max_new_tokens": 48, "max_model_len": 256, **settings})
+
+
+def apart(policy, rollouts, temperature=1.0):
+    with torch.no_grad():
+        return agreement(scored(policy, rollouts, Batch(), temperature))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_its_log_probabilities_are_the_policys(policy, prompts, temperature):
+    engine = sampler(temperature=temperature)
+    engine.sync(policy)
+    rollouts = engine(policy, prompts, 0)
+    assert apart(policy, rollouts, temperature)["sampler/difference_max"] < 1e-4
+    assert rollouts.group.tolist() == [i for i in range(16) for _ in range(4)]
+    assert rollouts.logprobs is None and rollouts.entropy is None  # noqa: PT018  these are the policy's to give
+    eos = policy.generation_config.eos_token_id[0]
+    ids, mask = rollouts.completion_ids, rollouts.mask
+    last = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+    assert torch.equal(last == eos, ~rollouts.truncated)
+    assert ((ids == eos) & mask).sum(1).tolist() == (~rollouts.truncated).int().tolist()
+
+
+def test_greedy_completions_are_those_of_transformers(policy, prompts):
+    settings = {"completions_per_prompt": 1, "max_new_tokens": 32, "greedy": True}
+    engine = sampler(**settings)
+    engine.sync(policy)
+    ours, theirs = engine(policy, prompts, 0), HF(**settings)(policy, prompts, 0)
+    assert torch.equal(ours.mask, theirs.mask)
+    assert torch.equal(ours.completion_ids * ours.mask, theirs.completion_ids * theirs.mask)
+    assert ours.sampler_logprobs is None
+
+
+def test_the_same_seed_gives_the_same_rows_and_no_two_rows_share_one(policy, prompts):
+    engine = sampler(temperature=3.0, max_new_tokens=12)
+    engine.sync(policy)
+    first, again, other = (engine(policy, prompts, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    rows = [tuple(row.tolist()) for one in (first, other) for row in one.completion_ids[:, :6]]
+    assert len(set(rows)) == len(rows)
+
+
+def test_old_weights_are_noticed(policy, prompts):
+    engine = sampler()
+    engine.sync(policy)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.3)
+    metrics = apart(policy, engine(policy, prompts, 0))
+    with pytest.raises(ValueError, match=r"more than sampler\.max_difference=0\.1"):
+        check_agreement(engine, metrics)
+    engine.sync(policy)
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+
+
+def test_an_adapter_is_handed_over_with_its_base(prompts):
+    specification = replace(TINY, adapter=LoRA(rank=4))
+    policy = specification.model(TINY.tokenizer()).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.05, generator=draw)
+    before = copy.deepcopy(policy.state_dict())
+    engine = sampler()
+    engine.sync(policy)
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+
+
+def test_syncs_leak_no_memory(policy, prompts):
+    engine = sampler()
+    sizes = []
+    for seed in range(4):
+        engine.sync(policy)
+        engine(policy, prompts, seed)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
+    assert sizes[-1] <= 1.05 * sizes[0]  # three syncs after the first
+
+
+def test_it_leaves_the_random_states_alone(policy, prompts):
+    engine = sampler()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    engine.sync(policy)
+    engine(policy, prompts, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def command(name: str, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", f"rlmod.{name}", *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def trained(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("train", *overrides), env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_with_it(tmp_path):
+    run = trained("experiment=quickstart", "sampler=vllm", f"output={tmp_path}")
+    assert run.returncode == 0, run.stderr[-2000:]
+    held_out = json.loads((tmp_path / "result.json").read_text())["held_out"]
+    assert held_out["after"] >= 0.90
+
+
+@pytest.mark.slow
+def test_two_ranks_have_an_engine_each(tmp_path):
+    run = trained("experiment=quickstart", "sampler=vllm", "strategy=ddp", "trainer.devices=2", "trainer.max_epochs=2",
+                  "data.validation.size=32", "sampler.max_difference=1e-4", f"output={tmp_path}")  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "sampler/difference" in (tmp_path / "metrics.csv").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(port: int, folder: Path):
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(
+            command("serve", f"sampler.url=http://127.0.0.1:{port}", f"output={folder}", "engine.max_model_len=256"),
+            env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(1)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_is_given_the_weights_again_when_it_comes_back_and_is_missed_when_it_does_not(
+    policy, prompts, tmp_path
+):
+    from rlmod.sampler.vllm_server import VLLMServer
+
+    port = free_port()
+    engine = VLLMServer(
+        url=f"http://127.0.0.1:{port}", completions_per_prompt=4, max_new_tokens=48, patience=3, requests=8
+    )
+    with server(port, tmp_path) as process:
+        engine.prepare([], None)
+        engine.sync(policy)
+        first = engine(policy, prompts, 0)
+        assert apart(policy, first)["sampler/difference_max"] < 1e-4
+        taken = subprocess.run(
+            command("serve", f"sampler.url={engine.url}"),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert taken.returncode == 1
+        assert "cannot listen there" in taken.stderr
+        os.killpg(process.pid, signal.SIGKILL)
+    with server(port, tmp_path) as process:
+        again = engine(policy, prompts, 0)
+        # Sampled from the dummy weights that the server came back with, these would be others.
+        assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
+        os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(ConnectionError, match="Start the server with rlmod-serve"):
+        engine(policy, prompts, 0)
