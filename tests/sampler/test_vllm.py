@@ -87,7 +87,7 @@ def test_greedy_completions_are_those_of_transformers(policy, prompts):
 
 
 def test_the_same_seed_gives_the_same_rows_and_no_two_rows_share_one(policy, prompts):
-    engine = sampler(temperature=3.0, max_new_tokens=12)
+    engine = sampler(temperature=2.0, max_new_tokens=12)
     engine.sync(policy)
     first, again, other = (engine(policy, prompts, seed) for seed in (1, 1, 2))
     assert torch.equal(first.completion_ids, again.completion_ids)
@@ -142,6 +142,12 @@ def test_it_leaves_the_random_states_alone(policy, prompts):
     engine.sync(policy)
     engine(policy, prompts, 0)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_heads_that_vllm_has_not_are_named_before_it_stumbles():
+    strong = HFPolicy(path="strong")
+    with pytest.raises(ValueError, match="heads have 24 dimensions"):
+        sampler(engine={"seed": 1}).sync(strong.model(strong.tokenizer()))
 
 
 def command(name: str, *overrides: str) -> list[str]:
