@@ -12,6 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor
 
+from rlmod import ops
 from rlmod.groups import Drawn
 from rlmod.interfaces import Sampler, Synced
 from rlmod.types import Rollouts, concatenate
@@ -42,12 +43,19 @@ def counted(drawn: Sequence[Drawn], trained: Bool[Tensor, " groups"], prompts: i
     }
     for term in drawn[0].terms:
         metrics[f"reward/{term}"] = torch.cat([batch.terms[term] for batch in drawn]).to(own.device)[own].mean()
-    if rollouts.entropy is not None:
-        metrics["completions/entropy"] = rollouts.entropy[own].sum() / lengths[own].sum().clamp(min=1)
+    metrics |= mean_entropy(rollouts)
     if rollouts.from_guide is not None:
         metrics |= of_guide(drawn)
     _warn(metrics, int(own.sum()), signal, prompts)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def mean_entropy(rollouts: Rollouts) -> dict[str, float]:
+    """Over the policy's own tokens; nothing where entropies are not known (yet)."""
+    if rollouts.entropy is None or rollouts.mask is None:
+        return {}
+    own = rollouts.mask if rollouts.from_guide is None else rollouts.mask & ~rollouts.from_guide[:, None]
+    return {"completions/entropy": float(ops.masked_mean(rollouts.entropy, own))}
 
 
 def agreement(rollouts: Rollouts) -> dict[str, float]:

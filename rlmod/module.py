@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
-from rlmod.counts import agreement, check_agreement, over_ranks
+from rlmod.counts import agreement, check_agreement, mean_entropy, over_ranks
 from rlmod.groups import read
 from rlmod.interfaces import (
     Correction,
@@ -124,7 +124,7 @@ class RLModule(L.LightningModule):
             rollouts = self.scored(policy, collected.rollouts, own=own, reference=self.reference)
             agreed = self.agreed(policy, rollouts)
         rollouts = self.shaped(rollouts)
-        metrics = over_ranks({**collected.metrics, **agreed})
+        metrics = over_ranks({**mean_entropy(rollouts), **collected.metrics, **agreed})
         check_agreement(self.sampler, metrics)
         self.collected = replace(collected, rollouts=rollouts, metrics=metrics)
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))

@@ -36,7 +36,7 @@ def counted(monkeypatch) -> list[int]:
 def trained(monkeypatch, folder, *overrides):
     run_train(monkeypatch, *SHORT, "trainer.max_epochs=2", "sampler._target_=tests.silent.Silent",
               "validation.sampler._target_=rlmod.sampler.hf.HF", *overrides, f"output={folder}")  # fmt: skip
-    policy = next(folder.glob("checkpoints/step-*2/policy"))
+    policy = max(folder.glob("checkpoints/step-*/policy"))
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     return AutoModelForCausalLM.from_pretrained(policy).state_dict(), rows

@@ -1,7 +1,9 @@
 """Sampling with vLLM, in this process."""
 
+import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,7 +176,7 @@ class VLLM:
                 f"sampler.tensor_parallel_size={self.tensor_parallel_size} with {ranks} ranks: each rank has an engine of its own on its "
                 "own GPU; give 1, or sampler=vllm_server, whose server may be split"
             )
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, _launched(ranks):
             save_shape(policy, Path(folder))
             return LLM(
                 **{
@@ -232,8 +234,8 @@ def check_heads(policy: "PreTrainedModel") -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size not in (sizes := CPUAttentionBackend.get_supported_head_sizes()):
         raise ValueError(
-            f"sampler=vllm: the policy's attention heads have {size} dimensions, and on a CPU vLLM has them with {', '.join(map(str, sizes))} "
-            "only; use sampler=hf, or a GPU"
+            f"sampler=vllm: the policy's attention heads have {size} dimensions, and on a CPU vLLM has only {', '.join(map(str, sizes))}; "
+            "use sampler=hf, or a GPU"
         )
 
 
@@ -253,11 +255,33 @@ def quiet_environment() -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 @cache
 def _publisher() -> Publisher:
     return Publisher("127.0.0.1", 0)
+
+
+@contextmanager
+def _launched(ranks: int) -> Iterator[None]:
+    """As a launcher would have set the environment, from which one of several engines takes its place among the ranks."""
+    places = (
+        {"RANK": dist.get_rank(), "LOCAL_RANK": int(os.environ.get("LOCAL_RANK", 0)), "WORLD_SIZE": ranks}
+        if ranks > 1
+        else {}
+    )
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
