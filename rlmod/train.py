@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rlmod import cli
 
@@ -42,13 +42,12 @@ def train(cfg: DictConfig) -> float | None:
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
-    checkpoint = resume.newest(Path(cfg.resume)) if cfg.resume else resume.left_off(folder, cfg)
+    checkpoint = resume.start(folder, cfg)
     if resume.first_rank():
-        if checkpoint is None or folder.resolve() in checkpoint.resolve().parents:
-            resume.rewind(folder, checkpoint)
+        resume.rewind(folder, checkpoint)
         if checkpoint is not None:
             log.warning("going on from %s", checkpoint)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        resume.note_config(folder, cfg)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
@@ -62,7 +61,7 @@ def train(cfg: DictConfig) -> float | None:
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg, checkpoint)
+    trainer = _trainer(cfg, resume.step(folder, checkpoint))
     module = RLModule(
         policy=parts.policy.model(tokenizer),
         tokenizer=tokenizer,
@@ -101,9 +100,12 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
     from rlmod import resume
 
-    if cfg.resume or not (folder / "result.json").is_file() or not resume.same_run(folder, cfg):
+    if resume.asks_for_own(folder, cfg) or not resume.same_run(folder, cfg):
         return None
-    result = json.loads((folder / "result.json").read_text())
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):  # it has none; or another rank, which is ahead, is at work on it
+        return None
     if not result["completed"]:
         return None
     if resume.first_rank():
@@ -112,7 +114,7 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     return result
 
 
-def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
+def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from rlmod.fields import check_types
@@ -127,9 +129,9 @@ def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
         raise ValueError(f"trainer.gradient_clip_val must be null or at least 0, got {cfg.trainer.gradient_clip_val}")
     loggers, callbacks = each("logger"), each("callbacks")
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger) and checkpoint is not None:
-            # What was drawn beyond the checkpoint is drawn again.
-            vars(logger)["_kwargs"]["purge_step"] = int(checkpoint.name.removeprefix("step-"))
+        if isinstance(logger, TensorBoardLogger) and begun_at is not None:
+            # What was drawn beyond the run's own checkpoint is drawn again.
+            vars(logger)["_kwargs"]["purge_step"] = begun_at
     try:
         return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:

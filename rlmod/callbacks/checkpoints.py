@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep``.
+    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep`` whole ones.
 
         trainer.ckpt   weights, optimizer, schedule, position in the data, random states: what a run goes on from
         policy/        AutoModelForCausalLM.from_pretrained loads it
@@ -100,7 +100,8 @@ class Checkpoints(Checkpoint):
             target = self.folder / partial.name.removeprefix(".partial-")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            for old in resume.checkpoints(self.folder.parent)[: -self.keep]:
+            whole = [each for each in resume.checkpoints(self.folder.parent) if resume.damage(each) is None]
+            for old in whole[: -self.keep]:
                 shutil.rmtree(old)
         trainer.strategy.barrier()
 
