@@ -46,7 +46,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest(place: Path) -> Path:
     """The newest whole checkpoint in ``place``, a run's folder or a checkpoint's own; broken ones are named and passed over."""
-    found = _newest(place)
+    found = newest_whole(place)
     if found is None:
         raise ValueError(
             f"resume={place}: no whole checkpoint there; give a run's folder (with checkpoints/step-* in it), or one of those"
@@ -54,7 +54,7 @@ def newest(place: Path) -> Path:
     return found
 
 
-def _newest(place: Path) -> Path | None:
+def newest_whole(place: Path) -> Path | None:
     candidates = [place] if (place / MANIFEST).is_file() or (place / "trainer.ckpt").exists() else checkpoints(place)
     for folder in reversed(candidates):
         broken = damage(folder)
@@ -105,7 +105,7 @@ def left_off(folder: Path, cfg: DictConfig) -> Path | None:
             f"output={folder} holds a run with other settings ({key} was {before!r}, now {now!r}): give another output=FOLDER; or "
             f"resume={folder}, to go on from its checkpoint with the new settings"
         )
-    found = _newest(folder)
+    found = newest_whole(folder)
     if found is None and checkpoints(folder):
         raise ValueError(
             f"output={folder}: every checkpoint of this run is broken; to begin anew, give another output=FOLDER"
@@ -116,17 +116,6 @@ def left_off(folder: Path, cfg: DictConfig) -> Path | None:
 def same_run(folder: Path, cfg: DictConfig) -> bool:
     config = folder / "config.yaml"
     return config.is_file() and not _differences(_plain(OmegaConf.load(config)), _plain(cfg))
-
-
-def first_rank() -> bool:
-    """Whether this process is the one that writes; before there is a process group, by what the launchers say.
-
-    torchrun's RANK counts over all nodes. Without it there is SLURM's number of the process; or Lightning has started the processes of
-    each node, with a number within the node and the number of the node.
-    """
-    without = ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
-    numbers = ("RANK",) if "RANK" in os.environ else without
-    return all(os.environ.get(name, "0") == "0" for name in numbers)
 
 
 def note_config(folder: Path, cfg: DictConfig) -> None:

@@ -25,7 +25,7 @@ def train(cfg: DictConfig) -> float | None:
     """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
-    from rlmod import compat, resume
+    from rlmod import compat, ranks, resume
     from rlmod.interfaces import prepare
     from rlmod.parts import Parts
     from rlmod.settings import check_seed
@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> float | None:
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
     checkpoint = resume.start(folder, cfg)
-    if resume.first_rank():
+    if ranks.first():
         resume.rewind(folder, checkpoint)
         if checkpoint is not None:
             log.warning("going on from %s", checkpoint)
@@ -93,12 +93,13 @@ def train(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
     )
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
-    return _fitted(trainer, module, data, checkpoint, folder, started)
+    with ranks.together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
+        return _fitted(trainer, module, data, checkpoint, folder, started)
 
 
 def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
-    from rlmod import resume
+    from rlmod import ranks, resume
 
     if resume.asks_for_own(folder, cfg) or not resume.same_run(folder, cfg):
         return None
@@ -108,7 +109,7 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
         return None
     if not result["completed"]:
         return None
-    if resume.first_rank():
+    if ranks.first():
         print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
         _say(result, folder / "report.html")
     return result
@@ -174,7 +175,9 @@ def _fitted(
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         page = write_report(folder)
         _say(result, page)
-    if interrupted:
+    if (
+        interrupted and trainer.is_global_zero
+    ):  # another rank that ended otherwise than well would end the first before its time
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return after
 

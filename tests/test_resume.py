@@ -142,28 +142,3 @@ def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         resume.note_config(tmp_path, OmegaConf.create({"a": 2}))
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
-
-
-@pytest.mark.parametrize(
-    ("variables", "first"),
-    [
-        ({}, True),
-        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True),
-        ({"RANK": "1", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
-        # torchrun's rendezvous numbers the nodes in the order in which they come, whatever SLURM calls them.
-        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
-        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, False),
-        # Lightning starts the others of a node, in a job where SLURM has started one process.
-        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
-        ({"NODE_RANK": "1"}, False),
-        ({"GROUP_RANK": "1"}, False),
-        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, True),
-    ],
-)
-def test_one_process_writes_whoever_has_started_it(variables, first, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert resume.first_rank() is first

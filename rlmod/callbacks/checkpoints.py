@@ -51,9 +51,10 @@ class Checkpoints(Checkpoint):
         done = trainer.current_epoch + 1
         last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
         # All ranks stop together, whichever has had the signal.
-        stop = bool(ops.all_max(torch.tensor(float(self.interrupted is not None), device=pl_module.device)))
-        trainer.should_stop = trainer.should_stop or stop
-        if stop or last or done % self.every == 0:
+        number = int(ops.all_max(torch.tensor(float(self.interrupted or 0), device=pl_module.device)))
+        self.interrupted = signal.Signals(number) if number else None
+        trainer.should_stop = trainer.should_stop or number > 0
+        if number or last or done % self.every == 0:
             self.write(trainer, pl_module)
 
     # The Trainer logs a collection's metrics after on_train_epoch_end: only now are they in metrics.csv.
