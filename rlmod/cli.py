@@ -59,6 +59,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     shows the traceback. Errors of our own keep theirs.
     """
     sys.path.insert(0, os.getcwd())  # a user's own components lie where the command is run
+    sys.argv += ranks.own_files()
     with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print and exit before this function could say it better
 

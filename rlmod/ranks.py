@@ -23,6 +23,25 @@ def first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in numbers)
 
 
+def started_apart() -> bool:
+    """Whether a launcher (torchrun, srun) has started several ranks, each with the same command."""
+    return any(int(os.environ.get(name, 1)) > 1 for name in _sizes())
+
+
+def own_files() -> list[str]:
+    """Overrides by which a rank that is started apart, but for the first, keeps out of the first one's files."""
+    if not started_apart() or first():
+        return []
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    return [f"hydra.job.name=rank_{rank}", "hydra.output_subdir=null"]
+
+
+def _sizes() -> tuple[str, ...]:
+    if "RANK" in os.environ:
+        return ("WORLD_SIZE",)
+    return () if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") else ("SLURM_NTASKS",)
+
+
 @contextmanager
 def one_voice() -> Iterator[None]:
     """What goes wrong on every rank is said by the first one: the others wait, and are ended meanwhile by whoever has started them."""
@@ -40,7 +59,9 @@ def together(children: Callable[[], Sequence["subprocess.Popen[bytes]"]]) -> Ite
 
     ValueError where the error is but the end of another rank, or a port that is taken.
     """
-    if "LOCAL_RANK" in os.environ and "RANK" not in os.environ:  # started by the first rank of this node
+    if (
+        "RANK" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+    ):  # started by torchrun, or by the first rank of this node
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield

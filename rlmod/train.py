@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlmod import cli
 
@@ -30,7 +31,7 @@ def train(cfg: DictConfig) -> float | None:
     from rlmod.parts import Parts
     from rlmod.settings import check_seed
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = _folder(cfg)
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     parts = Parts.of(cfg)
@@ -97,6 +98,21 @@ def train(cfg: DictConfig) -> float | None:
         return _fitted(trainer, module, data, checkpoint, folder, started)
 
 
+def _folder(cfg: DictConfig) -> Path:
+    """The run's, which all ranks must know: where each is started by itself, none can go by the time of its start."""
+    from rlmod import ranks
+
+    given = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(given, dict)
+    alone = HydraConfig.get().mode == RunMode.RUN  # a launcher of sweeps hands the same folder to all ranks
+    if alone and "${now:" in str(given["output"]) and (ranks.started_apart() or cfg.trainer.num_nodes > 1):
+        raise ValueError(
+            "output names the folder by the time, and each of several ranks that are started by themselves (torchrun, srun, nodes) "
+            "would have its own: give output=FOLDER, a folder that all of them share"
+        )
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
 def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
     from rlmod import ranks, resume
@@ -144,7 +160,10 @@ def _fitted(
 ) -> float | None:
     from rlmod.callbacks.checkpoints import Checkpoints
     from rlmod.report import write_report
+    from rlmod.strategy._sharding import check_readable
 
+    if checkpoint is not None:
+        check_readable(trainer.strategy, checkpoint / "trainer.ckpt")
     if data.held_out is None:
         trainer.limit_val_batches = 0
     if checkpoint is None:

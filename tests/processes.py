@@ -29,6 +29,7 @@ def started(
 
 def kill(process: "subprocess.Popen[str]") -> None:
     """With all the ranks that it has started."""
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)  # torchrun's are not of its session
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)

@@ -3,6 +3,7 @@
 import pytest
 
 from rlmod import ranks
+from tests.commands import answer, run_train
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,24 @@ def test_one_process_writes_whoever_has_started_it(variables, first, monkeypatch
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert ranks.first() is first
+
+
+def test_ranks_that_are_started_by_themselves_must_be_told_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "give output=FOLDER" in answer(lambda: run_train(monkeypatch, "debug=short", "trainer.num_nodes=2"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "give output=FOLDER" in answer(lambda: run_train(monkeypatch, "debug=short"))
+    assert "loss.clip_low" in answer(lambda: run_train(monkeypatch, "debug=short", "output=run", "loss.clip_low=-1"))
+
+
+def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert ranks.own_files() == []
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert ranks.own_files() == []
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert ranks.own_files() == ["hydra.job.name=rank_3", "hydra.output_subdir=null"]
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # not started by srun
+    assert ranks.own_files() == []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ def whole(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
             yield unsharded
     else:
         yield policy
+
+
+def check_readable(strategy: object, checkpoint: Path) -> None:
+    """ValueError for a checkpoint with a file a rank where the strategy has no shares to read them into."""
+    if checkpoint.is_dir() and not isinstance(strategy, Sharding):
+        raise ValueError(
+            f"resume: {checkpoint} is sharded (a file a rank), which strategy=single and ddp cannot read: go on with the strategy that "
+            f"wrote it, trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint.parent / 'policy'}"
+        )
 
 
 def layers(policy: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,8 @@ class FSDP(FSDPStrategy):
         return FullyShardedDataParallel(
             policy,
             auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks),
-            cpu_offload=CPUOffload(offload_params=self.offload),
+            # On a CPU everything is there already, and there is nothing to pin its memory for.
+            cpu_offload=CPUOffload(offload_params=self.offload and self.root_device.type != "cpu"),
             device_id=self.root_device,  # Lightning would pass an index, which a CPU does not have
             use_orig_params=True,
             **settings,
