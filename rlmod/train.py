@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import signal
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -197,6 +198,8 @@ def _fitted(
     if (
         interrupted and trainer.is_global_zero
     ):  # another rank that ended otherwise than well would end the first before its time
+        if signal.getsignal(interrupted) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+            signal.raise_signal(interrupted)  # a launcher's turn: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return after
 

@@ -20,8 +20,8 @@ from rlmod.strategy._sharding import Sharding
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, and what schedulers send before they kill."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C, and what schedulers send before they kill; SIGUSR2 is submitit's."""
 
 
 class Checkpoints(Checkpoint):
@@ -33,8 +33,8 @@ class Checkpoints(Checkpoint):
         metrics.csv, samples.jsonl   the run's records up to here
         complete.json  the size of each of these files
 
-    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM or SIGUSR1 lets
-    the iteration finish and writes one; a second stops at once.
+    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM, SIGUSR1
+    or SIGUSR2 lets the iteration finish and writes one; a second stops at once.
     """
 
     def __init__(self, *, folder: str, every: int = 50, keep: int = 2) -> None:
