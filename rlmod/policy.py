@@ -200,3 +200,19 @@ def save_policy(
     """
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """Of what ``save_policy`` wrote, by their shapes alone."""
+    from safetensors import safe_open
+
+    weights: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            weights |= {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    return weights
+
+
+def trained_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """By the names under which ``save_policy`` writes them: tied ones once, and an adapter without its own name."""
+    return {name.replace(".default.", "."): p for name, p in policy.named_parameters() if p.requires_grad}

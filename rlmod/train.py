@@ -160,11 +160,15 @@ def _fitted(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
 ) -> float | None:
     from rlmod.callbacks.checkpoints import Checkpoints
+    from rlmod.module import check_same_policy
+    from rlmod.policy import saved_weights, trained_weights
     from rlmod.report import write_report
-    from rlmod.strategy._sharding import check_readable
+    from rlmod.strategy._sharding import Sharding, check_readable
 
     if checkpoint is not None:
-        check_readable(trainer.strategy, checkpoint / "trainer.ckpt")
+        check_readable(trainer.strategy, checkpoint)
+        if isinstance(trainer.strategy, Sharding):  # PyTorch would stumble over other shapes in the middle of loading
+            check_same_policy(saved_weights(checkpoint / "policy"), trained_weights(module.policy))
     if data.held_out is None:
         trainer.limit_val_batches = 0
     if checkpoint is None:

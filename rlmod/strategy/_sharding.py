@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 
@@ -37,11 +38,16 @@ def whole(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_readable(strategy: object, checkpoint: Path) -> None:
-    """ValueError for a checkpoint with a file a rank where the strategy has no shares to read them into."""
-    if checkpoint.is_dir() and not isinstance(strategy, Sharding):
+    """ValueError for a checkpoint that the strategy cannot read."""
+    state = checkpoint / "trainer.ckpt"
+    name = f"{type(strategy).__module__}.{type(strategy).__name__}"
+    if (
+        state.is_dir()
+        and OmegaConf.select(OmegaConf.load(checkpoint / "config.yaml"), "trainer.strategy._target_") != name
+    ):
         raise ValueError(
-            f"resume: {checkpoint} is sharded (a file a rank), which strategy=single and ddp cannot read: go on with the strategy that "
-            f"wrote it, trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint.parent / 'policy'}"
+            f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: go on with that one, "
+            f"trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint / 'policy'}"
         )
 
 

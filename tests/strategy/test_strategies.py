@@ -1,8 +1,10 @@
 """One process, two by DDP, by FSDP and by FSDP2: the same steps on the same global batch. Real processes, over gloo."""
 
 import json
+from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import ended, kill, started, wait_until
 from tests.strategy.scripted import SETTINGS, assert_same_steps, folder_of_runs, measured
@@ -66,9 +68,39 @@ def test_a_sharded_checkpoint_is_no_checkpoint_of_one_whole_policy(tmp_path):
     sharded = ("strategy=fsdp2", "trainer.strategy.sharded_checkpoints=true", "trainer.max_epochs=1")
     ended(started(*SETTINGS, *sharded, "output=sharded", cwd=tmp_path))
     output = ended(started(*SETTINGS, "resume=sharded", "output=run", cwd=tmp_path), status=1)
-    assert "is sharded (a file a rank), which strategy=single and ddp cannot read" in output
+    assert "is sharded (a file a rank), which only the strategy that wrote it can read" in output
     assert "step-000001/policy" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def other_policies(tmp_path_factory) -> Path:
+    """As the shipped one, but narrower, or with a larger vocabulary."""
+    folder = tmp_path_factory.mktemp("policies")
+    changes = {
+        "narrower": {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2},
+        "wordy": {"vocab_size": 120},
+    }
+    for name, changed in changes.items():
+        config = AutoConfig.from_pretrained("rlmod/policies/tiny")
+        for key, value in changed.items():
+            setattr(config, key, value)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained("rlmod/policies/tiny").save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp", "fsdp2", "fsdp2, sharded"])
+def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused_in_a_sentence(name, other_policies, tmp_path):
+    folder_of_runs(tmp_path)
+    alone = (*STRATEGIES.get(name, ("strategy=single",)), "trainer.devices=1")
+    ended(started(*SETTINGS, *alone, "trainer.max_epochs=1", "output=first", cwd=tmp_path))
+    for policy, shape in (("narrower", "[99, 48]"), ("wordy", "[120, 96]")):
+        other = ("policy=hf", f"policy.path={other_policies / policy}", "policy.dtype=float32")
+        output = ended(started(*SETTINGS, *alone, *other, "resume=first", f"output={policy}", cwd=tmp_path), status=1)
+        assert output.count("resume: the checkpoint is of another policy") == 1
+        assert f"of shape [99, 96] there and of shape {shape} here" in output
+        assert "Traceback" not in output
 
 
 OTHERS = (
