@@ -29,7 +29,8 @@ def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
     if file.is_dir():
         dcp_to_torch_save(file, checkpoint.parent / "joined.ckpt")
         file = checkpoint.parent / "joined.ckpt"
-    state = torch.load(file, weights_only=False)["state_dict"]
+    saved = torch.load(file, weights_only=False)
+    state = saved["state_dict"] if "state_dict" in saved else saved["model"]  # Lightning's names
     return {name.removeprefix("policy."): value for name, value in state.items()}
 
 

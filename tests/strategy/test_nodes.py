@@ -1,6 +1,7 @@
 """Two nodes: two torchrun groups on one machine, and two tasks as srun would start them."""
 
 import csv
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -75,6 +76,31 @@ def test_two_nodes_take_the_steps_of_one_process_and_go_on_after_a_kill(launch, 
         assert [row["step"] for row in csv.DictReader(file) if row["reward/mean"]] == ["0", "1", "2"]
     names = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert {name for name in names if not name.startswith("events.")} <= FILES
+
+
+def test_a_slurm_job_that_is_told_of_its_end_goes_on_when_it_is_queued_again(tmp_path):
+    """SIGUSR1 to every task. By its status 138 the script in docs/scale_out.md knows that the job is to be queued again."""
+    folder_of_runs(tmp_path)
+    assert 'if [ "$status" -eq 138 ]; then scontrol requeue' in Path("docs/scale_out.md").read_text()
+    settings = ("strategy=ddp", "trainer.max_epochs=30", "callbacks.checkpoints.every=1000")
+    nodes = srun(tmp_path, *settings)
+    try:
+        file = tmp_path / "run" / "metrics.csv"
+        wait_until(lambda: file.exists() and "reward/mean" in file.read_text(), nodes[0])
+        for node in nodes:
+            node.send_signal(signal.SIGUSR1)
+        assert "stopped; go on with" in ended(nodes[0], status=138)
+        ended(nodes[1])
+    finally:
+        kill_all(nodes)
+    nodes = srun(tmp_path, *settings)
+    try:
+        assert "going on from" in ended(nodes[0])
+        ended(nodes[1])
+    finally:
+        kill_all(nodes)
+    with file.open() as stream:
+        assert [int(row["step"]) for row in csv.DictReader(stream) if row["reward/mean"]] == list(range(30))
 
 
 def test_a_node_that_dies_ends_the_other(tmp_path):
