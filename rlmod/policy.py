@@ -1,6 +1,6 @@
 """The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -213,6 +213,12 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def trained_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """By the names under which ``save_policy`` writes them: tied ones once, and an adapter without its own name."""
-    return {name.replace(".default.", "."): p for name, p in policy.named_parameters() if p.requires_grad}
+def trained_weights(policy: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
+    """By the names under which ``save_policy`` writes them: an adapter without its own name, and tied ones as often as they were saved."""
+    once = {name for name, _ in policy.named_parameters()}
+    written = {
+        name.replace(".default.", "."): (weight, name in once)
+        for name, weight in policy.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
+    }
+    return {name: weight for name, (weight, needed) in written.items() if needed or name in saved}

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlmod import ranks
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
@@ -60,7 +62,8 @@ def newest_whole(place: Path) -> Path | None:
         broken = damage(folder)
         if broken is None:
             return folder
-        log.warning("the checkpoint %s is broken and is passed over: %s", folder, broken)
+        if ranks.first():
+            log.warning("the checkpoint %s is broken and is passed over: %s", folder, broken)
     return None
 
 

@@ -168,7 +168,8 @@ def _fitted(
     if checkpoint is not None:
         check_readable(trainer.strategy, checkpoint)
         if isinstance(trainer.strategy, Sharding):  # PyTorch would stumble over other shapes in the middle of loading
-            check_same_policy(saved_weights(checkpoint / "policy"), trained_weights(module.policy))
+            saved = saved_weights(checkpoint / "policy")
+            check_same_policy(saved, trained_weights(module.policy, saved))
     if data.held_out is None:
         trainer.limit_val_batches = 0
     if checkpoint is None:

@@ -74,10 +74,10 @@ class Checkpoints(Checkpoint):
                 partial.mkdir(parents=True)
             trainer.strategy.barrier()
             trainer.save_checkpoint(partial / "trainer.ckpt")
-            sharding = trainer.strategy
-            weights = sharding.whole_state(pl_module.policy) if isinstance(sharding, Sharding) else None
+            sharding, policy = trainer.strategy, pl_module.policy
+            policy, weights = sharding.saved(policy) if isinstance(sharding, Sharding) else (policy, None)
             if trainer.is_global_zero:
-                save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy", weights)
+                save_policy(policy, pl_module.tokenizer, partial / "policy", weights)
                 shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
             raise self._not_written(partial, error) from error

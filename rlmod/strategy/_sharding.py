@@ -19,8 +19,8 @@ class Sharding(Protocol):
         """The policy with all its weights on every rank, so that ranks may take different numbers of forward passes."""
         ...
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
-        """All weights, for rank 0 to save; every rank calls this."""
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """What rank 0 saves: a policy, and all its weights where it has but a share of them itself. Every rank calls this."""
         ...
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:

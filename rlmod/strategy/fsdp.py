@@ -63,9 +63,11 @@ class FSDP(FSDPStrategy):
                 mine.copy_(value)
         yield self.copy
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
-        with self.whole(policy) as unsharded:
-            return {name: value.cpu() for name, value in unsharded.state_dict().items()}
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
+        with self.whole(
+            policy
+        ) as unsharded:  # its modules have their plain names, by which peft finds an adapter's weights
+            return unsharded, None
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         assert isinstance(policy, FullyShardedDataParallel)

@@ -55,6 +55,8 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+        # The first forward pass makes its module the root, and sampling does not go through a policy's adapter.
+        cast(Any, policy)._get_fsdp_state()._lazy_init()
         sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
@@ -66,9 +68,9 @@ class FSDP2(ModelParallelStrategy):
                 module.reshard()
                 module.set_reshard_after_forward(module is not policy, recurse=False)
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+        return policy, cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
