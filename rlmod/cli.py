@@ -103,6 +103,8 @@ def explained(error: BaseException) -> str:
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
             return f"{key}={value} cannot be read as an override; a value with such characters goes in quotes: '{key}=\"{value}\"'"
+        if isinstance(cause, MissingConfigException) and "submitit" in str(cause.missing_cfg_file):
+            return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlmod[slurm]'"
         if isinstance(cause, MissingConfigException):
             return str(cause).partition("\nConfig search path")[0].replace("\n", " ").replace("\t", " ")
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):

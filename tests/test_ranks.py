@@ -1,8 +1,9 @@
 """Processes that train as one: who writes, and how they end."""
 
 import pytest
+from hydra.errors import MissingConfigException
 
-from rlmod import ranks
+from rlmod import cli, ranks
 from tests.commands import answer, run_train
 
 
@@ -50,3 +51,8 @@ def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):
     assert ranks.own_files() == ["hydra.job.name=rank_3", "hydra.output_subdir=null"]
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # not started by srun
     assert ranks.own_files() == []
+
+
+def test_the_launcher_for_slurm_says_which_extra_it_needs():
+    missing = MissingConfigException("In 'hydra/launcher/slurm': Could not load", "hydra/launcher/submitit_slurm")
+    assert "pip install 'rlmod[slurm]'" in cli.explained(missing)
