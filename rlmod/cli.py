@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import logging
 import os
 import re
@@ -25,6 +26,8 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+
+from rlmod import ranks
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +59,24 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     shows the traceback. Errors of our own keep theirs.
     """
     sys.path.insert(0, os.getcwd())  # a user's own components lie where the command is run
+    sys.argv += ranks.own_files()
     with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print and exit before this function could say it better
-    command = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(task)
+
+    @functools.wraps(task)
+    def with_own_setting(cfg: DictConfig) -> object:
+        os.environ["HYDRA_FULL_ERROR"] = str(int(with_traceback))  # the ranks that this one starts take it over
+        try:
+            return task(cfg)
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    command = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(
+        with_own_setting
+    )
     try:
-        command()
+        with ranks.one_voice():
+            command()
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if with_traceback:
             raise
@@ -87,6 +103,8 @@ def explained(error: BaseException) -> str:
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
             return f"{key}={value} cannot be read as an override; a value with such characters goes in quotes: '{key}=\"{value}\"'"
+        if isinstance(cause, MissingConfigException) and "submitit" in str(cause.missing_cfg_file):
+            return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlmod[slurm]'"
         if isinstance(cause, MissingConfigException):
             return str(cause).partition("\nConfig search path")[0].replace("\n", " ").replace("\t", " ")
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):

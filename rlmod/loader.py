@@ -1,5 +1,6 @@
 """How a collection becomes optimizer steps: one Lightning epoch is one collection and the steps taken on it."""
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from rlmod.packing import packs, with_gradient
 from rlmod.prompts import EncodedProblems
 from rlmod.settings import Batch
 from rlmod.types import Prompts, Rollouts, concatenate
+
+log = logging.getLogger(__name__)
 
 
 class RolloutLoader:
@@ -186,14 +189,23 @@ class RLData(L.LightningDataModule):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """With another number of ranks, all go on behind the furthest one: no prompt comes twice, and a few may be left out."""
         assert self.trainer is not None
-        if len(state_dict["ranks"]) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint was made by {len(state_dict['ranks'])} ranks, this run has {self.trainer.world_size}: "
-                "the positions in the data cannot be carried over"
+        saved, ranks, rank = state_dict["ranks"], self.trainer.world_size, self.trainer.global_rank
+        self.drawn = saved[rank]["drawn"] if len(saved) == ranks else furthest(saved, ranks)
+        self.random = saved[rank]["random"] if rank < len(saved) else None
+        if len(saved) != ranks and rank == 0:
+            log.warning(
+                "the checkpoint was made by %d ranks, this run has %d: it goes on with the same weights and with the prompts that come "
+                "next, but samples other completions than the earlier ranks would have",
+                len(saved),
+                ranks,
             )
-        mine = state_dict["ranks"][self.trainer.global_rank]
-        self.drawn, self.random = mine["drawn"], mine["random"]
+
+
+def furthest(saved: Sequence[dict[str, Any]], ranks: int) -> int:
+    """The prompts that each of ``ranks`` ranks leaves behind so that none of the saved ones has drawn those that follow."""
+    return math.ceil(max(state["drawn"] for state in saved) * len(saved) / ranks)
 
 
 def random_states() -> dict[str, Any]:

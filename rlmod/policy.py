@@ -1,6 +1,6 @@
 """The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -223,3 +223,25 @@ def save_policy(
     """
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """Of what ``save_policy`` wrote, by their shapes alone."""
+    from safetensors import safe_open
+
+    weights: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            weights |= {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    return weights
+
+
+def trained_weights(policy: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
+    """By the names under which ``save_policy`` writes them: an adapter without its own name, and tied ones as often as they were saved."""
+    once = {name for name, _ in policy.named_parameters()}
+    written = {
+        name.replace(".default.", "."): (weight, name in once)
+        for name, weight in policy.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
+    }
+    return {name: weight for name, (weight, needed) in written.items() if needed or name in saved}

@@ -5,10 +5,13 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from rlmod import ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,21 +52,57 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest(place: Path) -> Path:
     """The newest whole checkpoint in ``place``, a run's folder or a checkpoint's own; broken ones are named and passed over."""
+    found = newest_whole(place)
+    if found is None:
+        raise ValueError(
+            f"resume={place}: no whole checkpoint there; give a run's folder (with checkpoints/step-* in it), or one of those"
+        )
+    return found
+
+
+def newest_whole(place: Path) -> Path | None:
     candidates = [place] if (place / MANIFEST).is_file() or (place / "trainer.ckpt").exists() else checkpoints(place)
     for folder in reversed(candidates):
         broken = damage(folder)
         if broken is None:
             return folder
-        log.warning("the checkpoint %s is broken and is passed over: %s", folder, broken)
-    raise ValueError(
-        f"resume={place}: no whole checkpoint there; give a run's folder (with checkpoints/step-* in it), or one of those"
-    )
+        if ranks.first():
+            log.warning("the checkpoint %s is broken and is passed over: %s", folder, broken)
+    return None
+
+
+def start(folder: Path, cfg: DictConfig) -> Path | None:
+    """The checkpoint that a run in ``folder`` goes on from; None where it has to begin.
+
+    A checkpoint of its own that ``resume`` names, or the newest of its own, or what ``resume`` names elsewhere: in this order, so that
+    the same command goes on where it was killed.
+    """
+    if not asks_for_own(folder, cfg):
+        return left_off(folder, cfg) or (newest(Path(cfg.resume)) if cfg.resume else None)
+    chosen = newest(Path(cfg.resume))
+    if step(folder, chosen) is None:
+        raise ValueError(
+            f"resume={cfg.resume} is in the run's own folder, but not one of its checkpoints/step-N: give one of those, or another "
+            "output=FOLDER"
+        )
+    return chosen
+
+
+def asks_for_own(folder: Path, cfg: DictConfig) -> bool:
+    """Whether ``resume`` names the run's own folder, or something in it."""
+    return bool(cfg.resume) and Path(cfg.resume).resolve().is_relative_to(folder.resolve())
+
+
+def step(folder: Path, checkpoint: Path | None) -> int | None:
+    """The N of checkpoints/step-N; None for what is not a checkpoint of the run in ``folder``."""
+    own = {found.resolve(): int(found.name.removeprefix("step-")) for found in checkpoints(folder)}
+    return own.get(checkpoint.resolve()) if checkpoint is not None else None
 
 
 def left_off(folder: Path, cfg: DictConfig) -> Path | None:
     """The checkpoint from which the same command goes on in the same folder; None where it has to begin.
 
-    ValueError where the folder holds another run, whose files would be mixed with this one's.
+    ValueError where the folder holds another run, whose files would be mixed with this one's, or broken checkpoints alone.
     """
     if not (folder / "config.yaml").is_file():
         return None
@@ -73,7 +112,12 @@ def left_off(folder: Path, cfg: DictConfig) -> Path | None:
             f"output={folder} holds a run with other settings ({key} was {before!r}, now {now!r}): give another output=FOLDER; or "
             f"resume={folder}, to go on from its checkpoint with the new settings"
         )
-    return newest(folder) if checkpoints(folder) else None
+    found = newest_whole(folder)
+    if found is None and checkpoints(folder):
+        raise ValueError(
+            f"output={folder}: every checkpoint of this run is broken; to begin anew, give another output=FOLDER"
+        )
+    return found
 
 
 def same_run(folder: Path, cfg: DictConfig) -> bool:
@@ -81,22 +125,39 @@ def same_run(folder: Path, cfg: DictConfig) -> bool:
     return config.is_file() and not _differences(_plain(OmegaConf.load(config)), _plain(cfg))
 
 
-def first_rank() -> bool:
-    """Whether this process is the one that writes; before there is a process group, by what the launchers say."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+def note_config(folder: Path, cfg: DictConfig) -> None:
+    """Writes config.yaml whole or not at all: other ranks may be reading it."""
+    partial = folder / ".partial-config.yaml"
+    OmegaConf.save(cfg, partial, resolve=True)
+    os.replace(partial, folder / "config.yaml")
 
 
 def rewind(folder: Path, checkpoint: Path | None) -> None:
-    """The run's files as they were at the checkpoint, or none of them where it begins anew."""
+    """The run's files as they were at its own checkpoint, or none of them where it begins (anew, or from another run's).
+
+    Newer checkpoints are set aside, or the next start would go on from them; no checkpoint is deleted.
+    """
+    chosen = step(folder, checkpoint)
     for name in RECORDS:
         (folder / name).unlink(missing_ok=True)
-        if checkpoint is not None and (checkpoint / name).is_file():
+        if chosen is not None and checkpoint is not None and (checkpoint / name).is_file():
             shutil.copy(checkpoint / name, folder / name)
-    if checkpoint is None:
+    (folder / "result.json").unlink(missing_ok=True)
+    if chosen is None:
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
     for partial in (folder / "checkpoints").glob(".partial-*"):
         shutil.rmtree(partial)
+    for newer in checkpoints(folder):
+        if chosen is None or int(newer.name.removeprefix("step-")) > chosen:
+            log.warning("%s is set aside, as %s", newer, _set_aside(newer).name)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    name = f"passed-over-{checkpoint.name}"
+    names = chain([name], (f"{name}-{again}" for again in count(2)))
+    target = next(checkpoint.with_name(free) for free in names if not checkpoint.with_name(free).exists())
+    return checkpoint.rename(target)
 
 
 def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import signal
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,12 +31,12 @@ def train(cfg: DictConfig) -> float | None:
     """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
-    from rlmod import compat, resume
+    from rlmod import compat, ranks, resume
     from rlmod.interfaces import prepare
     from rlmod.parts import Parts
     from rlmod.settings import check_seed
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = _folder(cfg)
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     parts = Parts.of(cfg)
@@ -46,13 +48,12 @@ def train(cfg: DictConfig) -> float | None:
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
-    checkpoint = resume.newest(Path(cfg.resume)) if cfg.resume else resume.left_off(folder, cfg)
-    if resume.first_rank():
-        if checkpoint is None or folder.resolve() in checkpoint.resolve().parents:
-            resume.rewind(folder, checkpoint)
+    checkpoint = resume.start(folder, cfg)
+    if ranks.first():
+        resume.rewind(folder, checkpoint)
         if checkpoint is not None:
             log.warning("going on from %s", checkpoint)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        resume.note_config(folder, cfg)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
@@ -63,29 +64,48 @@ def train(cfg: DictConfig) -> float | None:
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg, checkpoint)
+    trainer = _trainer(cfg, resume.step(folder, checkpoint))
     module = _module(cfg, parts, tokenizer)
     data = _data(cfg, parts, problems, held_out)
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
-    return _fitted(trainer, module, data, checkpoint, folder, started)
+    with ranks.together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
+        return _fitted(trainer, module, data, checkpoint, folder, started)
+
+
+def _folder(cfg: DictConfig) -> Path:
+    """The run's, which all ranks must know: where each is started by itself, none can go by the time of its start."""
+    from rlmod import ranks
+
+    given = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(given, dict)
+    alone = HydraConfig.get().mode == RunMode.RUN  # a launcher of sweeps hands the same folder to all ranks
+    if alone and "${now:" in str(given["output"]) and (ranks.started_apart() or cfg.trainer.num_nodes > 1):
+        raise ValueError(
+            "output names the folder by the time, and each of several ranks that are started by themselves (torchrun, srun, nodes) "
+            "would have its own: give output=FOLDER, a folder that all of them share"
+        )
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
-    from rlmod import resume
+    from rlmod import ranks, resume
 
-    if cfg.resume or not (folder / "result.json").is_file() or not resume.same_run(folder, cfg):
+    if resume.asks_for_own(folder, cfg) or not resume.same_run(folder, cfg):
         return None
-    result = json.loads((folder / "result.json").read_text())
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):  # it has none; or another rank, which is ahead, is at work on it
+        return None
     if not result["completed"]:
         return None
-    if resume.first_rank():
+    if ranks.first():
         print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
         _say(result, folder / "report.html")
     return result
 
 
-def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
+def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from rlmod.fields import check_types
@@ -100,9 +120,9 @@ def _trainer(cfg: DictConfig, checkpoint: Path | None) -> "L.Trainer":
         raise ValueError(f"trainer.gradient_clip_val must be null or at least 0, got {cfg.trainer.gradient_clip_val}")
     loggers, callbacks = each("logger"), each("callbacks")
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger) and checkpoint is not None:
-            # What was drawn beyond the checkpoint is drawn again.
-            vars(logger)["_kwargs"]["purge_step"] = int(checkpoint.name.removeprefix("step-"))
+        if isinstance(logger, TensorBoardLogger) and begun_at is not None:
+            # What was drawn beyond the run's own checkpoint is drawn again.
+            vars(logger)["_kwargs"]["purge_step"] = begun_at
     try:
         return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
@@ -153,8 +173,16 @@ def _fitted(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
 ) -> float | None:
     from rlmod.callbacks.checkpoints import Checkpoints
+    from rlmod.policy import saved_weights, trained_weights
     from rlmod.report import write_report
+    from rlmod.resume import check_same_policy
+    from rlmod.strategy._sharding import Sharding, check_readable
 
+    if checkpoint is not None:
+        check_readable(trainer.strategy, checkpoint)
+        if isinstance(trainer.strategy, Sharding):  # PyTorch would stumble over other shapes in the middle of loading
+            saved = saved_weights(checkpoint / "policy")
+            check_same_policy(saved, trained_weights(module.policy, saved))
     if data.held_out is None:
         trainer.limit_val_batches = 0
     if checkpoint is None:
@@ -185,7 +213,11 @@ def _fitted(
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         page = write_report(folder)
         _say(result, page)
-    if interrupted:
+    if (
+        interrupted and trainer.is_global_zero
+    ):  # another rank that ended otherwise than well would end the first before its time
+        if signal.getsignal(interrupted) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+            signal.raise_signal(interrupted)  # a launcher's turn: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return after
 

@@ -20,12 +20,12 @@ from rlmod.strategy._sharding import Sharding
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, and what schedulers send before they kill."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C, and what schedulers send before they kill; SIGUSR2 is submitit's."""
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep``.
+    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep`` whole ones.
 
         trainer.ckpt   weights, optimizer, schedule, position in the data, random states: what a run goes on from
         policy/        AutoModelForCausalLM.from_pretrained loads it
@@ -33,8 +33,8 @@ class Checkpoints(Checkpoint):
         metrics.csv, samples.jsonl   the run's records up to here
         complete.json  the size of each of these files
 
-    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM or SIGUSR1 lets
-    the iteration finish and writes one; a second stops at once.
+    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM, SIGUSR1
+    or SIGUSR2 lets the iteration finish and writes one; a second stops at once.
     """
 
     def __init__(self, *, folder: str, every: int = 50, keep: int = 2) -> None:
@@ -51,9 +51,10 @@ class Checkpoints(Checkpoint):
         done = trainer.current_epoch + 1
         last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps
         # All ranks stop together, whichever has had the signal.
-        stop = bool(ops.all_max(torch.tensor(float(self.interrupted is not None), device=pl_module.device)))
-        trainer.should_stop = trainer.should_stop or stop
-        if stop or last or done % self.every == 0:
+        number = int(ops.all_max(torch.tensor(float(self.interrupted or 0), device=pl_module.device)))
+        self.interrupted = signal.Signals(number) if number else None
+        trainer.should_stop = trainer.should_stop or number > 0
+        if number or last or done % self.every == 0:
             self.write(trainer, pl_module)
 
     # The Trainer logs a collection's metrics after on_train_epoch_end: only now are they in metrics.csv.
@@ -73,10 +74,10 @@ class Checkpoints(Checkpoint):
                 partial.mkdir(parents=True)
             trainer.strategy.barrier()
             trainer.save_checkpoint(partial / "trainer.ckpt")
-            sharding = trainer.strategy
-            weights = sharding.whole_state(pl_module.policy) if isinstance(sharding, Sharding) else None
+            sharding, policy = trainer.strategy, pl_module.policy
+            policy, weights = sharding.saved(policy) if isinstance(sharding, Sharding) else (policy, None)
             if trainer.is_global_zero:
-                save_policy(pl_module.policy, pl_module.tokenizer, partial / "policy", weights)
+                save_policy(policy, pl_module.tokenizer, partial / "policy", weights)
                 shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
             raise self._not_written(partial, error) from error
@@ -100,7 +101,8 @@ class Checkpoints(Checkpoint):
             target = self.folder / partial.name.removeprefix(".partial-")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            for old in resume.checkpoints(self.folder.parent)[: -self.keep]:
+            whole = [each for each in resume.checkpoints(self.folder.parent) if resume.damage(each) is None]
+            for old in whole[: -self.keep]:
                 shutil.rmtree(old)
         trainer.strategy.barrier()
 

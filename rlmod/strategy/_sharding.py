@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 
@@ -17,8 +19,8 @@ class Sharding(Protocol):
         """The policy with all its weights on every rank, so that ranks may take different numbers of forward passes."""
         ...
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
-        """All weights, for rank 0 to save; every rank calls this."""
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """What rank 0 saves: a policy, and all its weights where it has but a share of them itself. Every rank calls this."""
         ...
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
@@ -33,6 +35,20 @@ def whole(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
             yield unsharded
     else:
         yield policy
+
+
+def check_readable(strategy: object, checkpoint: Path) -> None:
+    """ValueError for a checkpoint that the strategy cannot read."""
+    state = checkpoint / "trainer.ckpt"
+    name = f"{type(strategy).__module__}.{type(strategy).__name__}"
+    if (
+        state.is_dir()
+        and OmegaConf.select(OmegaConf.load(checkpoint / "config.yaml"), "trainer.strategy._target_") != name
+    ):
+        raise ValueError(
+            f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: go on with that one, "
+            f"trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint / 'policy'}"
+        )
 
 
 def layers(policy: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,8 @@ class FSDP(FSDPStrategy):
         return FullyShardedDataParallel(
             policy,
             auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks),
-            cpu_offload=CPUOffload(offload_params=self.offload),
+            # On a CPU everything is there already, and there is nothing to pin its memory for.
+            cpu_offload=CPUOffload(offload_params=self.offload and self.root_device.type != "cpu"),
             device_id=self.root_device,  # Lightning would pass an index, which a CPU does not have
             use_orig_params=True,
             **settings,
@@ -62,9 +63,11 @@ class FSDP(FSDPStrategy):
                 mine.copy_(value)
         yield self.copy
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
-        with self.whole(policy) as unsharded:
-            return {name: value.cpu() for name, value in unsharded.state_dict().items()}
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
+        with self.whole(
+            policy
+        ) as unsharded:  # its modules have their plain names, by which peft finds an adapter's weights
+            return unsharded, None
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         assert isinstance(policy, FullyShardedDataParallel)

@@ -29,6 +29,8 @@ class FSDP2(ModelParallelStrategy):
         sharded_checkpoints: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
+        if cpu_offload and torch.cuda.is_available():  # what is kept on the CPU is also added up there
+            process_group_backend = process_group_backend or "cpu:gloo,cuda:nccl"
         super().__init__(save_distributed_checkpoint=sharded_checkpoints, process_group_backend=process_group_backend)
         self.reduced_precision, self.cpu_offload = reduced_precision, cpu_offload
 
@@ -45,7 +47,7 @@ class FSDP2(ModelParallelStrategy):
             dtype = getattr(torch, self.reduced_precision)
             settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if self.cpu_offload:
-            settings["offload_policy"] = CPUOffloadPolicy()
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for layer in layers(policy):
             fully_shard(layer, **settings)
         fully_shard(policy, **settings)
@@ -53,6 +55,8 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+        # The first forward pass makes its module the root, and sampling does not go through a policy's adapter.
+        cast(Any, policy)._get_fsdp_state()._lazy_init()
         sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
@@ -64,10 +68,10 @@ class FSDP2(ModelParallelStrategy):
                 module.reshard()
                 module.set_reshard_after_forward(module is not policy, recurse=False)
 
-    def whole_state(self, policy: nn.Module) -> dict[str, Tensor]:
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+        return policy, cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.root_device)

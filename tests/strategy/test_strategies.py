@@ -1,47 +1,16 @@
-"""One process, two by DDP, two by FSDP2: the same steps on the same global batch. Real processes, over gloo."""
+"""One process, two by DDP, by FSDP and by FSDP2: the same steps on the same global batch. Real processes, over gloo."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tests.processes import ended, kill, started, wait_until
+from tests.strategy.scripted import SETTINGS, assert_same_steps, folder_of_runs, measured
 
 pytestmark = pytest.mark.slow
 
-PARTS = '''
-import torch
-from rlmod.sampler.hf import HF
-from rlmod.types import Rollouts
-
-class Scripted(HF):
-    """Completions that depend on the prompt alone, so that it does not matter which rank has it."""
-    def __call__(self, policy, prompts, seed):
-        g, t = self.completions_per_prompt, self.max_new_tokens
-        ids, lengths = [], []
-        for problem in prompts.problems:
-            draw = torch.Generator().manual_seed(sum(map(ord, problem.source)))
-            ids.append(torch.randint(3, 99, (g, t), generator=draw))
-            lengths.append(torch.randint(1, t + 1, (g,), generator=draw))
-        group = torch.arange(len(prompts)).repeat_interleave(g)
-        mask = torch.arange(t) < torch.cat(lengths)[:, None]
-        return Rollouts(prompt_ids=prompts.ids[group], prompt_mask=prompts.mask[group], completion_ids=torch.cat(ids),
-                        mask=mask, group=group, truncated=torch.zeros(len(group)).bool())
-
-def parity(texts):
-    return [float(len(completion) % 2) for completion in texts.completions]
-'''
-SETTINGS = (
-    "debug=short", "sampler._target_=parts.Scripted", "sampler.max_new_tokens=12", "reward._target_=parts.parity",
-    "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null", "shaper=token_entropy",
-    "trainer.max_epochs=3", "optimizer.lr=1e-3", "batch.updates=1", "callbacks.completions.every=0",
-    "trainer.accelerator=cpu", "callbacks.checkpoints.every=1", "reference=frozen", "penalty=[kl]", "penalty.kl.weight=0.1",
-)  # fmt: skip
 STRATEGIES = {
     "ddp": ("strategy=ddp", "trainer.devices=2"),
     "fsdp": ("strategy=fsdp", "trainer.devices=2"),
@@ -50,93 +19,117 @@ STRATEGIES = {
 }
 
 
-def command(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    (folder / "parts.py").write_text(PARTS)
-    words = [Path(sys.executable).with_name("rlmod-train"), *SETTINGS, *overrides]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
-
-
-def finished(folder: Path, *overrides: str) -> str:
-    process = command(folder, *overrides)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def measured(run: Path) -> list[dict[str, float]]:
-    with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
-    return [{k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "speed/"))} for row in rows]
-
-
-def weights(run: Path, step: int = 3) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{step:06d}" / "policy").state_dict()
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    finished(folder, "output=run")
-    return folder / "run"
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_path):
-    overrides = (*STRATEGIES[name], "output=run")
-    process = command(tmp_path, *overrides)
+    folder_of_runs(tmp_path)
+    overrides = (*SETTINGS, *STRATEGIES[name], "output=run")
+    process = started(*overrides, cwd=tmp_path)
     try:  # killed after its first checkpoint, both ranks, in the middle of whatever they do
-        deadline = time.time() + 180
-        while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.time() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: bool(list((tmp_path / "run" / "checkpoints").glob("step-*"))), process)
     finally:
-        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
-        process.kill()
-        process.communicate(timeout=60)
-    output = finished(tmp_path, *overrides)
+        kill(process)
+    output = ended(started(*overrides, cwd=tmp_path))
     assert "going on from" in output or "has come to its end" in output
-    for mine, single in zip(measured(tmp_path / "run"), measured(one), strict=True):
-        assert mine.keys() == single.keys()
-        assert mine == pytest.approx(single, abs=1e-5, rel=1e-4)
-        for column in ("train/loss", "train/grad_norm", "train/kl"):
-            assert mine[column] == pytest.approx(single[column], abs=1e-5), column
-    expected = weights(one)
-    for key, value in weights(tmp_path / "run").items():
-        torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=0)
+    assert_same_steps(tmp_path / "run", one)
     tokens = [json.loads((run / "result.json").read_text())["tokens"] for run in (tmp_path / "run", one)]
     assert tokens[0] == tokens[1]
     assert "Traceback" not in output
     assert "recommended to use" not in output
 
 
-def test_another_number_of_ranks_cannot_go_on(one, tmp_path):
-    (tmp_path / "parts.py").write_text(PARTS)
-    process = command(tmp_path, *STRATEGIES["ddp"], f"resume={one}", "output=run")
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode != 0
-    assert "the checkpoint was made by 1 ranks, this run has 2" in output
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (STRATEGIES["ddp"], ()),
+        ((), STRATEGIES["ddp"]),
+        ((), STRATEGIES["fsdp2"]),
+        (STRATEGIES["fsdp"], ("strategy=fsdp",)),
+        (STRATEGIES["fsdp2"], ("strategy=fsdp2",)),
+        (STRATEGIES["fsdp2, sharded"], ("strategy=fsdp2", "trainer.strategy.sharded_checkpoints=true")),
+    ],
+)
+def test_another_number_of_ranks_goes_on_with_the_weights_and_the_next_prompts(before, now, one, tmp_path):
+    folder_of_runs(tmp_path)
+    ended(started(*SETTINGS, *before, "trainer.max_epochs=2", "output=two_steps", cwd=tmp_path))
+    output = ended(started(*SETTINGS, *now, "resume=two_steps", "output=third", cwd=tmp_path))
+    assert output.count("the checkpoint was made by") == 1
+    assert_same_steps(tmp_path / "third", one)
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_prompts_is_refused(tmp_path):
-    process = command(tmp_path, *STRATEGIES["ddp"], "batch.prompts=7", "batch.micro_batch=28", "output=run")
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode != 0
+    overrides = ("batch.prompts=7", "batch.micro_batch=28", "output=run")
+    output = ended(started(*SETTINGS, *STRATEGIES["ddp"], *overrides, cwd=folder_of_runs(tmp_path)), status=1)
     assert "batch.prompts=7 cannot be shared out among 2 ranks" in output
     assert "Traceback" not in output
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
-    (tmp_path / "dying.py").write_text(
-        "import os, signal\n"
-        "def reward(texts):\n"
-        "    if os.environ.get('LOCAL_RANK') == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return [float(len(c) % 2) for c in texts.completions]\n"
-    )
-    process = command(tmp_path, *STRATEGIES["ddp"], "reward._target_=dying.reward", "output=run")
-    started = time.time()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert time.time() - started < 100, output
-    assert not os.path.exists(tmp_path / "run" / "result.json")
+def test_a_sharded_checkpoint_is_no_checkpoint_of_one_whole_policy(tmp_path):
+    folder_of_runs(tmp_path)
+    sharded = ("strategy=fsdp2", "trainer.strategy.sharded_checkpoints=true", "trainer.max_epochs=1")
+    ended(started(*SETTINGS, *sharded, "output=sharded", cwd=tmp_path))
+    output = ended(started(*SETTINGS, "resume=sharded", "output=run", cwd=tmp_path), status=1)
+    assert "is sharded (a file a rank), which only the strategy that wrote it can read" in output
+    assert "step-000001/policy" in output
+    assert "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def other_policies(tmp_path_factory) -> Path:
+    """As the shipped one, but narrower, or with a larger vocabulary."""
+    folder = tmp_path_factory.mktemp("policies")
+    changes = {
+        "narrower": {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2},
+        "wordy": {"vocab_size": 120},
+    }
+    for name, changed in changes.items():
+        config = AutoConfig.from_pretrained("rlmod/policies/tiny")
+        for key, value in changed.items():
+            setattr(config, key, value)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained("rlmod/policies/tiny").save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp", "fsdp2", "fsdp2, sharded"])
+def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused_in_a_sentence(name, other_policies, tmp_path):
+    folder_of_runs(tmp_path)
+    alone = (*STRATEGIES.get(name, ("strategy=single",)), "trainer.devices=1")
+    ended(started(*SETTINGS, *alone, "trainer.max_epochs=1", "output=first", cwd=tmp_path))
+    for policy, shape in (("narrower", "[99, 48]"), ("wordy", "[120, 96]")):
+        other = ("policy=hf", f"policy.path={other_policies / policy}", "policy.dtype=float32")
+        output = ended(started(*SETTINGS, *alone, *other, "resume=first", f"output={policy}", cwd=tmp_path), status=1)
+        assert output.count("resume: the checkpoint is of another policy") == 1
+        assert f"of shape [99, 96] there and of shape {shape} here" in output
+        assert "Traceback" not in output
+
+
+OTHERS = (
+    "policy.gradient_checkpointing=true", "reference=ema", "reference.decay=0.5", "guide=policy", "guide.policy.path=strong",
+    "guide.sampler.greedy=true", "guide.sampler.max_new_tokens=12", "loss=mixed_surrogate", "batch.micro_batch=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory) -> Path:
+    """Three steps of one process that keeps what the backward pass needs, with a guide, and a reference that moves."""
+    folder = folder_of_runs(tmp_path_factory.mktemp("guided"))
+    ended(started(*SETTINGS, *OTHERS, "policy.gradient_checkpointing=false", "output=run", cwd=folder))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy=ddp",),
+        ("strategy=fsdp",),
+        ("strategy=fsdp2",),
+        ("strategy=fsdp2", "trainer.strategy.cpu_offload=true"),
+    ],
+    ids=" ".join,
+)
+def test_a_guide_a_moving_reference_checkpointed_activations_and_offload_change_no_step(overrides, guided, tmp_path):
+    """The guide takes the most likely tokens, or each rank would have drawn others."""
+    folder_of_runs(tmp_path)
+    ended(started(*SETTINGS, *OTHERS, *overrides, "trainer.devices=2", "output=run", cwd=tmp_path))
+    assert_same_steps(tmp_path / "run", guided)
+    assert any(float(row["guide/reward"]) > 0 for row in measured(tmp_path / "run"))

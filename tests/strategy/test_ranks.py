@@ -1,0 +1,138 @@
+"""Several ranks as one run: killed and gone on with bit for bit, stopped together, ended together. Real processes, over gloo."""
+
+import csv
+import json
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import SHORT
+from tests.processes import ended, kill, started, wait_until
+
+PYTHON = sys.executable
+
+pytestmark = pytest.mark.slow
+
+TWO = (
+    *SHORT,
+    "strategy=ddp",
+    "trainer.devices=2",
+    "trainer.accelerator=cpu",
+    "shaper=token_entropy",
+    "optimizer.lr=1e-3",
+)
+OWN_REWARD = (*TWO, "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null")
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """Without the columns that hold seconds."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/"))} for row in csv.DictReader(file)]
+
+
+def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_path):
+    """SIGKILL at random moments; the same command goes on. With dropout, so that the random states of each rank matter."""
+    settings = (
+        *TWO, "adapter=lora", "policy.adapter.dropout=0.1", "trainer.max_epochs=20", "callbacks.checkpoints.every=1",
+        "trainer.check_val_every_n_epoch=5",
+    )  # fmt: skip
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    ended(started(*settings, f"output={whole}"))
+    draw = random.Random(1)
+    for step in sorted(draw.sample(range(2, 19), 3)):
+        process = started(*settings, f"output={folder}")
+        try:
+            named = folder / "checkpoints" / f"step-{step:06d}"
+            wait_until(named.exists, process)
+            time.sleep(draw.random() / 2)
+        finally:
+            kill(process)
+    assert "going on from" in ended(started(*settings, f"output={folder}"))
+    assert metrics(folder) == metrics(whole)
+    for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
+        newest = [run / "checkpoints" / "step-000020" / name for run in (folder, whole)]
+        assert newest[0].read_bytes() == newest[1].read_bytes(), name
+    results = [json.loads((run / "result.json").read_text()) for run in (folder, whole)]
+    for key in ("held_out", "steps", "tokens"):
+        assert results[0][key] == results[1][key]
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path):
+    process = started(*TWO, "trainer.max_epochs=10000", f"output={tmp_path / 'a'}")
+    try:
+        file = tmp_path / "a" / "metrics.csv"
+        wait_until(lambda: file.exists() and "reward/mean" in file.read_text(), process)
+        process.send_signal(signal.SIGTERM)
+        output = ended(process, status=128 + signal.SIGTERM, seconds=120)
+    finally:
+        kill(process)
+    assert output.count("stopped; go on with resume=") == 1
+    assert "Traceback" not in output
+    assert len(list((tmp_path / "a" / "checkpoints").glob("step-*"))) == 1
+    assert not json.loads((tmp_path / "a" / "result.json").read_text())["completed"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "deed", ["raise ValueError('the disk of this node is gone')", "os.kill(os.getpid(), signal.SIGKILL)"]
+)
+def test_a_rank_that_ends_ends_the_others_within_a_minute_and_the_cause_is_printed_once(deed, rank, tmp_path):
+    (tmp_path / "dying.py").write_text(
+        "import os, signal\n"
+        "calls = []\n"
+        "def reward(texts):\n"
+        "    calls.append(1)\n"
+        f"    if os.environ.get('LOCAL_RANK') == '{rank}' and len(calls) == 3:\n"
+        "        open('died', 'w').close()\n"
+        f"        {deed}\n"
+        "    return [float(len(c) % 2) for c in texts.completions]\n"
+    )
+    process = started(
+        *OWN_REWARD, "reward._target_=dying.reward", "output=run", "trainer.max_epochs=10000", cwd=tmp_path
+    )
+    try:
+        wait_until((tmp_path / "died").exists, process)
+        died = time.monotonic()
+        killed = "SIGKILL" in deed
+        # The first rank is the process whose exit status this is; a shell says of it that it was killed.
+        output = ended(process, status=-signal.SIGKILL if killed and rank == "0" else 1, seconds=60)
+        assert time.monotonic() - died < 60
+    finally:
+        kill(process)
+    assert "Traceback" not in output
+    assert output.count("the disk of this node is gone") == (0 if killed else 1)
+    assert output.count("local rank 1 ended by") == (1 if rank == "1" else 0)
+    if rank == "1":
+        assert f"local rank 1 ended by {'SIGKILL' if killed else 'exit status 1'}, so this one stops" in output
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_port_that_is_taken_is_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        output = ended(started(*TWO, f"output={tmp_path / 'a'}", MASTER_PORT=port), status=1, seconds=60)
+    assert output.count(f"MASTER_PORT={port} is taken by another program") == 1
+    assert "Traceback" not in output
+
+
+def test_a_disk_that_is_full_ends_all_ranks_with_one_sentence(tmp_path):
+    """A limit on the size of a file stands in for the disk: the policy fits, the optimizer's state does not."""
+    (tmp_path / "limited.py").write_text(
+        "import resource, signal\n"
+        "from rlmod.train import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    process = started(*TWO, "output=run", "trainer.max_epochs=2", command=(PYTHON, "limited.py"), cwd=tmp_path)
+    output = ended(process, status=1, seconds=120)
+    assert output.count("the checkpoint step-000002 could not be written") == 1
+    assert "Traceback" not in output
