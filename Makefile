@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-slow test-vllm check bench docs recipes oracle policies clean
+.PHONY: help quickstart test test-slow test-vllm check bench bench-gpu docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
@@ -12,7 +12,8 @@ help:
 	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
 	@echo "make test-vllm    those that run vLLM, on the CPU, in an environment of their own"
 	@echo "make check        lint, types, layer contracts"
-	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks"
+	@echo "make bench        a step against TRL's and a bare loop; parts, growth, memory: writes docs/benchmarks.md (half an hour)"
+	@echo "make bench-gpu    prints a step of 0.5 B parameters on a GPU, by stage, as a table for docs/benchmarks.md"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
 	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
 	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
@@ -52,9 +53,11 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench.py
-	$(BIN)/python tools/bench_head.py
+bench: $(READY) .venv-trl/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench --trl .venv-trl/bin/python
+
+bench-gpu: $(READY)
+	$(BIN)/python -m tools.bench_gpu
 
 docs: $(READY)
 	$(BIN)/python tools/algorithms.py

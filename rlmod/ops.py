@@ -22,9 +22,15 @@ def entropy(logits: Float[Tensor, "*axes V"], temperature: float = 1.0) -> Float
 def logprobs_and_entropy(
     logits: Float[Tensor, "R V"], ids: Int[Tensor, " R"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Both of one position, from one log-softmax."""
-    log_p = _at_temperature(logits, temperature).log_softmax(-1)
-    return log_p.gather(-1, ids[:, None]).squeeze(-1), _entropy(log_p)
+    """Both of one position, for sampling: in few passes over the vocabulary, and without a gradient."""
+    z = _at_temperature(logits, temperature)
+    z = z - z.amax(-1, keepdim=True)
+    p = z.exp()
+    total = p.sum(-1)
+    normaliser = total.log()
+    logprobs = z.gather(-1, ids[:, None]).squeeze(-1) - normaliser
+    # H = log S + sum_v p_v (max z - z_v): no term is negative, so nothing cancels where the entropy is small. 0 * -inf would be NaN.
+    return logprobs, normaliser - p.mul_(z.clamp_(min=torch.finfo(z.dtype).min)).sum(-1) / total
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -31,6 +31,18 @@ def test_they_do_not_change_with_a_shift_and_agree_with_torch():
     torch.testing.assert_close(ops.entropy(logits + 100), ops.entropy(logits), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_those_of_sampling_are_the_same_numbers_in_fewer_passes(temperature):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).double()
+    logits[:, 0] += torch.tensor([0.0, 5.0, 15.0, 25.0, 30.0, 1e4])  # to where 1e-12 is left for all the others
+    logits[1, 7] = -torch.inf
+    given, ids = logits.clone(), torch.tensor([3, 0, 9, 0, 49, 0])
+    logprobs, entropy = ops.logprobs_and_entropy(given, ids, temperature)
+    torch.testing.assert_close(logprobs, ops.token_logprobs(logits[None], ids[None], temperature)[0])
+    torch.testing.assert_close(entropy, ops.entropy(logits, temperature), atol=1e-14, rtol=1e-6)
+    assert torch.equal(given, logits)  # transformers samples from them next
+
+
 def test_bfloat16_logits_are_widened():
     logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert ops.token_logprobs(logits, torch.zeros(2, 3, dtype=torch.long)).dtype == torch.float32

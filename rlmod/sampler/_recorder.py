@@ -19,7 +19,7 @@ class LastLogits(LogitsProcessor):
 
 
 class Recorder(StoppingCriteria):
-    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when half of the rows have ended."""
+    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when a quarter of the rows have ended."""
 
     def __init__(self, last: LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
         self.last, self.temperature, self.eos = last, temperature, eos
@@ -36,4 +36,4 @@ class Recorder(StoppingCriteria):
         self.entropy.append(entropy)
         ended = (chosen[:, None] == self.eos).any(-1)
         self.ended = ended if self.ended is None else self.ended | ended
-        return torch.full_like(ended, bool(2 * self.ended.sum() >= len(ended)))
+        return torch.full_like(ended, bool(4 * self.ended.sum() >= len(ended)))

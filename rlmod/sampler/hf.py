@@ -21,7 +21,7 @@ class HF:
     """G completions a prompt, with the log-probability of each sampled token and the full-vocabulary entropy at its position.
 
     Both are captured while sampling, of softmax(logits / temperature) *before* top-k and top-p cut it: of the policy, not of what is
-    left of it. Nothing is computed for long on behalf of rows that have ended: ``generate`` is interrupted whenever half of its
+    left of it. Nothing is computed for long on behalf of rows that have ended: ``generate`` is interrupted whenever a quarter of its
     rows are done, and goes on with the others and their key-value cache.
     """
 

@@ -9,6 +9,7 @@ from rlmod import ops
 from rlmod.data.arithmetic import Arithmetic
 from rlmod.policy import HFPolicy, completion_logits, completion_texts
 from rlmod.prompts import PromptEncoder
+from rlmod.sampler._recorder import LastLogits, Recorder
 from rlmod.sampler.hf import HF
 
 
@@ -120,6 +121,18 @@ def test_rows_that_have_ended_are_computed_no_longer(tiny):
     lengths = rollouts.mask.sum(1)
     assert computed < 0.7 * len(rollouts) * int(lengths.max())
     assert computed >= int(lengths.sum())
+
+
+def test_generation_is_interrupted_when_a_quarter_of_the_rows_have_ended():
+    last = LastLogits()
+    recorder = Recorder(last, 1.0, torch.tensor([1]))
+    stops = []
+    for ended in ([], [2], [], [7], [0]):  # rows whose EOS, token 1, comes now; none comes twice
+        ids = torch.full((8, 1), 5)
+        ids[ended] = 1
+        last(ids, torch.zeros(8, 9))
+        stops.append(recorder(ids, None).tolist())
+    assert stops == [[False] * 8] * 3 + [[True] * 8] * 2
 
 
 def test_texts_leave_special_tokens_out(tiny):
