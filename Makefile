@@ -11,7 +11,7 @@ help:
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
 	@echo "make check        lint, types, layer contracts"
-	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks"
+	@echo "make bench        cost of the frame against a bare loop, for docs/benchmarks.md; of logits in chunks; rlmod-plan against measured memory"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
 	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
 	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
@@ -44,6 +44,7 @@ check: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench.py
 	$(BIN)/python tools/bench_head.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_plan.py
 
 docs: $(READY)
 	$(BIN)/python tools/algorithms.py
