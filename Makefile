@@ -55,6 +55,7 @@ check: $(READY)
 
 bench: $(READY) .venv-trl/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench --trl .venv-trl/bin/python
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_plan.py
 
 bench-gpu: $(READY)
 	$(BIN)/python -m tools.bench_gpu

@@ -15,15 +15,15 @@ SHORT = ("debug=short", "data.validation.size=64", "callbacks.completions.every=
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    _run(monkeypatch, train, "train", overrides)
+    run_command(monkeypatch, train, "train", overrides)
 
 
 def run_eval(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    _run(monkeypatch, evaluate, "eval", overrides)
+    run_command(monkeypatch, evaluate, "eval", overrides)
 
 
-def _run(
-    monkeypatch: pytest.MonkeyPatch, task: Callable[[DictConfig], float | None], name: str, overrides: tuple[str, ...]
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, task: Callable[[DictConfig], object], name: str, overrides: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"rlmod-{name}", *overrides])
     monkeypatch.setattr(sys, "path", list(sys.path))

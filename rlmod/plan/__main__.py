@@ -1,0 +1,3 @@
+from rlmod.plan import main
+
+main()
