@@ -58,7 +58,7 @@ def _sizes(run: Run) -> Ways:
     else:
         found = {
             "validation": [
-                (f"validation.sampler.rows_per_batch={rows}", replace(run, validation_rows=rows))
+                (f"+validation.sampler.rows_per_batch={rows}", replace(run, validation_rows=rows))
                 for rows in _halves(run.validation_rows)
             ],
             "sampling": [

@@ -195,9 +195,9 @@ def _sampling(cfg: DictConfig, rows: int) -> Sampling:
     if not str(node.get("_target_", "")).startswith("rlmod.sampler.vllm"):
         at_once = node.get("rows_per_batch")
         return Sampling(rows_at_once=None if at_once is None else min(positive(cfg, "sampler.rows_per_batch"), rows))
-    elsewhere = any(node.get(key) for key in ("server", "url", "host"))
+    elsewhere = bool(node.get("url"))
     share = node.get("gpu_memory_utilization")
-    share = 0.0 if elsewhere else 0.9 if share is None else share
+    share = 0.0 if elsewhere else share
     if not isinstance(share, float | int) or not 0 <= share < 1:
         raise ValueError(f"sampler.gpu_memory_utilization must be a share below 1, got {share!r}")
     return Sampling(engine=True, share=float(share), sleeps=bool(node.get("sleep", False)))
@@ -210,8 +210,10 @@ def _validation_rows(cfg: DictConfig, ranks: int, lengths: Lengths) -> int:
     if lengths.held_out_problems is not None:
         prompts = min(prompts, math.ceil(lengths.held_out_problems / ranks))
     rows = prompts * positive(cfg, "validation.sampler.completions_per_prompt")
-    at_once = cfg.validation.sampler.get("rows_per_batch")
-    return rows if at_once is None else min(positive(cfg, "validation.sampler.rows_per_batch"), rows)
+    key = "validation.sampler" if "rows_per_batch" in cfg.validation.sampler else "sampler"
+    if OmegaConf.select(cfg, f"{key}.rows_per_batch") is None:
+        return rows
+    return min(positive(cfg, f"{key}.rows_per_batch"), rows)
 
 
 def _held(node: DictConfig | None, key: str, rows: int = 0) -> Model | None:

@@ -157,4 +157,4 @@ def test_the_change_that_is_advised_is_one_with_which_it_fits():
     assert advice.cheapest(replace(RUN, hardware=machine(1))) is None
     validated = replace(RUN, validation_rows=64, hardware=machine(needed + 1))
     assert advice.cheapest(validated) is not None
-    assert all(override.startswith("validation.sampler.rows_per_batch=") for override in advice.cheapest(validated))
+    assert all(override.startswith("+validation.sampler.rows_per_batch=") for override in advice.cheapest(validated))
