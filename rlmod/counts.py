@@ -93,7 +93,8 @@ TOTALS = ("completions/tokens", "prompts/drawn", "prompts/unfilled", "guide/toke
 
 
 def over_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Of all ranks: totals added up, the longest the longest of all, shares and means weighted by the prompts that a rank drew.
+    """Of all ranks: totals added up, the longest the longest of all, shares and means weighted by the prompts that a rank drew,
+    the entropy of a token by its tokens.
 
     Ranks may have measured different things, as where only some had failed prompts.
     """
@@ -111,8 +112,9 @@ def over_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
         elif name.endswith("_min"):
             found[name] = min(rank[name] for rank in having)
         else:
-            drawn = sum(rank["prompts/drawn"] for rank in having)
-            found[name] = sum(rank[name] * rank["prompts/drawn"] for rank in having) / drawn
+            weight = "completions/tokens" if name == "completions/entropy" else "prompts/drawn"
+            total = sum(rank[weight] for rank in having)
+            found[name] = sum(rank[name] * rank[weight] for rank in having) / max(total, 1)
     return found
 
 

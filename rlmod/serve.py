@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
@@ -45,9 +46,18 @@ def serve(cfg: DictConfig) -> None:
         **(OmegaConf.to_container(cfg.engine) or {}),  # pyright: ignore[reportGeneralTypeIssues]
     }
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *_flags(settings)]
+    command = [sys.executable, "-m", *_server(folder), *_flags(settings)]
     print(f"{' '.join(command[2:])}\nready when {sampler.url}/health answers", flush=True)
     os.execve(sys.executable, command, environment)
+
+
+def _server(folder: Path) -> list[str]:
+    """``vllm serve`` asks for the version of the package vllm, which the CPU's build is not called."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return ["vllm.entrypoints.cli.main", "serve", str(folder)]
 
 
 def _flags(settings: dict[str, object]) -> list[str]:

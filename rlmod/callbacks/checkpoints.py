@@ -140,4 +140,5 @@ class Checkpoints(Checkpoint):
         self.fitting = False
         while self.handlers:
             number, handler = self.handlers.popitem()
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._interrupt:  # or the Trainer has put back what was there before its own
+                signal.signal(number, handler)

@@ -132,4 +132,4 @@ def test_a_guide_a_moving_reference_checkpointed_activations_and_offload_change_
     folder_of_runs(tmp_path)
     ended(started(*SETTINGS, *OTHERS, *overrides, "trainer.devices=2", "output=run", cwd=tmp_path))
     assert_same_steps(tmp_path / "run", guided)
-    assert any(float(row["guide/reward"]) > 0 for row in measured(tmp_path / "run"))
+    assert all(row["guide/tokens"] > 0 for row in measured(tmp_path / "run"))
