@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rlmod import ops
 from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
 from rlmod.counts import agreement, check_agreement, mean_entropy, over_ranks
+from rlmod.forward import has_dropout
 from rlmod.groups import read
 from rlmod.interfaces import (
     Correction,
@@ -44,7 +45,7 @@ from rlmod.interfaces import (
 )
 from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
-from rlmod.policy import completion_scores, completion_texts, has_dropout
+from rlmod.policy import completion_scores, completion_texts
 from rlmod.resume import check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlmod import ops
+from rlmod import forward, ops
 from rlmod.head import logprobs_and_entropy
 from rlmod.ops import token_logprobs
 from rlmod.types import Rollouts
@@ -157,13 +157,15 @@ def completion_scores(
     ids, scores, seen = rollouts.completion_ids[mask], [], []
 
     def scoring(hidden: Tensor) -> Tensor:
+        if hidden.shape[1] == 1:  # of prompts alone
+            return hidden
         seen.append(hidden)
         scores.extend(logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy))
         return hidden
 
     cast(Any, head).forward = scoring  # inside the policy's forward, where a sharded head is whole
     try:
-        logits = _logits(policy, rollouts)
+        logits = forward.logits(policy, rollouts)
     finally:
         del head.forward
     if logits is not seen[0]:
@@ -178,32 +180,7 @@ _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:
     """The logits from which each completion token was, or would be, drawn."""
-    return _logits(policy, rollouts)[:, :-1]
-
-
-def _logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"]:
-    """Of the last prompt token, and of every completion token.
-
-    Completions need no attention mask: they are padded on the right, where no counted position looks.
-    """
-    assert rollouts.prompt_ids is not None and rollouts.prompt_mask is not None and rollouts.completion_ids is not None
-    attention = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.completion_ids, dtype=torch.bool)], 1)
-    return policy(
-        input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1),
-        attention_mask=attention.long(),
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=rollouts.completion_ids.shape[1] + 1,
-        use_cache=False,
-    ).logits
-
-
-def has_dropout(policy: nn.Module) -> bool:
-    """Whether the policy computes otherwise in training than in evaluation."""
-    config = getattr(policy, "config", None)
-    rates = [value for name, value in vars(config).items() if name.endswith(("dropout", "pdrop"))] if config else []
-    return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()
-    )
+    return forward.logits(policy, rollouts)[:, :-1]
 
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
