@@ -186,8 +186,8 @@ def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
     """The text of each completion: the counted tokens, without special ones."""
     assert rollouts.completion_ids is not None and rollouts.mask is not None
-    rows = zip(rollouts.completion_ids.tolist(), rollouts.mask.tolist(), strict=True)
-    ids = [[token for token, counts in zip(row, mask, strict=True) if counts] for row, mask in rows]
+    counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
+    ids = [row.tolist() for row in counted]
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 

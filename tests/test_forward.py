@@ -53,7 +53,9 @@ def test_shared_or_not_the_numbers_are_the_same(settings, training, monkeypatch)
     monkeypatch.setattr(forward, "WORTHWHILE", torch.inf)
     assert forward.shared_prompts(model, rollouts) is None
     for one, other in zip(shared, scores_and_gradients(model, rollouts), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)  # transformers normalises in float32
+        torch.testing.assert_close(
+            one, other, atol=5e-6, rtol=1e-5
+        )  # transformers normalises, and eager attention weighs, in float32
 
 
 def test_a_prompt_is_gone_through_once(monkeypatch):

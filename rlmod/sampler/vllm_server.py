@@ -1,6 +1,7 @@
 """Sampling with a vLLM server, on other GPUs or another machine."""
 
 import json
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,6 +30,8 @@ from rlmod.types import Prompts, Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_VERSIONS: dict[str, str] = {}
+"""Of the weights that each server was last given, by its address."""
 BEAT = 5.0
 """Seconds between two looks at the server's health, and the longest that one may take."""
 
@@ -88,6 +91,7 @@ class VLLMServer:
             self._send(policy)
         if dist.is_initialized():
             dist.barrier()
+        _VERSIONS[self.url] = self._get("weight_info")["weight_version"]
 
     def rest(self) -> None:
         """The server has its own memory."""
@@ -100,10 +104,11 @@ class VLLMServer:
             for i, ids in enumerate(prompts_as_lists(prompts))
         ]
         try:
+            self._send_if_forgotten(policy)
             answers = self._answers(asked)
         except OSError:
-            self._awake()  # the server's last sign of life was not long ago, or this raises
-            self._send_again(policy)
+            self._awake()  # the server comes back within its patience, or this raises
+            self._send_if_forgotten(policy)
             answers = self._answers(asked)
         completions = [
             Completion(
@@ -171,18 +176,20 @@ class VLLMServer:
             self._post("finish_weight_update")
             self._post("start_weight_update")
         self._post("update_weights", {"update_info": {"url": publisher.url}})
-        self._post("finish_weight_update", {"weight_version": publisher.secret})
+        _VERSIONS[self.url] = secrets.token_hex(8)
+        self._post("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
         self._post("reset_prefix_cache")
 
-    def _send_again(self, policy: "PreTrainedModel") -> None:
-        """To a server that was started anew, which samples from nothing anybody knows."""
+    def _send_if_forgotten(self, policy: "PreTrainedModel") -> None:
+        """A server that was started anew would sample from weights that nobody knows."""
+        if self._get("weight_info")["weight_version"] == _VERSIONS.get(self.url):
+            return
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConnectionError(
                 f"sampler.url={self.url}: the connection broke off within a collection; the same command with output=FOLDER goes on "
                 "from the last checkpoint"
             )
-        if self._get("weight_info")["weight_version"] != _publisher(self.weights_host, self.weights_port).secret:
-            self._send(policy)
+        self._send(policy)
 
     def _get(self, what: str) -> Any:
         try:

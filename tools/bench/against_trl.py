@@ -108,6 +108,7 @@ def table(trl: str, repetitions: int) -> list[str]:
                 for stage in of_stages[0][0]:
                     seconds = " | ".join(f"{median(side, stage):.2f}" for side in of_stages)
                     by_stage.append(f"| {policy} | {name} | {stage} | {seconds} |")
+                    print(by_stage[-1], flush=True)
     return [*whole, "", *by_stage]
 
 

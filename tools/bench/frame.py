@@ -27,7 +27,7 @@ def built(model: str, prompts: int = 16, *overrides: str) -> tuple[RLModule, RLD
     policy.generation_config.eos_token_id = [policy.config.vocab_size + 1]
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     module = module_of(parts, policy, tokenizer, lambda texts: [float(i % 3 == 0) for i in range(len(texts))])
-    return module, data_of(parts, tokenizer, 256)
+    return module, data_of(parts, tokenizer, prompts)  # the same prompts in every step
 
 
 class BareLoop:

@@ -40,7 +40,7 @@ def seconds(prompts: int, iterations: int, **trainer: object) -> list[float]:
     def reward(texts: Texts) -> list[float]:
         return [float(i % 3 == 0) for i in range(len(texts))]
 
-    module, data, watch = module_of(parts, policy, tokenizer, reward), data_of(parts, tokenizer, 256), Watch()
+    module, data, watch = module_of(parts, policy, tokenizer, reward), data_of(parts, tokenizer, prompts), Watch()
     trainer_of(data, iterations + WARM_UP + 1, watch, **trainer).fit(module, datamodule=data)
     return watch.seconds[WARM_UP:]
 
