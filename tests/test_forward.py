@@ -10,13 +10,13 @@ from rlmod.policy import completion_scores
 from rlmod.types import Rollouts
 
 
-def policy(kind=Qwen2Config, **settings):
+def policy(kind=Qwen2Config, attention="sdpa", dtype=torch.float64, **settings):
     torch.manual_seed(0)
     config = kind(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, **settings,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation=settings.get("attn", "sdpa")).double()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
 
 
 def ragged(groups=3, g=4, prompt=11, length=6) -> Rollouts:
@@ -42,7 +42,7 @@ def scores_and_gradients(model, rollouts):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"attn": "eager"}, {"kind": LlamaConfig}, {"tie_word_embeddings": True}],
+    [{}, {"attention": "eager", "dtype": torch.float32}, {"kind": LlamaConfig}, {"tie_word_embeddings": True}],
     ids=["qwen2", "eager", "llama", "tied"],
 )
 @pytest.mark.parametrize("training", [True, False])
