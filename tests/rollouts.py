@@ -25,3 +25,9 @@ def ragged(seed: int = 0, groups: int = 4, g: int = 6, length: int = 9, binary: 
         entropy=entropy.masked_fill(~mask, torch.nan),
         logprobs=logprobs.masked_fill(~mask, torch.nan),
     )
+
+
+def measured(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values of the counted tokens that have one; a single number stands for every token, NaN for none."""
+    counted = values.expand_as(mask)[mask]
+    return counted[~counted.isnan()]

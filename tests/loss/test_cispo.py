@@ -3,8 +3,8 @@ import torch
 
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
-from rlmod.ops import measured
 from tests.loss.test_losses import rows_with
+from tests.rollouts import measured
 
 
 def test_by_hand():

@@ -7,11 +7,11 @@ import torch
 
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
-from rlmod.ops import measured
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts
 from rlmod.weighting.rollout_mean import RolloutMean
 from rlmod.weighting.token_mean import TokenMean
+from tests.rollouts import measured
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rlmod.ops import measured
 from rlmod.penalty.kl import KL
 from rlmod.types import Rollouts
+from tests.rollouts import measured
 
 
 def rows(d: list[list[float]], old: float = 0.0) -> tuple[torch.Tensor, Rollouts]:
