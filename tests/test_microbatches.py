@@ -50,11 +50,10 @@ def model() -> Qwen2ForCausalLM:
 def step(shaper=None) -> Rollouts:
     rows = ragged(3, groups=4, g=4)
     draw = torch.Generator().manual_seed(0)
-    size = (len(rows), 5)
     rows = replace(
         rows,
-        prompt_ids=torch.randint(2, 32, size, generator=draw),
-        prompt_mask=torch.arange(5) >= torch.randint(0, 4, (len(rows), 1), generator=draw),
+        prompt_ids=torch.randint(2, 32, (4, 5), generator=draw)[rows.group],
+        prompt_mask=torch.arange(5) >= torch.randint(0, 4, (4, 1), generator=draw)[rows.group],
         completion_ids=torch.randint(2, 32, rows.mask.shape, generator=draw),
         rewards=rows.rewards.float(),
         entropy=rows.entropy.float(),

@@ -71,7 +71,7 @@ def test_overrides_of_a_run_reach_the_plan():
     assert (guided.own_rows, guided.guide_rows, guided.collected_rows) == (32, 8, 2 * 18 + 2 * 20)
     assert guided.guide is not None
     assert guided.reference is not None
-    assert (guided.guide.shape.layers, guided.guide.width, guided.reference.width) == (64, 2, 4)
+    assert (guided.guide.shape.layers, guided.guide.width, guided.reference.width) == (64, 4, 4)
     assert guided.validation_rows == 32
     assert memory.scores(guided)
     assert (
@@ -101,19 +101,19 @@ def test_an_adapter_that_a_run_saved_names_its_base(tmp_path):
     assert run.adapter == Adapter(rank=4, targets=("q_proj",))
 
 
-VLLM = ("sampler._target_=rlmod.sampler.vllm.VLLM",)
+VLLM = ("sampler=vllm",)
 ENGINES = {
-    "no field": ((), 0.9, False),
-    "a share": (("+sampler.gpu_memory_utilization=0.4",), 0.4, False),
-    "sleeping": (("+sampler.gpu_memory_utilization=0.4", "+sampler.sleep=true"), 0.4, True),
-    "elsewhere": (("+sampler.server=http://other:8000",), 0.0, False),
+    "as it is": (("sampler=vllm",), 0.5, False),
+    "a share": (("sampler=vllm", "sampler.gpu_memory_utilization=0.4"), 0.4, False),
+    "sleeping": (("sampler=vllm", "sampler.gpu_memory_utilization=0.4", "sampler.sleep=true"), 0.4, True),
+    "elsewhere": (("sampler=vllm_server",), 0.0, False),
 }
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_of_its_own_is_told_by_its_fields(name):
     overrides, share, sleeps = ENGINES[name]
-    sampling = planned(*PAPER, *VLLM, *overrides).sampling
+    sampling = planned(*PAPER, *overrides).sampling
     assert (sampling.engine, sampling.share, sampling.sleeps) == (True, share, sleeps)
 
 
@@ -144,7 +144,7 @@ REFUSED = {
     "any length": (["plan.prompt_tokens=null"], ["data.encoder.max_tokens is null", "plan.prompt_tokens=N"]),
     "limit": (["sampler.max_new_tokens=long"], ["sampler.max_new_tokens must be a whole number", "'long'"]),
     "engine's share": (
-        [*VLLM, "+sampler.gpu_memory_utilization=2"],
+        [*VLLM, "sampler.gpu_memory_utilization=2"],
         ["sampler.gpu_memory_utilization must be a share below 1, got 2"],
     ),
     "targets": (
