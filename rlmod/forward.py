@@ -76,8 +76,8 @@ def shared_prompts(policy: nn.Module, rollouts: Rollouts) -> tuple[Int[Tensor, "
 def can_share(policy: nn.Module) -> bool:
     """Whether keys and values say all that later tokens see, and a gradient may go through them.
 
-    Not with a recurrent state or a sliding window, whose cache forgets; not with recomputation, which keeps no cache; and dropout
-    would be drawn once for all rows of a group.
+    Not with a recurrent state or a sliding window, whose cache forgets; not with recomputation, which keeps no cache; dropout would be
+    drawn once for all rows of a group; and a sharded policy reckons with one forward pass for each backward pass.
     """
     config: Any = getattr(policy, "config", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -87,6 +87,7 @@ def can_share(policy: nn.Module) -> bool:
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and not getattr(policy, "is_gradient_checkpointing", False)
         and not (policy.training and has_dropout(policy))
+        and not {kind.__name__ for kind in type(policy).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}
     )
 
 

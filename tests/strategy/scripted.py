@@ -32,7 +32,7 @@ def parity(texts):
 SETTINGS = (
     "debug=short", "sampler._target_=parts.Scripted", "sampler.max_new_tokens=12", "reward._target_=parts.parity",
     "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null", "shaper=token_entropy",
-    "trainer.max_epochs=3", "optimizer.lr=1e-3", "batch.updates=1", "callbacks.completions.every=0",
+    "trainer.max_epochs=3", "optimizer.lr=1e-4", "batch.updates=1", "callbacks.completions.every=0",
     "trainer.accelerator=cpu", "callbacks.checkpoints.every=1", "reference=frozen", "penalty=[kl]", "penalty.kl.weight=0.1",
 )  # fmt: skip
 
@@ -53,13 +53,13 @@ def weights(run: Path, step: int = 3) -> dict[str, torch.Tensor]:
 
 
 def assert_same_steps(run: Path, other: Path, steps: int = 3) -> None:
-    """Metrics, loss, gradient norm and weights, to 1e-5."""
+    """Metrics, loss, gradient norm and weights, to 1e-5: of the gradient norm, which is about 5, a share of so much."""
     mine_alone = measured(run)  # a run that has begun from another's checkpoint has the last steps alone
     for mine, theirs in zip(mine_alone, measured(other)[-len(mine_alone) :], strict=True):
         assert mine.keys() == theirs.keys()
         assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-4)
         for column in ("train/loss", "train/grad_norm", "train/kl"):
-            assert mine[column] == pytest.approx(theirs[column], abs=1e-5), column
+            assert mine[column] == pytest.approx(theirs[column], abs=1e-5, rel=1e-5), column
     expected = weights(other, steps)
     for key, value in weights(run, steps).items():
         torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=0)
