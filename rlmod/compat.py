@@ -2,7 +2,7 @@
 
 import warnings
 
-from rlmod.interfaces import MovingReference
+from rlmod.interfaces import MovingReference, Synced
 from rlmod.parts import Parts
 from rlmod.reference.base import Base
 
@@ -49,6 +49,10 @@ def _check_guide(parts: Parts) -> None:
         )
     if parts.guide is None:
         return
+    if isinstance(getattr(parts.guide, "sampler", None), Synced):
+        raise ValueError(
+            "guide.sampler must be rlmod.sampler.hf.HF: an engine is given the weights of the policy, not those of the guide"
+        )
     if parts.guide.completions_per_prompt == 0 and not parts.zero_reward.active:
         warnings.warn(
             "guide.completions_per_prompt=0 and zero_reward.weight=0: the guide is never asked for anything",

@@ -129,7 +129,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     cli.quiet()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
-    prepare([reward], encoded.problems, tokenizer)
+    prepare([sampler, reward], encoded.problems, tokenizer)
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)
     samples = _sampled(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")

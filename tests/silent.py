@@ -9,3 +9,16 @@ from rlmod.sampler.hf import HF
 class Silent(HF):
     def __call__(self, policy, prompts, seed):
         return replace(super().__call__(policy, prompts, seed), logprobs=None, entropy=None, sampler_logprobs=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(HF):
+    """A sampler that wants to be given weights."""
+
+    max_difference: float = 0.1
+
+    def sync(self, policy):
+        pass
+
+    def rest(self):
+        pass

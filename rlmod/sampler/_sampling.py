@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -77,12 +77,12 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
     length = max(len(completion.tokens) for completion in completions)
     ids = torch.full((rows, length), padding)
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    logprobs = torch.zeros(rows, length)
+    logprobs = torch.zeros(rows, length, dtype=torch.float32)  # under bf16-true torch would make it 16 bits
     for row, completion in enumerate(completions):
         n = len(completion.tokens)
         ids[row, :n], mask[row, :n] = torch.tensor(completion.tokens), True
         if completion.logprobs is not None:
-            logprobs[row, :n] = torch.tensor(completion.logprobs)
+            logprobs[row, :n] = torch.tensor(completion.logprobs, dtype=torch.float32)
     group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
     reported = all(completion.logprobs is not None for completion in completions)
     return Rollouts(
@@ -94,6 +94,11 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
         sampler_logprobs=logprobs.to(device) if reported else None,
         truncated=torch.tensor([not completion.ended for completion in completions], device=device),
     )
+
+
+def as_many(rows: Sequence[Any], number: int) -> Sequence[Any]:
+    """The most likely tokens are the same in every row, and engines give them once."""
+    return [*rows] * (number // len(rows))
 
 
 def prompts_as_lists(prompts: Prompts) -> list[list[int]]:

@@ -20,6 +20,12 @@ HEADER = 8
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and weights as a saved policy has them; an adapter's are added to those that it adapts, which stay as they are."""
+    for config in getattr(policy, "peft_config", {}).values():
+        for setting in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
+            if getattr(config, setting, None):
+                raise ValueError(
+                    f"the policy's adapter has {setting}, which no engine can be given yet; use sampler=hf"
+                )
     merged = {name: layer for name, layer in policy.named_modules() if hasattr(layer, "get_delta_weight")}
     for name, weight in policy.named_parameters():
         if not merged:

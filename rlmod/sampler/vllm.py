@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from rlmod.sampler._sampling import (
     Completion,
+    as_many,
     check_for_vllm,
     draws_from_the_whole,
     ends_of,
@@ -118,7 +119,7 @@ class VLLM:
         ends = ends_of(policy)
         settings = [
             SamplingParams(
-                n=g,
+                n=1 if self.greedy else g,
                 temperature=0.0 if self.greedy else self.temperature,
                 top_p=1.0 if self.greedy else self.top_p,
                 top_k=0 if self.greedy else self.top_k,
@@ -142,7 +143,7 @@ class VLLM:
                 ended=row.finish_reason == "stop",
             )
             for request in requests
-            for row in request.outputs
+            for row in as_many(request.outputs, g)
         ]
         return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
 

@@ -4,10 +4,12 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 from rlmod.sampler._sampling import (
     Completion,
+    as_many,
     check_for_vllm,
     draws_from_the_whole,
     ends_of,
@@ -117,14 +120,14 @@ class VLLMServer:
                 ended=row["finish_reason"] == "stop",
             )
             for answer in answers
-            for row in sorted(answer["choices"], key=lambda row: row["index"])
+            for row in as_many(sorted(answer["choices"], key=lambda row: row["index"]), self.completions_per_prompt)
         ]
         return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
 
     def _asked(self, prompt: list[int], seed: int, ends: list[int]) -> dict[str, Any]:
         return {
             "prompt": prompt,
-            "n": self.completions_per_prompt,
+            "n": 1 if self.greedy else self.completions_per_prompt,
             "max_tokens": self.max_new_tokens,
             "temperature": 0.0 if self.greedy else self.temperature,
             "top_p": 1.0 if self.greedy else self.top_p,
@@ -137,19 +140,36 @@ class VLLMServer:
 
     def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Of all requests. OSError once the server has been silent for too long, however long its answers may take."""
-        pool = ThreadPoolExecutor(min(self.requests, len(asked)))
-        try:
-            pending: list[Future[Any]] = [pool.submit(self._post, "v1/completions", body, None) for body in asked]
-            left = set(pending)
-            while left:
-                done, left = wait(left, timeout=BEAT)
-                for answer in done:
-                    answer.result()
-                if left and not done:
-                    self._awake()
-            return [answer.result() for answer in pending]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        left: SimpleQueue[int] = SimpleQueue()
+        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        for i in range(len(asked)):
+            left.put(i)
+
+        def work() -> None:
+            with suppress(Empty):
+                while True:
+                    i = left.get_nowait()
+                    try:
+                        done.put((i, self._post("v1/completions", asked[i], None)))
+                    except Exception as error:
+                        done.put((i, error))
+
+        # No pool: its threads would be waited for when the process ends, and those of a server that is frozen never end.
+        for _ in range(min(self.requests, len(asked))):
+            Thread(target=work, daemon=True).start()
+        answers: list[Any] = [None] * len(asked)
+        for _ in asked:
+            i, answers[i] = self._next(done)
+            if isinstance(answers[i], Exception):
+                raise answers[i]
+        return answers
+
+    def _next(self, done: "SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
+        while True:
+            try:
+                return done.get(timeout=BEAT)
+            except Empty:
+                self._awake()
 
     def _awake(self) -> None:
         """Waits for a sign of life. ConnectionError where there is none for ``patience`` seconds."""
@@ -172,7 +192,7 @@ class VLLMServer:
         publisher.offer(named_weights(policy), computes_in(policy))
         try:
             self._post("start_weight_update")
-        except HTTPError:  # a trainer before this one died in the midst of it
+        except ConnectionError:  # a trainer before this one died in the midst of it
             self._post("finish_weight_update")
             self._post("start_weight_update")
         self._post("update_weights", {"update_info": {"url": publisher.url}})
@@ -208,13 +228,17 @@ class VLLMServer:
             with urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
             if error.code == 400:
-                raise ValueError(
-                    f"sampler.url={self.url} refuses /{what}: {error.read().decode(errors='replace')}"
-                ) from error
-            raise
-        except HTTPException as error:
-            raise ConnectionError(f"sampler.url={self.url}: /{what} broke off ({error})") from error
+                raise ValueError(f"sampler.url={self.url} refuses /{what}: {said}") from error
+            raise ConnectionError(
+                f"sampler.url={self.url}: /{what} failed ({error.code}: {said}); the server's log says more. It fetches weights from "
+                f"sampler.weights_host={self.weights_host}, which it has to reach"
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise ConnectionError(
+                f"sampler.url={self.url}: /{what} broke off ({getattr(error, 'reason', error)})"
+            ) from error
         return json.loads(text) if text else None
 
 

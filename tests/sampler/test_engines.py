@@ -90,6 +90,33 @@ def test_the_record_of_ragged_completions():
     assert silent.sampler_logprobs is None
 
 
+def test_log_probabilities_stay_whole_where_the_policy_computes_in_16_bits(monkeypatch):
+    prompts = Prompts(
+        ids=torch.tensor([[5]]), mask=torch.tensor([[True]]), problems=(Problem(prompt="a", answer="1", source="x"),)
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rollouts = rollouts_of(prompts, [Completion(tokens=[4], logprobs=[-5.3712], ended=True)], padding=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rollouts.sampler_logprobs.item() == pytest.approx(-5.3712, abs=1e-6)
+
+
+def test_an_adapter_that_cannot_be_handed_over_is_refused():
+    policy = replace(TINY, adapter=LoRA(rank=4)).model(TINY.tokenizer())
+    policy.peft_config["default"].use_dora = True
+    with pytest.raises(ValueError, match="use_dora"):
+        list(named_weights(policy))
+
+
+def test_a_guide_with_an_engine_is_refused(tmp_path, monkeypatch):
+    message = refused(
+        monkeypatch, tmp_path, *SHORT, "guide=policy", "guide.policy.path=strong",
+        "guide.sampler._target_=tests.silent.Engine",
+    )  # fmt: skip
+    assert "guide.sampler must be rlmod.sampler.hf.HF" in message
+
+
 def test_seeds_of_requests_do_not_overlap():
     g = 4
     seeds = [seed_of(2**32 - 3, i * g) + j for i in range(8) for j in range(g)]
@@ -144,6 +171,7 @@ def test_a_torchvision_that_does_not_match_is_named(tmp_path, monkeypatch):
 
 
 def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(HFPolicy, "model", lambda *_: pytest.fail("weights were loaded"))
     message = refused(
         monkeypatch, tmp_path, *SHORT, "sampler=vllm_server", "sampler.url=http://127.0.0.1:9", "sampler.patience=0.5"
     )
