@@ -38,7 +38,7 @@ test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm"
 
 test-vllm: .venv-vllm/.ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/sampler
 
 .venv-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
