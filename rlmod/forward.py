@@ -80,7 +80,8 @@ def can_share(policy: nn.Module) -> bool:
     drawn once for all rows of a group; and a sharded policy reckons with one forward pass for each backward pass.
     """
     config: Any = getattr(policy, "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    slides = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if slides else "full_attention"])
     return (
         kinds == {"full_attention"}
         and not getattr(policy, "_is_stateful", False)

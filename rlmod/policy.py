@@ -154,25 +154,25 @@ def completion_scores(
         logits = completion_logits(policy, rollouts)
         logprobs = token_logprobs(logits, rollouts.completion_ids, temperature) * mask
         return logprobs, ops.entropy(logits, temperature) * mask if entropy else None
-    ids, scores, seen = rollouts.completion_ids[mask], [], []
+    ids, seen = rollouts.completion_ids[mask], []
 
     def scoring(hidden: Tensor) -> Tensor:
         if hidden.shape[1] == 1:  # of prompts alone
             return hidden
-        seen.append(hidden)
-        scores.extend(logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy))
-        return hidden
+        scores = logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy)
+        seen.append(torch.stack([s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores if s is not None]))
+        return seen[0]
 
-    cast(Any, head).forward = scoring  # inside the policy's forward, where a sharded head is whole
+    # Inside the policy's forward, where a sharded head is whole, and out by way of its output, by which the backward pass knows as much.
+    cast(Any, head).forward = scoring
     try:
-        logits = forward.logits(policy, rollouts)
+        scores = forward.logits(policy, rollouts)
     finally:
         del head.forward
-    if logits is not seen[0]:
+    if scores is not seen[0]:
         _CHANGES_LOGITS.add(policy)
         return completion_scores(policy, rollouts, temperature, entropy=entropy)
-    logprobs, entropies = (None if s is None else s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
-    return cast(Tensor, logprobs), entropies
+    return scores[0], scores[1] if entropy else None
 
 
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()

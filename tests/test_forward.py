@@ -72,6 +72,7 @@ def test_a_prompt_is_gone_through_once(monkeypatch):
         (lambda model, rows: (model.gradient_checkpointing_enable(), rows)[1], "no cache is kept"),
         (lambda model, rows: (setattr(model.config, "attention_dropout", 0.1), rows)[1], "one draw for all rows"),
         (lambda model, rows: (setattr(model.config, "layer_types", ["full_attention", "sliding_attention"]), rows)[1], "forgets"),
+        (lambda model, rows: (vars(model.config).update(layer_types=None, sliding_window=4), rows)[1], "forgets as well"),
         (lambda model, rows: (setattr(model.config, "_attn_implementation", "flash_attention_2"), rows)[1], "untried"),
         (lambda model, rows: rows.rows(torch.arange(3)), "one row a prompt"),
         (lambda model, rows: ragged(prompt=11, length=60), "the prompt is next to nothing"),

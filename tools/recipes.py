@@ -55,8 +55,8 @@ def main() -> None:
     rows = []
     for recipe in [*RECIPES, *ON_TINY]:
         done = options.folder / recipe / "result.json"
-        if done.is_file():
-            rows.append(row(recipe, json.loads(done.read_text())))
+        if done.is_file() and (result := json.loads(done.read_text()))["completed"]:
+            rows.append(row(recipe, result))
         elif options.finished:
             rows.append(f"| `{recipe}` | | | | |")
         else:

@@ -47,8 +47,8 @@ def check(sampler: Settings) -> None:
 def check_for_vllm(sampler: Settings) -> None:
     """Besides, what vLLM does not take."""
     check(sampler)
-    if sampler.temperature > 2:
-        raise ValueError(f"sampler.temperature must be at most 2 with vLLM, got {sampler.temperature}")
+    if not 0.01 <= sampler.temperature <= 2:  # below, it takes 0.01
+        raise ValueError(f"sampler.temperature must be from 0.01 to 2 with vLLM, got {sampler.temperature}")
     max_difference = getattr(sampler, "max_difference", 1.0)
     if max_difference <= 0:
         raise ValueError(f"sampler.max_difference must be above 0 nats, got {max_difference}")

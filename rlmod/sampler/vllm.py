@@ -132,7 +132,7 @@ class VLLM:
             for i in range(len(prompts))
         ]
         tokens = [{"prompt_token_ids": ids} for ids in prompts_as_lists(prompts)]
-        with _random_states_kept():
+        with _by_itself():
             requests = self._llm(policy).generate(cast(Any, tokens), settings, use_tqdm=False)
         completions = [
             Completion(
@@ -159,7 +159,7 @@ class VLLM:
             repr(sorted(self.engine.items())),
         )
         if key not in _ENGINES:
-            with _random_states_kept():
+            with _by_itself():
                 _ENGINES[key] = self._started(policy)
         return _ENGINES[key]
 
@@ -286,10 +286,11 @@ def _launched(ranks: int) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """The engine seeds every generator of the process for its own purposes."""
+def _by_itself() -> Iterator[None]:
+    """The engine seeds every generator of the process for its own purposes, and computes in its own precision, not in the trainer's."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    autocast = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), autocast:
         try:
             yield
         finally:

@@ -35,8 +35,14 @@ if TYPE_CHECKING:
 
 _VERSIONS: dict[str, str] = {}
 """Of the weights that each server was last given, by its address."""
+FRESH = "default"
+"""vLLM's version of the weights that a server was started with."""
 BEAT = 5.0
 """Seconds between two looks at the server's health, and the longest that one may take."""
+
+
+class NoSignOfLife(ConnectionError):
+    """The server has had its ``patience``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +113,12 @@ class VLLMServer:
             for i, ids in enumerate(prompts_as_lists(prompts))
         ]
         try:
-            self._send_if_forgotten(policy)
-            answers = self._answers(asked)
+            answers = self._sampled(policy, asked)
+        except NoSignOfLife:
+            raise
         except OSError:
             self._awake()  # the server comes back within its patience, or this raises
-            self._send_if_forgotten(policy)
-            answers = self._answers(asked)
+            answers = self._sampled(policy, asked)
         completions = [
             Completion(
                 tokens=row["token_ids"],
@@ -138,8 +144,14 @@ class VLLMServer:
             "return_token_ids": True,
         }
 
-    def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Of all requests. OSError once the server has been silent for too long, however long its answers may take."""
+    def _sampled(self, policy: "PreTrainedModel", asked: Sequence[Mapping[str, Any]]) -> list[Any]:
+        self._send_if_forgotten(policy)
+        answers = self._answers("v1/completions", asked)
+        self._check_undisturbed()
+        return answers
+
+    def _answers(self, what: str, asked: Sequence[Mapping[str, Any] | None]) -> list[Any]:
+        """To all requests. NoSignOfLife once the server has been silent for too long, however long its answers may take."""
         left: SimpleQueue[int] = SimpleQueue()
         done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         for i in range(len(asked)):
@@ -150,7 +162,7 @@ class VLLMServer:
                 while True:
                     i = left.get_nowait()
                     try:
-                        done.put((i, self._post("v1/completions", asked[i], None)))
+                        done.put((i, self._post(what, asked[i])))
                     except Exception as error:
                         done.put((i, error))
 
@@ -172,7 +184,7 @@ class VLLMServer:
                 self._awake()
 
     def _awake(self) -> None:
-        """Waits for a sign of life. ConnectionError where there is none for ``patience`` seconds."""
+        """Waits for a sign of life. NoSignOfLife where there is none for ``patience`` seconds."""
         started = time.monotonic()
         while True:
             try:
@@ -181,7 +193,7 @@ class VLLMServer:
             except (OSError, HTTPException) as error:
                 if time.monotonic() - started > self.patience:
                     reason = getattr(error, "reason", None) or error
-                    raise ConnectionError(
+                    raise NoSignOfLife(
                         f"sampler.url={self.url}: no answer for {self.patience:.0f} s ({reason}). Start the server with rlmod-serve, with "
                         "this run's policy and sampler; then the same command with output=FOLDER goes on from the last checkpoint"
                     ) from error
@@ -191,18 +203,23 @@ class VLLMServer:
         publisher = _publisher(self.weights_host, self.weights_port)
         publisher.offer(named_weights(policy), computes_in(policy))
         try:
-            self._post("start_weight_update")
+            self._tell("start_weight_update")
+        except NoSignOfLife:
+            raise
         except ConnectionError:  # a trainer before this one died in the midst of it
-            self._post("finish_weight_update")
-            self._post("start_weight_update")
-        self._post("update_weights", {"update_info": {"url": publisher.url}})
+            self._tell("finish_weight_update")
+            self._tell("start_weight_update")
+        self._tell("update_weights", {"update_info": {"url": publisher.url}})
         _VERSIONS[self.url] = secrets.token_hex(8)
-        self._post("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
-        self._post("reset_prefix_cache")
+        self._tell("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
+        self._tell("reset_prefix_cache")
+
+    def _tell(self, what: str, body: Mapping[str, Any] | None = None) -> None:
+        self._answers(what, [body])
 
     def _send_if_forgotten(self, policy: "PreTrainedModel") -> None:
         """A server that was started anew would sample from weights that nobody knows."""
-        if self._get("weight_info")["weight_version"] == _VERSIONS.get(self.url):
+        if self._check_undisturbed() == _VERSIONS.get(self.url):
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConnectionError(
@@ -210,6 +227,16 @@ class VLLMServer:
                 "from the last checkpoint"
             )
         self._send(policy)
+
+    def _check_undisturbed(self) -> str:
+        """The version of the server's weights. ValueError where they are another run's."""
+        version = self._get("weight_info")["weight_version"]
+        if version not in (FRESH, _VERSIONS.get(self.url)):
+            raise ValueError(
+                f"sampler.url={self.url}: another run has given this server its weights while this one sampled; start one for each run, "
+                "rlmod-serve port=..."
+            )
+        return version
 
     def _get(self, what: str) -> Any:
         try:
@@ -220,12 +247,14 @@ class VLLMServer:
                 f"sampler.url={self.url} answers, but not to /{what} ({error.code}): start it with rlmod-serve, which opens vLLM's "
                 "interface for the transfer of weights"
             ) from error
+        except (OSError, HTTPException) as error:
+            raise self._broken_off(what, error) from error
 
-    def _post(self, what: str, body: Mapping[str, Any] | None = None, timeout: float | None = 600.0) -> Any:
+    def _post(self, what: str, body: Mapping[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/{what}", data=data, headers={"Content-Type": "application/json"}, method="POST")
         try:
-            with urlopen(request, timeout=timeout) as answer:
+            with urlopen(request) as answer:  # for as long as it takes: the server's health is watched meanwhile
                 text = answer.read()
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
@@ -236,10 +265,11 @@ class VLLMServer:
                 f"sampler.weights_host={self.weights_host}, which it has to reach"
             ) from error
         except (OSError, HTTPException) as error:
-            raise ConnectionError(
-                f"sampler.url={self.url}: /{what} broke off ({getattr(error, 'reason', error)})"
-            ) from error
+            raise self._broken_off(what, error) from error
         return json.loads(text) if text else None
+
+    def _broken_off(self, what: str, error: Exception) -> ConnectionError:
+        return ConnectionError(f"sampler.url={self.url}: /{what} broke off ({getattr(error, 'reason', error)})")
 
 
 @cache

@@ -19,7 +19,8 @@ class FSDP(FSDPStrategy):
     """As strategy=fsdp2, for what still needs the older implementation.
 
     The policy itself is the root of what is wrapped. It cannot be called with its weights gathered, so that sampling has a copy of it
-    on every rank, brought up to date before each collection. Checkpoints are sharded: a folder with a file a rank.
+    on every rank, in the precision that the layers compute in, brought up to date before each collection.
+    Checkpoints are sharded: a folder with a file a rank.
 
     Source: PyTorch FSDP, arXiv:2304.11277.
     Degenerate: with one rank it computes what strategy=single computes.
@@ -33,7 +34,7 @@ class FSDP(FSDPStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(state_dict_type="sharded", process_group_backend=process_group_backend)
-        self.reduced_precision, self.offload = reduced_precision, cpu_offload
+        self.reduced_precision, self.offload = reduced_precision and getattr(torch, reduced_precision), cpu_offload
         self.copy: nn.Module | None = None
 
     def shard(self, policy: nn.Module) -> nn.Module:
@@ -43,8 +44,8 @@ class FSDP(FSDPStrategy):
         blocks = set(layers(policy))
         settings: dict[str, Any] = {}
         if self.reduced_precision is not None:
-            dtype = getattr(torch, self.reduced_precision)
-            settings["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
+            precision = MixedPrecision(param_dtype=self.reduced_precision, reduce_dtype=torch.float32)
+            settings["mixed_precision"] = precision
         return FullyShardedDataParallel(
             policy,
             auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks),
@@ -57,17 +58,20 @@ class FSDP(FSDPStrategy):
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self._copied(policy, self.reduced_precision)
+
+    def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
+        return self._copied(
+            policy
+        ), None  # its modules have their plain names, by which peft finds an adapter's weights
+
+    def _copied(self, policy: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """``dtype``: of the copy's weights, but not of its buffers; None: as they are trained."""
         assert self.copy is not None
         with FullyShardedDataParallel.summon_full_params(policy, writeback=False), torch.no_grad():
             for mine, value in zip(self.copy.parameters(), policy.parameters(), strict=True):
-                mine.copy_(value)
-        yield self.copy
-
-    def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
-        with self.whole(
-            policy
-        ) as unsharded:  # its modules have their plain names, by which peft finds an adapter's weights
-            return unsharded, None
+                mine.data = value.to(dtype or value.dtype, copy=True)
+        return self.copy
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         assert isinstance(policy, FullyShardedDataParallel)

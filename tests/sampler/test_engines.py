@@ -188,7 +188,8 @@ def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypa
         ("sampler.weights_port=70000", "sampler.weights_port must be from 0 to 65535"),
         ("sampler.max_difference=0", "sampler.max_difference must be above 0"),
         ("sampler.temperature=0", "sampler.temperature must be above 0"),
-        ("sampler.temperature=2.5", "sampler.temperature must be at most 2 with vLLM"),
+        ("sampler.temperature=2.5", "sampler.temperature must be from 0.01 to 2 with vLLM"),
+        ("sampler.temperature=0.001", "sampler.temperature must be from 0.01 to 2 with vLLM"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch, override, part):

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import ended, kill, started, wait_until
-from tests.strategy.scripted import SETTINGS, assert_same_steps, folder_of_runs, measured
+from tests.strategy.scripted import SETTINGS, assert_same_steps, folder_of_runs, measured, weights
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +35,19 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
     assert tokens[0] == tokens[1]
     assert "Traceback" not in output
     assert "recommended to use" not in output
+
+
+@pytest.mark.parametrize("overrides", [("strategy=fsdp",), ("strategy=fsdp2",), STRATEGIES["fsdp"]], ids=" ".join)
+def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(overrides, one, tmp_path):
+    precision = ("trainer.strategy.reduced_precision=bfloat16", "trainer.max_epochs=1", "output=run")
+    ended(started(*SETTINGS, *overrides, *precision, cwd=folder_of_runs(tmp_path)))
+    mine, theirs = measured(tmp_path / "run")[0]["train/grad_norm"], measured(one)[0]["train/grad_norm"]
+    assert mine == pytest.approx(theirs, rel=0.02)
+    assert mine != pytest.approx(theirs, rel=1e-5)  # they did
+    saved = weights(tmp_path / "run", step=1).values()
+    assert any(
+        (weight != weight.bfloat16()).any() for weight in saved
+    )  # and the weights were trained, and saved, in 32
 
 
 @pytest.mark.parametrize(
