@@ -230,7 +230,7 @@ class VLLMServer:
 
     def _check_undisturbed(self) -> str:
         """The version of the server's weights. ValueError where they are another run's."""
-        version = self._get("weight_info")["weight_version"]
+        version: str = self._get("weight_info")["weight_version"]
         if version not in (FRESH, _VERSIONS.get(self.url)):
             raise ValueError(
                 f"sampler.url={self.url}: another run has given this server its weights while this one sampled; start one for each run, "

@@ -175,8 +175,9 @@ def test_the_quickstart_learns_with_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_have_an_engine_each(tmp_path):
-    run = trained("experiment=quickstart", "sampler=vllm", "strategy=ddp", "trainer.devices=2", "trainer.max_epochs=2",
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_two_ranks_have_an_engine_each(strategy, tmp_path):
+    run = trained("experiment=quickstart", "sampler=vllm", f"strategy={strategy}", "trainer.devices=2", "trainer.max_epochs=2",
                   "data.validation.size=32", "sampler.max_difference=1e-4", f"output={tmp_path}")  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     assert "sampler/difference" in (tmp_path / "metrics.csv").read_text()
