@@ -5,6 +5,7 @@ rows of a micro-batch            each prompt once           each row's completio
                                                values       of their prompt, which were copied for each row
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,23 +40,25 @@ def logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"]
         first, prompt_of_row = shared
         done = prompts.shape[1] - 1  # the last prompt token goes with each completion, whose first token it predicts
         cache = DynamicCache(config=cast("PreTrainedModel", policy).config)
-        policy(
-            input_ids=prompts[first, :done],
-            attention_mask=attention[first, :done].long(),
-            position_ids=positions[first, :done],
-            past_key_values=cache,
-            logits_to_keep=1,
-            use_cache=True,
-        )
+        with uncompiled(policy):
+            policy(
+                input_ids=prompts[first, :done],
+                attention_mask=attention[first, :done].long(),
+                position_ids=positions[first, :done],
+                past_key_values=cache,
+                logits_to_keep=1,
+                use_cache=True,
+            )
         cache.batch_select_indices(prompt_of_row)
-    return policy(
-        input_ids=torch.cat([prompts, completions], 1)[:, done:],
-        attention_mask=attention.long(),
-        position_ids=positions[:, done:],
-        past_key_values=cache,
-        logits_to_keep=completions.shape[1] + 1,
-        use_cache=cache is not None,
-    ).logits
+    with nullcontext() if cache is None else uncompiled(policy):
+        return policy(
+            input_ids=torch.cat([prompts, completions], 1)[:, done:],
+            attention_mask=attention.long(),
+            position_ids=positions[:, done:],
+            past_key_values=cache,
+            logits_to_keep=completions.shape[1] + 1,
+            use_cache=cache is not None,
+        ).logits
 
 
 def shared_prompts(policy: nn.Module, rollouts: Rollouts) -> tuple[Int[Tensor, " n"], Int[Tensor, " R"]] | None:
@@ -90,6 +93,24 @@ def can_share(policy: nn.Module) -> bool:
         and not (policy.training and has_dropout(policy))
         and not {kind.__name__ for kind in type(policy).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}
     )
+
+
+def layers(policy: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers says must not be split."""
+    names = set(getattr(policy, "_no_split_modules", None) or ())
+    return [module for module in policy.modules() if type(module).__name__ in names]
+
+
+def compile_layers(policy: nn.Module) -> None:
+    """Each layer by itself, for any number of rows and tokens: all layers share what is compiled for the first."""
+    for layer in layers(policy):
+        layer.compile(dynamic=True)
+
+
+def uncompiled(policy: nn.Module) -> AbstractContextManager[object]:
+    """For passes with a key-value cache, for each of whose lengths and layers the layers would be compiled again."""
+    compiled = any(module._compiled_call_impl is not None for module in policy.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def has_dropout(policy: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
 
+import os
+import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +33,16 @@ class HFPolicy:
     """Of the weights that are trained; mixed precision is trainer.precision."""
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile of each layer, for training and scoring: a start that is slower by a minute, and then faster steps."""
     adapter: Callable[..., Any] | None = None
     """What is trained instead of the weights; null: the weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"policy.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ValueError("policy.compile=true: torch.compile needs a C++ compiler, and there is no g++ or clang++")
         # What can only be a folder is looked for at once: transformers takes seconds to be imported.
         if self.path.startswith(("/", ".", "~")) and not Path(self.location).is_dir():
             raise ValueError(self._cannot("policy", "there is no such folder"))
@@ -102,6 +108,8 @@ class HFPolicy:
         model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.compile:
+            forward.compile_layers(model)
         return model if self.adapter is None else self.adapter(model)
 
     def shape(self) -> "PreTrainedConfig":
@@ -123,7 +131,7 @@ class HFPolicy:
 
         Kept outside of the LightningModule's tree, so that no optimizer and no checkpoint ever sees it.
         """
-        return replace(self, adapter=None).model(self.tokenizer()).eval().requires_grad_(False)
+        return replace(self, adapter=None, compile=False).model(self.tokenizer()).eval().requires_grad_(False)
 
     def _cannot(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

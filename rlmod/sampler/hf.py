@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlmod.forward import uncompiled
 from rlmod.sampler._sampling import check, ends_of
 from rlmod.types import Prompts, Rollouts, concatenate
 
@@ -74,7 +75,7 @@ class HF:
         while len(running) and done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
-            with nothing_but_ends(policy):
+            with nothing_but_ends(policy), uncompiled(policy):
                 sequences = cast(Any, policy).generate(
                     input_ids=ids,
                     attention_mask=attention.long(),

@@ -49,9 +49,3 @@ def check_readable(strategy: object, checkpoint: Path) -> None:
             f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: go on with that one, "
             f"trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint / 'policy'}"
         )
-
-
-def layers(policy: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers says must not be split."""
-    names = set(getattr(policy, "_no_split_modules", None) or ())
-    return [module for module in policy.modules() if type(module).__name__ in names]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-from rlmod.strategy._sharding import layers
+from rlmod.forward import layers
 
 
 class FSDP(FSDPStrategy):
