@@ -8,17 +8,21 @@ draw -> sampler -> guide -> reward -> filter -> enough groups with signal? -> ro
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from rlmod import beside
+from rlmod.beside import Beside
 from rlmod.counts import counted, of_guide
 from rlmod.groups import Drawn, joined, rewarded, texts_of
 from rlmod.interfaces import Guide, Reward, Sampler
+from rlmod.scoring import Scores, score
 from rlmod.types import Prompts, Rollouts, Texts, concatenate
 
 
@@ -119,11 +123,18 @@ class Stages:
     guide that is much like the policy would repeat its completions."""
     times_asked: Iterator[int] = field(default_factory=count)
 
-    def sampled(self, prompts: Prompts, batch: int) -> Rollouts:
-        rollouts = self.sampler(self.policy, prompts, self.seed(batch))
-        if self.guide is None or self.guide.completions_per_prompt == 0:
-            return rollouts
-        return joined(self.scored(rollouts), self.guided(prompts, self.guide.completions_per_prompt))
+    def drawn(self, prompts: Prompts, batch: int, first_group: int) -> Drawn:
+        """Own completions of these prompts and, where it joins every prompt, the guide's; rewarded, beside sampling where that can be."""
+        seed = self.seed(batch)
+        if self.guide is not None and self.guide.completions_per_prompt > 0:
+            own = self.scored(self.sampler(self.policy, prompts, seed))
+            rollouts = joined(own, self.guided(prompts, self.guide.completions_per_prompt))
+            return self.judged(rollouts, prompts, first_group)
+        if not beside.possible(self.sampler, self.reward):
+            return self.judged(self.sampler(self.policy, prompts, seed), prompts, first_group)
+        with closing(Beside(self.reward, prompts.problems, self.decode)) as early:
+            rollouts = cast(Any, self.sampler)(self.policy, prompts, seed, finished=early.take)
+            return self.judged(rollouts, prompts, first_group, early.scores)
 
     def guided(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
         assert self.guide is not None
@@ -132,10 +143,17 @@ class Stages:
         assert rows.truncated is not None
         return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
 
-    def judged(self, rollouts: Rollouts, prompts: Prompts, first_group: int) -> Drawn:
+    def judged(
+        self,
+        rollouts: Rollouts,
+        prompts: Prompts,
+        first_group: int,
+        scores: Callable[[Rollouts, Texts], Scores] | None = None,
+    ) -> Drawn:
         own = self.filter.over == "own"
         threshold = self.filter.threshold
-        return rewarded(rollouts, prompts, first_group, self.decode, self.reward, threshold=threshold, over_own=own)
+        scores = scores or (lambda _, texts: score(self.reward, texts))
+        return rewarded(rollouts, prompts, first_group, self.decode, scores, threshold=threshold, over_own=own)
 
 
 @torch.no_grad()
@@ -161,7 +179,7 @@ def _drawn(stages: Stages, prompts: int) -> list[Drawn]:
     wanted = prompts
     while True:
         drawing = stages.draw(wanted)
-        batches.append(stages.judged(stages.sampled(drawing, len(batches)), drawing, drawn))
+        batches.append(stages.drawn(drawing, len(batches), drawn))
         drawn += len(drawing)
         usable += int(batches[-1].signal.sum())
         rounds = stages.filter.max_generation_batches if stages.filter.dynamic_sampling else 1

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlmod.interfaces import Reward
 from rlmod.ops import group_sum, has_signal
-from rlmod.scoring import score
+from rlmod.scoring import Scores
 from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate
 
 
@@ -63,13 +62,13 @@ def rewarded(
     prompts: Prompts,
     first_group: int,
     decode: Callable[[Rollouts], list[str]],
-    reward: Reward,
+    score: Callable[[Rollouts, Texts], Scores],
     *,
     threshold: float,
     over_own: bool,
 ) -> Drawn:
     texts = read(rollouts, prompts.problems, decode)
-    scores = score(reward, texts)
+    scores = score(rollouts, texts)
     assert rollouts.group is not None
     group, groups = rollouts.group, len(prompts)
     rewards, outcomes = scores.rewards.to(group.device), scores.outcomes.to(group.device)

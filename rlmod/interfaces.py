@@ -8,6 +8,7 @@ dataclasses whose fields are their YAML keys; yours may be a plain function.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -36,6 +37,9 @@ class Sampler(Protocol):
 
         Fills prompt_ids, prompt_mask, completion_ids, mask, group, truncated; and, where the engine can hand them
         over, logprobs, entropy and sampler_logprobs. The same seed and weights give the same rows.
+
+        One that takes ``finished`` besides, a function or None, calls it with the rows of prompts that are done while it goes on with
+        the others: rewards are then worked out beside sampling.
         """
         ...
 
@@ -82,8 +86,17 @@ class Guide(Protocol):
 @runtime_checkable
 class Reward(Protocol):
     def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float]]:
-        """One number a rollout, or a mapping of named terms whose sum is the reward."""
+        """One number a rollout, or a mapping of named terms whose sum is the reward.
+
+        A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked prompt by prompt, in a thread
+        of its own, while other prompts are sampled: what it says of a completion must not depend on other prompts.
+        """
         ...
+
+
+def function_of(component: object) -> object:
+    """What a partial was made of: attributes are the function's."""
+    return function_of(component.func) if isinstance(component, partial) else component
 
 
 @runtime_checkable

@@ -97,7 +97,7 @@ class FullLength(HF):
     """Random tokens up to the limit. By turns a row's prompt and its completion are a token shorter, so that every micro-batch is as
     long as can be and has padding."""
 
-    def __call__(self, policy: Any, prompts: Prompts, seed: int) -> Rollouts:
+    def __call__(self, policy: Any, prompts: Prompts, seed: int, finished: object = None) -> Rollouts:
         group = torch.arange(len(prompts)).repeat_interleave(self.completions_per_prompt)
         rows = len(group)
         completions = torch.randint(3, 90, (rows, self.max_new_tokens), generator=torch.Generator().manual_seed(seed))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlmod.types import Texts
 
@@ -18,6 +19,7 @@ class ExactMatch:
     Needs: completions, answers.
     """
 
+    beside_sampling: ClassVar[bool] = True
     pattern: str | None = None
     """A Python regular expression; null: the whole completion. Flags go inside: ``(?m)^#### (.*)$``."""
     right: float = 1.0

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlmod.types import Texts
 
@@ -19,6 +20,7 @@ class Format:
     Needs: completions.
     """
 
+    beside_sampling: ClassVar[bool] = True
     pattern: str
     """A Python regular expression."""
     right: float = 1.0

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.interfaces import Prepares, Reward
+from rlmod.interfaces import Prepares, Reward, function_of
 from rlmod.reward.overlong import Overlong
 from rlmod.scoring import score
 from rlmod.types import Problem, Texts
@@ -46,6 +46,10 @@ class Grop:
             raise ValueError(f"reward.easy must be above 0.5 and at most 1, got {self.easy}")
         if self.hard == "dapo":
             Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
+
+    @property
+    def beside_sampling(self) -> bool:
+        return getattr(function_of(self.reward), "beside_sampling", False)
 
     @property
     def penalties(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import ClassVar
 
 from rlmod.types import Problem, Texts
 
@@ -42,6 +43,7 @@ class MathVerify:
     Needs: completions, answers.
     """
 
+    beside_sampling: ClassVar[bool] = True
     timeout_seconds: float = 5.0
     """Of one row, by the wall clock."""
 

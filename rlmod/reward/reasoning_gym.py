@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from rlmod.types import Texts
 
@@ -20,6 +20,7 @@ class ReasoningGym:
     Needs: completions, problems of data=reasoning_gym.
     """
 
+    beside_sampling: ClassVar[bool] = True
     pattern: str | None = r"<answer>\s*(.*?)\s*</answer>"
     """Regular expression: group 1 of its last match; null: the whole completion."""
 

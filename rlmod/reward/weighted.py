@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from rlmod.interfaces import Prepares
+from rlmod.interfaces import Prepares, function_of
 from rlmod.scoring import RewardError, score
 from rlmod.types import Problem, Texts
 
@@ -53,6 +53,10 @@ class Weighted:
                 raise ValueError(f"{key}.weight must be a finite number, got {weight!r}")
             if not callable(term["reward"]):
                 raise ValueError(f"{key}.reward must have a _target_, got {term['reward']!r}")
+
+    @property
+    def beside_sampling(self) -> bool:
+        return all(getattr(function_of(term["reward"]), "beside_sampling", False) for term in self.terms.values())
 
     @property
     def penalties(self) -> tuple[str, ...]:

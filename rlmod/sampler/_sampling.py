@@ -1,7 +1,7 @@
 """What every sampler has in common: how it may be set, and the record that it fills from lists of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -94,6 +94,13 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
         sampler_logprobs=logprobs.to(device) if reported else None,
         truncated=torch.tensor([not completion.ended for completion in completions], device=device),
     )
+
+
+def rows_of(prompts: Prompts, number: int, completions: Sequence[Completion], padding: int) -> Rollouts:
+    """Of one prompt, as they stand among those of all."""
+    rows = rollouts_of(prompts.pick([number]), completions, padding)
+    assert rows.group is not None
+    return replace(rows, group=torch.full_like(rows.group, number))
 
 
 def as_many(rows: Sequence[Any], number: int) -> Sequence[Any]:

@@ -1,12 +1,12 @@
 """Sampling with transformers' ``generate``."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlmod.forward import uncompiled
@@ -43,15 +43,24 @@ class HF:
             raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
 
     @torch.no_grad()
-    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
+    def __call__(
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+    ) -> Rollouts:
         group = torch.arange(len(prompts), device=prompts.ids.device).repeat_interleave(self.completions_per_prompt)
         device = prompts.ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            parts = [self._sample(policy, prompts, rows) for rows in group.split(self.rows_per_batch or len(group))]
+            batches = group.split(self.rows_per_batch or len(group))
+            parts = [self._sample(policy, prompts, rows, finished) for rows in batches]
         return concatenate(parts)
 
-    def _sample(self, policy: "PreTrainedModel", prompts: Prompts, group: Int[Tensor, " R"]) -> Rollouts:
+    def _sample(
+        self,
+        policy: "PreTrainedModel",
+        prompts: Prompts,
+        group: Int[Tensor, " R"],
+        finished: Callable[[Rollouts], None] | None,
+    ) -> Rollouts:
         # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
         from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
@@ -64,15 +73,19 @@ class HF:
             )
         ids, attention = prompts.ids[group], prompts.mask[group]
         eos = torch.tensor(ends_of(policy), device=ids.device)
-        rows = len(ids)
-        completion = ids.new_full((rows, self.max_new_tokens), policy.generation_config.pad_token_id)
-        mask = torch.zeros_like(completion, dtype=torch.bool)
-        logprobs = torch.zeros(completion.shape, dtype=torch.float32, device=ids.device)
-        entropy = torch.zeros_like(logprobs)
+        padding = cast(int, policy.generation_config.pad_token_id)
+        record = _Record(prompts, group, self.max_new_tokens, padding)
+        # Prompts whose rows are not all in this batch are never told of.
+        untold = group.bincount(minlength=len(prompts))[group] == self.completions_per_prompt
 
-        running = torch.arange(rows, device=ids.device)
-        cache, done = DynamicCache(config=policy.config), 0
-        while len(running) and done < self.max_new_tokens:
+        def tell(of: Bool[Tensor, " R"]) -> None:
+            if finished is not None and (now := untold & of).any():
+                finished(record.rollouts().rows(now))
+                untold[now] = False
+
+        running = torch.arange(len(ids), device=ids.device)
+        cache = DynamicCache(config=policy.config)
+        while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
             with nothing_but_ends(policy), uncompiled(policy):
@@ -80,37 +93,22 @@ class HF:
                     input_ids=ids,
                     attention_mask=attention.long(),
                     past_key_values=cache,
-                    generation_config=self._generation_config(policy, self.max_new_tokens - done),
+                    generation_config=self._generation_config(policy, self.max_new_tokens - record.done),
                     logits_processor=LogitsProcessorList([last]),
                     stopping_criteria=StoppingCriteriaList([recorder]),
                     synced_gpus=False,  # the policy is whole: ranks need not wait for each other
                 )
             new = sequences[:, ids.shape[1] :]
             ended = (new[..., None] == eos).any(-1)
-            counts = ended.int().cumsum(1) - ended.int() == 0
-            span = slice(done, done + new.shape[1])
-            completion[running, span] = torch.where(counts, new, completion[running, span])
-            mask[running, span] = counts
-            logprobs[running, span] = torch.stack(recorder.logprobs, 1) * counts
-            entropy[running, span] = torch.stack(recorder.entropy, 1) * counts
-            done += new.shape[1]
+            record.note(running, new, ended, torch.stack(recorder.logprobs, 1), torch.stack(recorder.entropy, 1))
             go_on = (~ended.any(1)).nonzero()[:, 0]
             running, ids = running[go_on], sequences[go_on]
             attention = torch.nn.functional.pad(attention[go_on], (0, new.shape[1]), value=True)
             cache.batch_select_indices(go_on)
-        truncated = torch.zeros(rows, dtype=torch.bool, device=ids.device)
-        truncated[running] = True
-        return Rollouts(
-            prompt_ids=prompts.ids[group],
-            prompt_mask=prompts.mask[group],
-            completion_ids=completion[:, :done],
-            mask=mask[:, :done],
-            group=group,
-            logprobs=logprobs[:, :done],
-            entropy=entropy[:, :done],
-            sampler_logprobs=logprobs[:, :done],
-            truncated=truncated,
-        )
+            tell(~torch.isin(group, group[running]))
+        record.truncated[running] = True
+        tell(torch.ones_like(untold))
+        return record.rollouts()
 
     def _generation_config(self, policy: "PreTrainedModel", max_new_tokens: int) -> "GenerationConfig":
         from transformers import GenerationConfig
@@ -123,6 +121,49 @@ class HF:
             max_new_tokens=max_new_tokens,
             eos_token_id=policy.generation_config.eos_token_id,
             pad_token_id=policy.generation_config.pad_token_id,
+        )
+
+
+class _Record:
+    """What has been sampled of some rows: ``done`` tokens so far, or fewer where a row has ended."""
+
+    def __init__(self, prompts: Prompts, group: Int[Tensor, " R"], longest: int, padding: int) -> None:
+        self.prompts, self.group, self.done = prompts, group, 0
+        shape, device = (len(group), longest), group.device
+        self.completion = torch.full(shape, padding, device=device)
+        self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.logprobs, self.entropy = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
+        self.truncated = torch.zeros(len(group), dtype=torch.bool, device=device)
+
+    def note(
+        self,
+        rows: Int[Tensor, " n"],
+        tokens: Int[Tensor, "n new"],
+        ended: Bool[Tensor, "n new"],
+        logprobs: Float[Tensor, "n new"],
+        entropy: Float[Tensor, "n new"],
+    ) -> None:
+        """The next tokens of these rows, up to the first that has ``ended`` one."""
+        counts = ended.int().cumsum(1) - ended.int() == 0
+        span = slice(self.done, self.done + tokens.shape[1])
+        self.completion[rows, span] = torch.where(counts, tokens, self.completion[rows, span])
+        self.mask[rows, span] = counts
+        self.logprobs[rows, span] = logprobs * counts
+        self.entropy[rows, span] = entropy * counts
+        self.done += tokens.shape[1]
+
+    def rollouts(self) -> Rollouts:
+        logprobs = self.logprobs[:, : self.done]
+        return Rollouts(
+            prompt_ids=self.prompts.ids[self.group],
+            prompt_mask=self.prompts.mask[self.group],
+            completion_ids=self.completion[:, : self.done],
+            mask=self.mask[:, : self.done],
+            group=self.group,
+            logprobs=logprobs,
+            entropy=self.entropy[:, : self.done],
+            sampler_logprobs=logprobs,
+            truncated=self.truncated,
         )
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +25,7 @@ from rlmod.sampler._sampling import (
     ends_of,
     prompts_as_lists,
     rollouts_of,
+    rows_of,
     seed_of,
 )
 from rlmod.sampler._weights import Publisher, computes_in, named_weights
@@ -112,11 +113,17 @@ class VLLM:
                 llm.sleep(level=2)  # the weights come anew with the next sync
 
     @torch.no_grad()
-    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
+    def __call__(
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+    ) -> Rollouts:
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
-        g, whole = self.completions_per_prompt, draws_from_the_whole(self)
-        ends = ends_of(policy)
+        g, ends, padding = (
+            self.completions_per_prompt,
+            ends_of(policy),
+            cast(int, policy.generation_config.pad_token_id),
+        )
         settings = [
             SamplingParams(
                 n=1 if self.greedy else g,
@@ -125,27 +132,31 @@ class VLLM:
                 top_k=0 if self.greedy else self.top_k,
                 max_tokens=self.max_new_tokens,
                 seed=None if self.greedy else seed_of(seed, i * g),
-                logprobs=0 if whole else None,
+                logprobs=0 if draws_from_the_whole(self) else None,
                 stop_token_ids=ends,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for i in range(len(prompts))
         ]
-        tokens = [{"prompt_token_ids": ids} for ids in prompts_as_lists(prompts)]
+        answers: dict[int, list[Completion]] = {}
         with _by_itself():
-            requests = self._llm(policy).generate(cast(Any, tokens), settings, use_tqdm=False)
-        completions = [
-            Completion(
-                tokens=row.token_ids,
-                logprobs=[at[token].logprob for at, token in zip(row.logprobs, row.token_ids, strict=True)]
-                if whole
-                else None,
-                ended=row.finish_reason == "stop",
-            )
-            for request in requests
-            for row in as_many(request.outputs, g)
-        ]
-        return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
+            engine = self._llm(policy).llm_engine
+            for i, ids in enumerate(prompts_as_lists(prompts)):
+                engine.add_request(str(i), {"prompt_token_ids": ids}, settings[i])
+            while engine.has_unfinished_requests():
+                for request in engine.step():
+                    i = int(request.request_id)
+                    answers[i] = [*map(self._completion, as_many(request.outputs, g))]
+                    if finished is not None:
+                        finished(rows_of(prompts, i, answers[i], padding))
+        return rollouts_of(prompts, [row for i in range(len(prompts)) for row in answers[i]], padding)
+
+    def _completion(self, row: Any) -> Completion:
+        logprobs = None
+        if draws_from_the_whole(self):
+            logprobs = [at[token].logprob for at, token in zip(row.logprobs, row.token_ids, strict=True)]
+        return Completion(tokens=row.token_ids, logprobs=logprobs, ended=row.finish_reason == "stop")
 
     def _llm(self, policy: "PreTrainedModel") -> Any:
         """The engine, which samplers with the same settings for it share."""

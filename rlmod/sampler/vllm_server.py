@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from rlmod.sampler._sampling import (
     ends_of,
     prompts_as_lists,
     rollouts_of,
+    rows_of,
     seed_of,
 )
 from rlmod.sampler._weights import Publisher, computes_in, named_weights
@@ -106,29 +107,43 @@ class VLLMServer:
         """The server has its own memory."""
 
     @torch.no_grad()
-    def __call__(self, policy: "PreTrainedModel", prompts: Prompts, seed: int) -> Rollouts:
-        ends = ends_of(policy)
-        asked = [
-            self._asked(ids, seed_of(seed, i * self.completions_per_prompt), ends)
+    def __call__(
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+    ) -> Rollouts:
+        ends, padding = ends_of(policy), cast(int, policy.generation_config.pad_token_id)
+        asked = {
+            i: self._asked(ids, seed_of(seed, i * self.completions_per_prompt), ends)
             for i, ids in enumerate(prompts_as_lists(prompts))
-        ]
+        }
+        answers: dict[int, list[Completion]] = {}
+
+        def sampled() -> None:
+            self._send_if_forgotten(policy)
+            for i, answer in self._answers("v1/completions", {i: asked[i] for i in asked.keys() - answers.keys()}):
+                answers[i] = self._completions(answer)
+                if finished is not None:
+                    finished(rows_of(prompts, i, answers[i], padding))
+            self._check_undisturbed()
+
         try:
-            answers = self._sampled(policy, asked)
+            sampled()
         except NoSignOfLife:
             raise
         except OSError:
             self._awake()  # the server comes back within its patience, or this raises
-            answers = self._sampled(policy, asked)
-        completions = [
+            sampled()
+        return rollouts_of(prompts, [row for i in asked for row in answers[i]], padding)
+
+    def _completions(self, answer: Mapping[str, Any]) -> list[Completion]:
+        rows = sorted(answer["choices"], key=lambda row: row["index"])
+        return [
             Completion(
                 tokens=row["token_ids"],
                 logprobs=row["logprobs"]["token_logprobs"] if draws_from_the_whole(self) else None,
                 ended=row["finish_reason"] == "stop",
             )
-            for answer in answers
-            for row in as_many(sorted(answer["choices"], key=lambda row: row["index"]), self.completions_per_prompt)
+            for row in as_many(rows, self.completions_per_prompt)
         ]
-        return rollouts_of(prompts, completions, cast(int, policy.generation_config.pad_token_id))
 
     def _asked(self, prompt: list[int], seed: int, ends: list[int]) -> dict[str, Any]:
         return {
@@ -144,17 +159,11 @@ class VLLMServer:
             "return_token_ids": True,
         }
 
-    def _sampled(self, policy: "PreTrainedModel", asked: Sequence[Mapping[str, Any]]) -> list[Any]:
-        self._send_if_forgotten(policy)
-        answers = self._answers("v1/completions", asked)
-        self._check_undisturbed()
-        return answers
-
-    def _answers(self, what: str, asked: Sequence[Mapping[str, Any] | None]) -> list[Any]:
-        """To all requests. NoSignOfLife once the server has been silent for too long, however long its answers may take."""
+    def _answers(self, what: str, asked: Mapping[int, Mapping[str, Any] | None]) -> Iterator[tuple[int, Any]]:
+        """To all requests, as they come. NoSignOfLife once the server has been silent for too long, however long its answers may take."""
         left: SimpleQueue[int] = SimpleQueue()
         done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        for i in range(len(asked)):
+        for i in asked:
             left.put(i)
 
         def work() -> None:
@@ -169,12 +178,11 @@ class VLLMServer:
         # No pool: its threads would be waited for when the process ends, and those of a server that is frozen never end.
         for _ in range(min(self.requests, len(asked))):
             Thread(target=work, daemon=True).start()
-        answers: list[Any] = [None] * len(asked)
         for _ in asked:
-            i, answers[i] = self._next(done)
-            if isinstance(answers[i], Exception):
-                raise answers[i]
-        return answers
+            i, answer = self._next(done)
+            if isinstance(answer, Exception):
+                raise answer
+            yield i, answer
 
     def _next(self, done: "SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
         while True:
@@ -215,7 +223,8 @@ class VLLMServer:
         self._tell("reset_prefix_cache")
 
     def _tell(self, what: str, body: Mapping[str, Any] | None = None) -> None:
-        self._answers(what, [body])
+        for _ in self._answers(what, {0: body}):
+            pass
 
     def _send_if_forgotten(self, policy: "PreTrainedModel") -> None:
         """A server that was started anew would sample from weights that nobody knows."""

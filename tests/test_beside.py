@@ -1,0 +1,174 @@
+"""Rewards beside sampling: the same numbers as afterwards, from a thread, and of nothing that is not done."""
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+
+from rlmod.beside import Beside, possible
+from rlmod.policy import HFPolicy, completion_texts
+from rlmod.reward.exact_match import ExactMatch
+from rlmod.reward.grop import Grop
+from rlmod.reward.weighted import Weighted
+from rlmod.sampler.hf import HF
+from rlmod.scoring import RewardError, score
+from rlmod.types import Problem, Prompts, Rollouts, Texts
+
+
+def rollouts(groups: int = 4, g: int = 2) -> Rollouts:
+    """Row r is r + 1 tokens long."""
+    rows = torch.arange(groups * g)
+    return Rollouts(
+        prompt_ids=torch.zeros(len(rows), 1, dtype=torch.long),
+        prompt_mask=torch.ones(len(rows), 1, dtype=torch.bool),
+        completion_ids=rows[:, None].repeat(1, len(rows)),
+        mask=torch.arange(len(rows)) <= rows[:, None],
+        group=rows // g,
+        truncated=torch.zeros(len(rows), dtype=torch.bool),
+    )
+
+
+PROBLEMS = [Problem(prompt="", answer=str(i), source=f"p{i}") for i in range(4)]
+
+
+def decode(rows: Rollouts) -> list[str]:
+    assert rows.completion_ids is not None
+    return [str(int(row[0])) for row in rows.completion_ids]
+
+
+def texts(rows: Rollouts) -> Texts:
+    from rlmod.groups import read
+
+    return read(rows, PROBLEMS, decode)
+
+
+@dataclass
+class Lengths:
+    """Terms by which a mixed-up row would show; notes which thread asked for what."""
+
+    beside_sampling: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.asked: list[tuple[bool, list[str]]] = []
+
+    def __call__(self, texts: Texts) -> dict[str, list[float]]:
+        assert texts.lengths is not None
+        self.asked.append((threading.current_thread() is threading.main_thread(), list(texts.completions)))
+        return {
+            "length": [float(n) for n in texts.lengths],
+            "answer": [10.0 * int(p.answer) for p in texts.problems or ()],
+        }
+
+
+def test_the_rewards_are_those_of_all_rows_at_once_whoever_is_done_first():
+    reward, rows = Lengths(), rollouts()
+    assert rows.group is not None
+    beside = Beside(reward, PROBLEMS, decode)
+    beside.take(rows.rows(rows.group == 2))
+    beside.take(rows.rows((rows.group == 0) | (rows.group == 3)))
+    found = beside.scores(rows, texts(rows))
+    beside.close()
+    # Two rows of problem 1 are left: rows 2 and 3, of 3 and 4 tokens.
+    assert [(main, sorted(who)) for main, who in reward.asked] == [
+        (False, ["4", "5"]),
+        (False, ["0", "1", "6", "7"]),
+        (True, ["2", "3"]),
+    ]
+    assert found.rewards.tolist() == [1, 2, 13, 14, 25, 26, 37, 38]
+    expected = score(Lengths(), texts(rows))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_with_nothing_taken_all_is_asked_at_the_end():
+    rows = rollouts()
+    beside = Beside(reward := Lengths(), PROBLEMS, decode)
+    torch.testing.assert_close(beside.scores(rows, texts(rows)), score(Lengths(), texts(rows)))
+    assert len(reward.asked) == 1
+
+
+def test_what_a_reward_raises_in_its_thread_ends_the_collection():
+    def broken(texts: Texts) -> list[float]:
+        raise KeyError("judge")
+
+    rows = rollouts()
+    beside = Beside(broken, PROBLEMS, decode)
+    beside.take(rows)
+    with pytest.raises(RewardError, match="broken raised KeyError: 'judge'"):
+        beside.scores(rows, texts(rows))
+
+
+def test_terms_that_come_and_go_are_refused():
+    def moody(texts: Texts) -> dict[str, list[float]]:
+        return {"long" if len(texts) > 2 else "short": [1.0] * len(texts)}
+
+    rows = rollouts()
+    assert rows.group is not None
+    beside = Beside(moody, PROBLEMS, decode)
+    beside.take(rows.rows(rows.group == 1))
+    with pytest.raises(RewardError, match="different terms for different prompts"):
+        beside.scores(rows, texts(rows))
+
+
+class Silent:
+    completions_per_prompt = 1
+    temperature = 1.0
+
+    def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
+        raise NotImplementedError
+
+
+def plain(texts: Texts) -> list[float]:
+    return [0.0] * len(texts)
+
+
+def declared(texts: Texts, by: float = 1.0) -> list[float]:
+    return [by] * len(texts)
+
+
+declared.beside_sampling = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize(
+    ("reward", "may"),
+    [
+        (ExactMatch(), True),
+        (plain, False),
+        (partial(declared, by=2.0), True),
+        (Grop(reward=ExactMatch(), max_tokens=64, buffer=8), True),
+        (Grop(reward=plain, max_tokens=64, buffer=8), False),
+        (Weighted(terms={"a": {"weight": 1, "reward": ExactMatch()}, "b": {"weight": 1, "reward": declared}}), True),
+        (Weighted(terms={"a": {"weight": 1, "reward": ExactMatch()}, "b": {"weight": 1, "reward": plain}}), False),
+    ],
+)
+def test_who_may(reward, may):
+    assert possible(HF(), reward) is may
+    assert not possible(Silent(), reward)
+
+
+@pytest.mark.parametrize("rows_per_batch", [None, 10], ids=["all at once", "a prompt is split"])
+def test_the_sampler_tells_of_whole_prompts_once_and_as_they_stay(rows_per_batch):
+    tiny = HFPolicy(path="tiny")
+    tokenizer = tiny.tokenizer()
+    policy = tiny.model(tokenizer).eval()
+    problems = tuple(Problem(prompt="", answer="", source="") for _ in range(6))
+    ids = torch.tensor([tokenizer(f"{i}+{i + 1}=")["input_ids"] for i in range(6)])
+    prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems)
+    sampler = HF(completions_per_prompt=4, max_new_tokens=48, rows_per_batch=rows_per_batch)
+    told: list[Rollouts] = []
+    whole = sampler(policy, prompts, 3, finished=told.append)
+    again = sampler(policy, prompts, 3)
+    assert torch.equal(whole.completion_ids, again.completion_ids)
+    groups = [int(g) for rows in told for g in rows.group.unique()]
+    split = set() if rows_per_batch is None else {2}  # rows 8 to 11
+    assert sorted(groups) == sorted({*range(6)} - split)
+    assert len(told) > 1
+    for rows in told:
+        mine = torch.isin(whole.group, rows.group)
+        expected = whole.rows(mine)
+        assert completion_texts(tokenizer, rows) == completion_texts(tokenizer, expected)
+        assert torch.equal(rows.truncated, expected.truncated)
+        assert torch.equal(rows.mask.sum(1), expected.mask.sum(1))
