@@ -13,7 +13,7 @@ from rlmod.policy import SHIPPED, HFPolicy
 from rlmod.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
 from tools import bench_gpu
-from tools.bench import against_trl, components, frame, growth, head, peak, scaling, shaping
+from tools.bench import against_trl, components, frame, growth, head, peak, savings, scaling, shaping
 from tools.bench.__main__ import PAGE, put, tables
 from tools.bench.workload import G, Lengths, Workload
 
@@ -116,6 +116,44 @@ def test_gtpo_and_grpo_take_turns():
     assert len(turns.seconds) == len(turns.bytes) == 2 * (1 + shaping.WARM_UP)
     assert [len(side) for side in turns.pairs(turns.seconds)] == [1, 1]
     assert shaping.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == (2.0, 6.0)
+
+
+def through_a_policy(work) -> int:
+    """Tokens that are embedded while it works."""
+    seen = []
+    count = lambda module, inputs: seen.append(inputs[0].numel()) if isinstance(module, torch.nn.Embedding) else None  # noqa: E731
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    work()
+    hook.remove()
+    return sum(seen)
+
+
+@pytest.mark.slow
+def test_each_saving_spares_tokens_does_the_same_work_and_is_switched_off(monkeypatch):
+    found = list(savings.savings("0.3 M", prompts=4, shrink=8))
+    tokens = [(through_a_policy(saving.with_it), through_a_policy(saving.without)) for saving in found]
+    # Two groups: 2 x (31 + 8 x 9) against 16 x 40; 2 x (7 + 8 x 17) against 16 x 24.
+    assert tokens[:4] == [(206, 640)] * 2 + [(286, 384)] * 2
+    # Lengths 8 to 32 behind prompts of 2. The longest of packs of 8 rows: 32, 26, 20, 13; of packs within 8 x 34 tokens, of 8, 9, 12 and
+    # 3 rows: 32, 26, 19, 10.
+    by_rows, by_tokens = 8 * (34 + 28 + 22 + 15), 8 * 34 + 9 * 28 + 12 * 21 + 3 * 12
+    scores, order, budget, signal, sweep, ended = tokens[4:]
+    assert scores == (by_rows, 2 * by_rows)
+    assert order[0] == by_rows < 0.9 * order[1]
+    assert budget == (by_tokens, by_rows)
+    assert signal[0] < 0.6 * signal[1] == 0.6 * by_rows
+    assert sweep == (2 * by_rows, 2 * by_rows)
+    assert ended[0] < 0.9 * ended[1] == 0.9 * 32 * (2 + 31)
+    monkeypatch.setattr(savings, "savings", lambda *_: found)
+    rows = cells(savings.table(1))[1:]
+    assert [row[0] for row in rows] == [saving.name for saving in found]
+    assert all(float(row[2]) > 0 and row[-1] == "1" for row in rows)
+
+
+def test_a_saving_that_changes_the_result_is_no_saving():
+    one, other = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.01])
+    with pytest.raises(ValueError, match="made up: with and without differ by 5e-03"):
+        savings.Saving("made up", "anywhere", lambda: other, lambda: one).row(1)
 
 
 def test_the_frame_the_head_and_the_rows_have_their_tables():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from tools.bench import against_trl, components, frame, growth, head, scaling, shaping
+from tools.bench import against_trl, components, frame, growth, head, savings, scaling, shaping
 from tools.bench.setting import quiet
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -21,6 +21,7 @@ def tables(trl: str | None, repetitions: int) -> dict[str, Callable[[], list[str
         **({} if trl is None else {"trl": lambda: against_trl.table(trl, repetitions)}),
         "frame": lambda: frame.table(repetitions),
         "shaping": lambda: shaping.table(repetitions),
+        "savings": lambda: savings.table(repetitions),
         "components": lambda: components.table(repetitions),
         "growth": lambda: growth.table(repetitions),
         "scaling": lambda: scaling.table(repetitions),

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -89,11 +89,15 @@ def against_bare(model: str, repetitions: int, prompts: int) -> str:
     module, data = built(model, prompts)
     pairs = Pairs(BareLoop(module, data, 2))
     trainer_of(data, repetitions + 3, pairs).fit(module, datamodule=data)
-    ours, theirs = pairs.ours[2:], pairs.theirs[2:]  # without the warm-up
+    return f"| {model} | {compared(pairs.ours[2:], pairs.theirs[2:])} | 1.10 |"  # without the warm-up
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Both medians in ms, the ratio's median and range pair by pair, and how many pairs: five cells of a table."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return (
-        f"| {model} | {1000 * statistics.median(ours):.0f} | {1000 * statistics.median(theirs):.0f} "
-        f"| **{statistics.median(ratios):.3f}** | {min(ratios):.3f} to {max(ratios):.3f} | {len(ratios)} | 1.10 |"
+        f"{1000 * statistics.median(ours):.0f} | {1000 * statistics.median(theirs):.0f} "
+        f"| **{statistics.median(ratios):.3f}** | {min(ratios):.3f} to {max(ratios):.3f} | {len(ratios)}"
     )
 
 

@@ -72,6 +72,17 @@ class Lengths(LogitsProcessor):
         return scores
 
 
+def prescribe(policy: Any, lengths: Lengths) -> None:
+    """From here on the policy's completions have these lengths."""
+    generate = policy.generate
+
+    def prescribed(*arguments: Any, logits_processor: Any = (), **settings: Any) -> Any:
+        processors = LogitsProcessorList([*logits_processor, lengths])
+        return generate(*arguments, logits_processor=processors, **settings)
+
+    policy.generate = prescribed
+
+
 class Steps:
     """One step of training for every line on stdin; its CPU seconds, by stage, on stdout."""
 
@@ -91,13 +102,8 @@ class Steps:
         policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         eos = policy.generation_config.eos_token_id
         self.lengths = Lengths(self.workload.lengths, eos[0] if isinstance(eos, list) else eos)
-        generate = self.timed("generate", policy.generate)
-
-        def prescribed(*arguments: Any, logits_processor: Any = (), **settings: Any) -> Any:
-            processors = LogitsProcessorList([*logits_processor, self.lengths])
-            return generate(*arguments, logits_processor=processors, **settings)
-
-        policy.generate = prescribed
+        policy.generate = self.timed("generate", policy.generate)
+        prescribe(policy, self.lengths)
         return policy
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:

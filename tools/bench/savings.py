@@ -1,0 +1,199 @@
+"""What each saving of a step gains: the same work with and without it, in turn, on random tokens; both must give the same numbers."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod import forward, loader
+from rlmod.packing import packs
+from rlmod.policy import completion_logprobs
+from rlmod.sampler import _recorder
+from rlmod.sampler.hf import HF
+from rlmod.types import Problem, Prompts, Rollouts
+from tools.bench.frame import MODELS, built, compared
+from tools.bench.growth import Ready, taken
+from tools.bench.setting import trainer_of
+from tools.bench.workload import LONGEST, G, Lengths, Workload, prescribe
+
+Work = Callable[[], Float[Tensor, " n"]]
+TOLERANCE = 1e-4
+"""How far apart the results may be, against their own size: float32 added up in another order."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    name: str
+    setting: str
+    with_it: Work
+    without: Work
+
+    def row(self, repetitions: int) -> str:
+        results: list[Tensor] = []
+        sides = [lambda w=work: results.append(w()) for work in (self.with_it, self.without)]
+        seconds = [[taken(side) for side in sides] for _ in range(repetitions + 1)][1:]  # without the warm-up
+        apart = float((results[0] - results[1]).norm() / results[1].norm())
+        if not apart <= TOLERANCE:
+            raise ValueError(f"{self.name}: with and without differ by {apart:.0e}: this is not the same work")
+        return f"| {self.name} | {self.setting} | {compared(*zip(*seconds, strict=True))} |"
+
+
+def off(work: Work, owner: object, name: str, value: object) -> Work:
+    """The work while ``owner.name`` is another: the saving is switched off."""
+
+    def without() -> Tensor:
+        with patch.object(owner, name, value):
+            return work()
+
+    return without
+
+
+class Step:
+    """A step on rollouts that are there already and come unscored, as from an engine. No optimizer: each time the policy is the same."""
+
+    def __init__(self, workload: Workload, model: str, prompt: int) -> None:
+        self.module, self.data = built(model, workload.prompts, f"batch.micro_batch={workload.micro_batch}")
+        self.module.trainer = self.data.trainer = trainer_of(self.data, 1)
+        self.module.trainer.strategy.connect(self.module)
+        self.module.reward = lambda texts: list(workload.rewards)
+        self.rollouts = rollouts_of(workload, prompt, self.module.policy)
+
+    def __call__(self) -> Float[Tensor, " parameters"]:
+        """Collection but for sampling, forward and backward passes; the gradient."""
+        self.module.zero_grad()
+        self.module.sampler = Ready(self.rollouts)
+        for place, batch in enumerate(self.data.train_dataloader()):
+            if (loss := self.module.training_step(batch, place)) is not None:
+                loss.backward()
+        return torch.cat([p.grad.flatten() for p in self.module.policy.parameters() if p.grad is not None])
+
+    def scored(self, *sweeps: dict[str, Any]) -> Float[Tensor, " scores"]:
+        """Sweeps over the rollouts, one behind the other; all scores."""
+        rollouts = self.rollouts
+        with torch.no_grad(), self.module.evaluating() as policy:
+            for sweep in sweeps:
+                rollouts = self.module.scored(policy, rollouts, **sweep)
+        scores = (rollouts.logprobs, rollouts.entropy, rollouts.reference_logprobs)
+        return torch.cat([score.flatten() for score in scores if score is not None])
+
+
+def rollouts_of(workload: Workload, prompt: int, policy: Any) -> Rollouts:
+    draw, vocabulary = torch.Generator().manual_seed(0), policy.config.vocab_size
+    lengths = torch.tensor(workload.lengths)
+    rows, longest = len(lengths), int(lengths.max())
+    group = torch.arange(rows) // G
+    return Rollouts(
+        prompt_ids=torch.randint(vocabulary, (workload.prompts, prompt), generator=draw)[group],
+        prompt_mask=torch.ones(rows, prompt, dtype=torch.bool), group=group,
+        completion_ids=torch.randint(vocabulary, (rows, longest), generator=draw),
+        mask=torch.arange(longest) < lengths[:, None], truncated=torch.zeros(rows, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def even(prompts: int, length: int) -> Workload:
+    rewards = tuple(float(row % 2) for row in range(prompts * G))
+    return Workload(name="even", lengths=(length,) * len(rewards), rewards=rewards, micro_batch=G)
+
+
+def shared_prompts(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
+    for prompt, completion in ((256, 64), (64, 128)):
+        prompt, completion = prompt // shrink, completion // shrink
+        step = Step(even(prompts // 2, completion), model, prompt)
+        setting = f"prompts {prompt}, completions {completion}"
+        for what, work in (("training", step), ("scoring", partial(step.scored, {}))):
+            alone = off(work, forward, "can_share", lambda policy: False)
+            yield Saving("prompt gone through once a group", f"{what}; {setting}", work, alone)
+
+
+def shuffled(rollouts: Rollouts, rows: int, tokens: int | None = None) -> tuple[Tensor, ...]:
+    return torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(0)).split(rows)
+
+
+def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Saving]:
+    half = Workload.of("ragged", prompts, G, longest)
+    step = Step(replace(half, rewards=even(prompts, 1).rewards), model, prompt)
+    ragged = f"completions {min(half.lengths)} to {longest}"
+    always = replace(step.module.batch, score="always")
+    scoring = off(step, step.module, "batch", always)
+    yield Saving("pi_old's scores not taken", f"collection and training; {ragged}", step, scoring)
+    yield Saving("rows sorted by length", f"training; {ragged}", step, off(step, loader, "packs", shuffled))
+    lengths = torch.tensor(half.lengths)
+    largest = max(len(pack) * (prompt + int(lengths[pack].max())) for pack in packs(step.rollouts, G))
+    numbers = [len(list(packs(step.rollouts, *limits))) for limits in ((G * prompts, largest), (G,))]
+    by_tokens = replace(step.data.batch, micro_batch=G * prompts, micro_batch_tokens=largest)
+    cut = f"training; {ragged}, {numbers[0]} packs of at most {largest} tokens against {numbers[1]} of {G} rows"
+    yield Saving("packs by tokens", cut, off(step, step.data, "batch", by_tokens), step)
+    step = Step(half, model, prompt)
+    setting = f"training; {ragged}, half of the groups without"
+    yield Saving("rows without signal left out", setting, step, off(step, step.data, "every_row", True))
+
+
+def one_sweep(model: str, prompts: int, longest: int, prompt: int) -> Saving:
+    workload = Workload.of("ragged", prompts, G, longest)
+    step = Step(workload, model, prompt)
+    frozen = copy.deepcopy(step.module.policy).eval()
+
+    def reference(policy: object, rollouts: Rollouts, temperature: float) -> Tensor:
+        return completion_logprobs(frozen, rollouts, temperature)
+
+    return Saving(
+        "policy and reference in one sweep",
+        f"scoring; completions {min(workload.lengths)} to {longest}",
+        partial(step.scored, {"reference": reference}),
+        partial(step.scored, {}, {"own": False, "reference": reference}),
+    )
+
+
+class UntilTheLast(_recorder.Recorder):
+    """Never interrupts ``generate``, which ends by itself when all rows have."""
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.zeros_like(super().__call__(input_ids, scores))
+
+
+def sampling(model: str, prompts: int, longest: int, prompt: int) -> Saving:
+    """Only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
+    workload = Workload.of("ragged", prompts, G, longest)
+    module, _ = built(model, 1)
+    policy: Any = module.policy.eval()
+    eos: Any = module.tokenizer.eos_token_id
+    policy.generation_config.eos_token_id = [eos]
+    lengths = Lengths(workload.lengths, eos)
+    prescribe(policy, lengths)
+    ids = torch.randint(policy.config.vocab_size, (prompts, prompt), generator=torch.Generator().manual_seed(0))
+    problems = (Problem(prompt="", answer="", source="random tokens"),) * prompts
+    given = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems)
+    sampler = HF(completions_per_prompt=G, max_new_tokens=longest)
+
+    def work() -> Tensor:
+        lengths.start()
+        mask: Any = sampler(policy, given, 0).mask
+        return mask.sum(1).float()
+
+    setting = f"sampling; completions {min(workload.lengths)} to {longest}"
+    return Saving("ended rows left out", setting, work, off(work, _recorder, "Recorder", UntilTheLast))
+
+
+def savings(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
+    longest, prompt = LONGEST // shrink, 16 // shrink
+    yield from shared_prompts(model, prompts, shrink)
+    yield from of_a_step(model, prompts, longest, prompt)
+    yield one_sweep(model, prompts, longest, prompt)
+    yield sampling(model, prompts, longest, prompt)
+
+
+def table(repetitions: int, model: str = MODELS[1], prompts: int = 4, shrink: int = 1) -> list[str]:
+    return [
+        "| saving | setting | with, ms | without, ms | ratio, median | range | pairs |",
+        "|---|---|---|---|---|---|---|",
+        *(saving.row(repetitions) for saving in savings(model, prompts, shrink)),
+        "",
+        f"A policy of {model} parameters, float32. {prompts} groups of {G}, prompts of {16 // shrink} tokens; {prompts // 2} groups where "
+        f"others are named. Packs of {G} rows.",
+    ]
