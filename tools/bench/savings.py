@@ -1,19 +1,22 @@
 """What each saving of a step gains: the same work with and without it, in turn, on random tokens; both must give the same numbers."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod import forward, loader
+from rlmod import beside, forward, loader
+from rlmod.collect import Filter, Stages, ZeroReward, collect
 from rlmod.packing import packs
-from rlmod.policy import completion_logprobs
+from rlmod.policy import completion_logprobs, completion_texts
+from rlmod.reward.math_verify import MathVerify
 from rlmod.sampler import _recorder
 from rlmod.sampler.hf import HF
 from rlmod.types import Problem, Prompts, Rollouts
@@ -33,11 +36,14 @@ class Saving:
     setting: str
     with_it: Work
     without: Work
+    clock: Callable[[], float] = time.process_time
 
     def row(self, repetitions: int) -> str:
         results: list[Tensor] = []
         sides = [lambda w=work: results.append(w()) for work in (self.with_it, self.without)]
-        seconds = [[taken(side) for side in sides] for _ in range(repetitions + 1)][1:]  # without the warm-up
+        seconds = [[taken(side, self.clock) for side in sides] for _ in range(repetitions + 1)][
+            1:
+        ]  # without the warm-up
         apart = float((results[0] - results[1]).norm() / results[1].norm())
         if not apart <= TOLERANCE:
             raise ValueError(f"{self.name}: with and without differ by {apart:.0e}: this is not the same work")
@@ -134,6 +140,18 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     yield Saving("rows without signal left out", setting, step, off(step, step.data, "every_row", True))
 
 
+def compiled(model: str, prompts: int, longest: int, prompt: int) -> Saving:
+    workload = Workload.of("ragged", prompts, G, longest)
+    step = Step(replace(workload, rewards=even(prompts, 1).rewards), model, prompt)
+    forward.compile_layers(step.module.policy)
+
+    def plain() -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return step()
+
+    return Saving("layers compiled", f"training; completions {min(workload.lengths)} to {longest}", step, plain)
+
+
 def one_sweep(model: str, prompts: int, longest: int, prompt: int) -> Saving:
     workload = Workload.of("ragged", prompts, G, longest)
     step = Step(workload, model, prompt)
@@ -157,8 +175,8 @@ class UntilTheLast(_recorder.Recorder):
         return torch.zeros_like(super().__call__(input_ids, scores))
 
 
-def sampling(model: str, prompts: int, longest: int, prompt: int) -> Saving:
-    """Only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
+def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Saving]:
+    """Of the first only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
     workload = Workload.of("ragged", prompts, G, longest)
     module, _ = built(model, 1)
     policy: Any = module.policy.eval()
@@ -167,17 +185,30 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Saving:
     lengths = Lengths(workload.lengths, eos)
     prescribe(policy, lengths)
     ids = torch.randint(policy.config.vocab_size, (prompts, prompt), generator=torch.Generator().manual_seed(0))
-    problems = (Problem(prompt="", answer="", source="random tokens"),) * prompts
-    given = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems)
-    sampler = HF(completions_per_prompt=G, max_new_tokens=longest)
+    problems = (Problem(prompt="", answer="7", source="random tokens"),) * prompts
+    stages = Stages(
+        policy=policy, decode=partial(completion_texts, module.tokenizer), scored=lambda rows: rows, guide=None,
+        draw=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
+        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=MathVerify(), filter=Filter(),
+        zero_reward=ZeroReward(), seed=lambda *_: 0,
+    )  # fmt: skip
 
-    def work() -> Tensor:
+    def sampled() -> Tensor:
         lengths.start()
-        mask: Any = sampler(policy, given, 0).mask
+        mask: Any = stages.sampler(policy, stages.draw(prompts), 0).mask
         return mask.sum(1).float()
 
-    setting = f"sampling; completions {min(workload.lengths)} to {longest}"
-    return Saving("ended rows left out", setting, work, off(work, _recorder, "Recorder", UntilTheLast))
+    def rewarded() -> Tensor:
+        lengths.start()
+        rewards: Any = collect(stages, prompts=prompts, room=0).rollouts.rewards
+        return 1.0 + rewards
+
+    setting = f"completions {min(workload.lengths)} to {longest}"
+    until_the_last = off(sampled, _recorder, "Recorder", UntilTheLast)
+    yield Saving("ended rows left out", f"sampling; {setting}", sampled, until_the_last)
+    afterwards = off(rewarded, beside, "possible", lambda *_: False)
+    setting = f"sampling and `math_verify`, by the clock; {setting}"
+    yield Saving("reward beside sampling", setting, rewarded, afterwards, time.perf_counter)
 
 
 def savings(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
@@ -185,7 +216,8 @@ def savings(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
     yield from shared_prompts(model, prompts, shrink)
     yield from of_a_step(model, prompts, longest, prompt)
     yield one_sweep(model, prompts, longest, prompt)
-    yield sampling(model, prompts, longest, prompt)
+    yield from sampling(model, prompts, longest, prompt)
+    yield compiled(model, prompts, longest, prompt)
 
 
 def table(repetitions: int, model: str = MODELS[1], prompts: int = 4, shrink: int = 1) -> list[str]:
