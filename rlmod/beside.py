@@ -48,7 +48,7 @@ class Beside:
             raise RewardError(f"the reward returned different terms for different prompts: {sorted(names)}")
 
         def together(values: Sequence[Tensor]) -> Tensor:
-            whole = torch.empty(len(rollouts))
+            whole = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true torch would make it 16 bits
             for rows, part in zip(places, values, strict=True):
                 whole[rows] = part
             return whole
