@@ -1,8 +1,10 @@
 """Rewards worked out beside sampling: in a thread, for prompts whose completions have ended, while the others' are being drawn."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from inspect import signature
+from queue import SimpleQueue
+from threading import Thread
 
 import torch
 from jaxtyping import Int
@@ -25,14 +27,17 @@ class Beside:
 
     def __init__(self, reward: Reward, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> None:
         self.reward, self.problems, self.decode = reward, problems, decode
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self.asked: list[tuple[Int[Tensor, " groups"], Future[Scores]]] = []
+        self.questions: SimpleQueue[tuple[Texts, Future[Scores]] | None] = SimpleQueue()
+        # No pool: its thread would be waited for when the process ends, and a judge that hangs never ends.
+        Thread(target=self._answer, daemon=True, name="reward").start()
 
     def take(self, rows: Rollouts) -> None:
         """All rows of some prompts, in the order that they have among all rows."""
         assert rows.group is not None
         texts = read(rows, self.problems, self.decode)
-        self.asked.append((rows.group.unique(), self.thread.submit(score, self.reward, texts)))
+        self.asked.append((rows.group.unique(), Future()))
+        self.questions.put((texts, self.asked[-1][1]))
 
     def scores(self, rollouts: Rollouts, texts: Texts) -> Scores:
         """Of all rows; those that were not taken before are asked for now. RewardError where answers name different terms."""
@@ -60,4 +65,16 @@ class Beside:
         )
 
     def close(self) -> None:
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        for _, answer in self.asked:
+            answer.cancel()
+        self.questions.put(None)
+
+    @torch.no_grad()  # which is each thread's own
+    def _answer(self) -> None:
+        while (question := self.questions.get()) is not None:
+            texts, answer = question
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(score(self.reward, texts))
+                except BaseException as error:
+                    answer.set_exception(error)

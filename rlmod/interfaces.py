@@ -89,7 +89,8 @@ class Reward(Protocol):
         """One number a rollout, or a mapping of named terms whose sum is the reward.
 
         A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked prompt by prompt, in a thread
-        of its own, while other prompts are sampled: what it says of a completion must not depend on other prompts.
+        of its own, while other prompts are sampled: what it says of a completion must not depend on other prompts, nor may it draw from the
+        process's random generators, from which sampling draws.
         """
         ...
 
@@ -111,7 +112,7 @@ class MovingReference(Reference, Protocol):
     """A reference that follows the policy, and whose weights are in the run's checkpoint."""
 
     def update(self, policy: nn.Module) -> None:
-        """Called after every collection has been trained on."""
+        """Called after every collection has been trained on, on every rank; the weights may be DTensors."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...

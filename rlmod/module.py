@@ -50,7 +50,7 @@ from rlmod.resume import check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
-from rlmod.strategy._sharding import Sharding, whole
+from rlmod.strategy._sharding import Sharding, exact, whole
 from rlmod.types import Prompts, Rollouts, concatenate
 
 
@@ -241,8 +241,7 @@ class RLModule(L.LightningModule):
         means = {f"train/{name}": total / count for name, (total, count) in measured.items() if count}
         self.log_dict({**self.collected.metrics, "train/loss": loss / steps, **means}, batch_size=1)
         if isinstance(self.reference, MovingReference):
-            with self.evaluating() as policy:
-                self.reference.update(policy)
+            self.reference.update(exact(self.trainer.strategy, self.policy))
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []

@@ -2,11 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -152,38 +153,58 @@ def completion_scores(
 ) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"] | None]:
     """The log-probability of each completion token, and the entropy of the distribution it is drawn from; 0 off the mask.
 
-    Only counted tokens are looked at, and their logits are never whole: the policy's head is made to hand over what becomes of them. A
-    model that does something to its logits behind the head (a cap, a scale) shows by it that its logits are needed.
+    Only counted tokens are looked at, and their logits are never whole: the policy's head is made to hand over what becomes of them. Of a
+    model that does something to its logits behind the head (a cap, a scale: Gemma 2, Cohere, Granite) they are whole.
     """
     assert rollouts.completion_ids is not None
     mask = torch.ones_like(rollouts.completion_ids, dtype=torch.bool) if rollouts.mask is None else rollouts.mask
-    head = cast(Any, policy).get_output_embeddings()
-    if policy in _CHANGES_LOGITS or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+    if not _hands_over_hidden(policy, rollouts):
         logits = completion_logits(policy, rollouts)
         logprobs = token_logprobs(logits, rollouts.completion_ids, temperature) * mask
         return logprobs, ops.entropy(logits, temperature) * mask if entropy else None
-    ids, seen = rollouts.completion_ids[mask], []
+    head = cast(Any, policy).get_output_embeddings()
+    ids = rollouts.completion_ids[mask]
 
     def scoring(hidden: Tensor) -> Tensor:
         if hidden.shape[1] == 1:  # of prompts alone
             return hidden
         scores = logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy)
-        seen.append(torch.stack([s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores if s is not None]))
-        return seen[0]
+        return torch.stack([s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores if s is not None])
 
     # Inside the policy's forward, where a sharded head is whole, and out by way of its output, by which the backward pass knows as much.
-    cast(Any, head).forward = scoring
-    try:
+    with _head_replaced(head, scoring):
         scores = forward.logits(policy, rollouts)
-    finally:
-        del head.forward
-    if scores is not seen[0]:
-        _CHANGES_LOGITS.add(policy)
-        return completion_scores(policy, rollouts, temperature, entropy=entropy)
     return scores[0], scores[1] if entropy else None
 
 
-_CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
+def _hands_over_hidden(policy: nn.Module, rollouts: Rollouts) -> bool:
+    """Whether what the head returns is what the policy returns, and the head is linear: found out once, with one row."""
+    if policy not in _HANDS_OVER_HIDDEN:
+        head, returned = cast(Any, policy).get_output_embeddings(), []
+
+        def first(hidden: Tensor) -> Tensor:
+            returned.append(hidden[..., :1])
+            return returned[-1]
+
+        linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+        found = None
+        if linear and head.weight.is_floating_point():
+            with torch.no_grad(), _head_replaced(head, first):
+                found = forward.logits(policy, rollouts.rows(slice(0, 1)))
+        _HANDS_OVER_HIDDEN[policy] = bool(returned) and found is returned[-1]
+    return _HANDS_OVER_HIDDEN[policy]
+
+
+_HANDS_OVER_HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def _head_replaced(head: nn.Linear, by: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    cast(Any, head).forward = by
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:

@@ -60,6 +60,9 @@ def test_shared_or_not_the_numbers_are_the_same(settings, training, monkeypatch)
 
 def test_a_prompt_is_gone_through_once(monkeypatch):
     model, rollouts = policy(), ragged()
+    completion_scores(
+        model, rollouts.rows(slice(0, 1)), 1.0
+    )  # the first time it is tried out whether scores may leave by the head
     sizes = []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True)
     completion_scores(model, rollouts, 1.0)

@@ -123,4 +123,53 @@ def test_a_model_that_caps_its_logits_is_asked_for_them():
         logprobs, entropy = completion_scores(model, rows(), 1.0)
         torch.testing.assert_close(logprobs, ops.token_logprobs(logits, rows().completion_ids) * rows().mask)
         torch.testing.assert_close(entropy, ops.entropy(logits) * rows().mask)
-    assert model in policy._CHANGES_LOGITS
+    assert not policy._HANDS_OVER_HIDDEN[model]
+
+
+class Cosine(nn.Linear):
+    """A head that is more than its matrix."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.normalize(input, dim=-1))
+
+
+def cosine(model):
+    head = Cosine(*reversed(model.lm_head.weight.shape), bias=False)
+    head.weight = model.lm_head.weight
+    model.set_output_embeddings(head)
+
+
+def hooked(model):
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(2 * hidden)
+
+
+def unused(model):
+    whole = model.forward
+
+    def forward(input_ids, **settings):
+        out = whole(input_ids=input_ids, **settings, output_hidden_states=True)
+        out.logits = out.hidden_states[-1][:, -settings["logits_to_keep"] :] @ model.lm_head.weight.T
+        return out
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("change", [cosine, hooked, unused])
+def test_a_head_that_is_not_the_plain_one_is_asked_for_logits_too(change):
+    specification = HFPolicy(path="tiny")
+    model = specification.model(specification.tokenizer()).eval()
+    change(model)
+    forward = vars(model.lm_head).get("forward")
+    expected = ops.token_logprobs(completion_logits(model, rows()), rows().completion_ids) * rows().mask
+    for _ in range(2):
+        torch.testing.assert_close(completion_scores(model, rows(), 1.0)[0], expected)
+    assert vars(model.lm_head).get("forward") is forward
+
+
+def test_what_is_tried_first_leaves_no_cast_weights_without_gradients_behind():
+    specification = HFPolicy(path="tiny")
+    model = specification.model(specification.tokenizer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        completion_scores(model, rows(), 1.0)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "proj" in name)

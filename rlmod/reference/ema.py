@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlmod.policy import HFPolicy, completion_logprobs
 from rlmod.types import Problem, Rollouts
@@ -44,6 +45,7 @@ class EMA:
     @torch.no_grad()
     def update(self, policy: nn.Module) -> None:
         for average, value in zip(self.model.parameters(), policy.parameters(), strict=True):
+            value = value.full_tensor() if isinstance(value, DTensor) else value
             average.lerp_(value.to(average), 1 - self.decay)
 
     def state_dict(self) -> Mapping[str, Tensor]:

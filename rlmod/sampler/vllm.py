@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -139,17 +140,21 @@ class VLLM:
             )
             for i in range(len(prompts))
         ]
+        names = [str(next(_NAMES)) for _ in settings]
         answers: dict[int, list[Completion]] = {}
         with _by_itself():
             engine = self._llm(policy).llm_engine
-            for i, ids in enumerate(prompts_as_lists(prompts)):
-                engine.add_request(str(i), {"prompt_token_ids": ids}, settings[i])
-            while engine.has_unfinished_requests():
-                for request in engine.step():
-                    i = int(request.request_id)
-                    answers[i] = [*map(self._completion, as_many(request.outputs, g))]
-                    if finished is not None:
-                        finished(rows_of(prompts, i, answers[i], padding))
+            try:
+                for name, ids, setting in zip(names, prompts_as_lists(prompts), settings, strict=True):
+                    engine.add_request(name, {"prompt_token_ids": ids}, setting)
+                while engine.has_unfinished_requests():
+                    for request in engine.step():
+                        i = names.index(request.request_id)
+                        answers[i] = [*map(self._completion, as_many(request.outputs, g))]
+                        if finished is not None:
+                            finished(rows_of(prompts, i, answers[i], padding))
+            finally:
+                engine.abort_request([name for i, name in enumerate(names) if i not in answers])
         return rollouts_of(prompts, [row for i in range(len(prompts)) for row in answers[i]], padding)
 
     def _completion(self, row: Any) -> Completion:
@@ -210,6 +215,8 @@ class VLLM:
             )
 
 
+_NAMES = count()
+"""Of requests: the engine outlives a run that fails."""
 _ENGINES: dict[tuple[object, ...], Any] = {}
 
 

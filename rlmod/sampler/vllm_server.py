@@ -75,6 +75,8 @@ class VLLMServer:
     """0: any that is free."""
     patience: float = 30.0
     """Seconds without a sign of life, after which the server counts as dead."""
+    timeout: float = 1800.0
+    """Seconds that one answer may take, all completions of a prompt, while the server says that it is well."""
     requests: int = 64
     """Prompts that are under way at once, on each rank."""
 
@@ -84,6 +86,8 @@ class VLLMServer:
             raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
         if self.patience <= 0:
             raise ValueError(f"sampler.patience must be above 0 seconds, got {self.patience}")
+        if self.timeout <= 0:
+            raise ValueError(f"sampler.timeout must be above 0 seconds, got {self.timeout}")
         if self.requests < 1:
             raise ValueError(f"sampler.requests must be at least 1, got {self.requests}")
         if not 0 <= self.weights_port < 2**16:
@@ -123,7 +127,11 @@ class VLLMServer:
                 answers[i] = self._completions(answer)
                 if finished is not None:
                     finished(rows_of(prompts, i, answers[i], padding))
-            self._check_undisturbed()
+            if self._check_undisturbed() == FRESH:
+                raise ValueError(
+                    f"sampler.url={self.url}: the server was started anew while it was sampled from, and some completions may be of other "
+                    "weights; the same command with output=FOLDER goes on from the last checkpoint"
+                )
 
         try:
             sampled()
@@ -178,11 +186,16 @@ class VLLMServer:
         # No pool: its threads would be waited for when the process ends, and those of a server that is frozen never end.
         for _ in range(min(self.requests, len(asked))):
             Thread(target=work, daemon=True).start()
-        for _ in asked:
-            i, answer = self._next(done)
-            if isinstance(answer, Exception):
-                raise answer
-            yield i, answer
+        try:
+            for _ in asked:
+                i, answer = self._next(done)
+                if isinstance(answer, Exception):
+                    raise answer
+                yield i, answer
+        finally:  # after an error nothing more is asked
+            with suppress(Empty):
+                while True:
+                    left.get_nowait()
 
     def _next(self, done: "SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
         while True:
@@ -263,7 +276,7 @@ class VLLMServer:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/{what}", data=data, headers={"Content-Type": "application/json"}, method="POST")
         try:
-            with urlopen(request) as answer:  # for as long as it takes: the server's health is watched meanwhile
+            with urlopen(request, timeout=self.timeout) as answer:
                 text = answer.read()
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
@@ -274,6 +287,12 @@ class VLLMServer:
                 f"sampler.weights_host={self.weights_host}, which it has to reach"
             ) from error
         except (OSError, HTTPException) as error:
+            if isinstance(getattr(error, "reason", error), TimeoutError):
+                raise NoSignOfLife(
+                    f"sampler.url={self.url}: no answer to /{what} within sampler.timeout={self.timeout:.0f} s, while the server says that "
+                    "it is well; its log says more. Long completions may need more time; the same command with output=FOLDER goes on "
+                    "from the last checkpoint"
+                ) from error
             raise self._broken_off(what, error) from error
         return json.loads(text) if text else None
 

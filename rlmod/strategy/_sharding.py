@@ -19,6 +19,10 @@ class Sharding(Protocol):
         """The policy with all its weights on every rank, so that ranks may take different numbers of forward passes."""
         ...
 
+    def exact(self, policy: nn.Module) -> nn.Module:
+        """A policy with the weights as they are trained, whatever the layers compute in: whole, or DTensors. Every rank calls this."""
+        ...
+
     def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """What rank 0 saves: a policy, and all its weights where it has but a share of them itself. Every rank calls this."""
         ...
@@ -35,6 +39,10 @@ def whole(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
             yield unsharded
     else:
         yield policy
+
+
+def exact(strategy: object, policy: nn.Module) -> nn.Module:
+    return strategy.exact(policy) if isinstance(strategy, Sharding) else policy
 
 
 def check_readable(strategy: object, checkpoint: Path) -> None:

@@ -60,10 +60,12 @@ class FSDP(FSDPStrategy):
     def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._copied(policy, self.reduced_precision)
 
+    def exact(self, policy: nn.Module) -> nn.Module:
+        return self._copied(policy)
+
     def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
-        return self._copied(
-            policy
-        ), None  # its modules have their plain names, by which peft finds an adapter's weights
+        # Its modules have their plain names, by which peft finds an adapter's weights.
+        return self._copied(policy), None
 
     def _copied(self, policy: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """``dtype``: of the copy's weights, but not of its buffers; None: as they are trained."""

@@ -68,6 +68,9 @@ class FSDP2(ModelParallelStrategy):
                 module.reshard()
                 module.set_reshard_after_forward(module is not policy, recurse=False)
 
+    def exact(self, policy: nn.Module) -> nn.Module:
+        return policy
+
     def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return policy, cast(dict[str, Tensor], get_model_state_dict(policy, options=options))

@@ -25,6 +25,7 @@ from rlmod.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
 from rlmod.scores import scored
 from rlmod.settings import Batch
+from rlmod.types import Rollouts
 
 pytestmark = [
     pytest.mark.vllm,
@@ -134,6 +135,25 @@ def test_syncs_leak_no_memory(policy, prompts):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
     assert sizes[-1] <= 1.05 * sizes[0]  # three syncs after the first
+
+
+def test_what_a_failed_collection_left_in_the_engine_does_not_reach_the_next(policy, prompts):
+    engine = sampler()
+    engine.sync(policy)
+    first = engine(policy, prompts, 0)
+
+    def fails(rows: Rollouts) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine(policy, prompts, 1, finished=fails)
+    told: list[Rollouts] = []
+    again = engine(policy, prompts, 0, finished=told.append)
+    assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
+    assert sorted(int(g) for rows in told for g in rows.group.unique()) == list(range(len(prompts)))
+    for rows in told:
+        mine = again.rows(torch.isin(again.group, rows.group)).trimmed()
+        assert torch.equal(rows.trimmed().completion_ids, mine.completion_ids)
 
 
 def test_it_leaves_the_random_states_alone(policy, prompts):

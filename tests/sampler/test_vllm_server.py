@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import Any
@@ -23,6 +24,8 @@ class StandIn(ThreadingHTTPServer):
     freezes_at: str | None = None
     fails_at: str | None = None
     stolen_at: str | None = None
+    stalls_at: str | None = None
+    forgets_at: str | None = None
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -47,8 +50,12 @@ class StandIn(ThreadingHTTPServer):
                     self.send_error(500)
                     return
                 server.version = body.get("weight_version", server.version)
+                if what == server.stalls_at:
+                    server.thaw.wait()
                 if what == server.stolen_at:
                     server.version = "another's"
+                if what == server.forgets_at:
+                    server.version = vllm_server.FRESH
                 row = {"token_ids": body.get("prompt", [0])[:1], "finish_reason": "length"}
                 row |= {"logprobs": {"token_logprobs": [-1.0]}}
                 self.answer({"choices": [{**row, "index": i} for i in range(body.get("n", 1))]})
@@ -82,7 +89,9 @@ def policy():
 
 
 def sampler(server: StandIn) -> VLLMServer:
-    return VLLMServer(url=f"http://127.0.0.1:{server.server_address[1]}", completions_per_prompt=2, patience=0.5)
+    return VLLMServer(
+        url=f"http://127.0.0.1:{server.server_address[1]}", completions_per_prompt=2, patience=0.5, requests=4
+    )
 
 
 PROMPTS = Prompts(
@@ -127,6 +136,34 @@ def test_a_request_that_fails_is_asked_again_with_the_rest(server, policy):
     engine.sync(policy)
     server.fails_at = "v1/completions"
     assert len(engine(policy, PROMPTS, 0)) == 4
+
+
+def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
+    engine = sampler(server)
+    engine.sync(policy)
+    server.fails_at = "v1/completions"
+    prompts, told = PROMPTS.pick([0, 1] * 15), []
+    rows = engine(policy, prompts, 0, finished=told.append)
+    assert rows.completion_ids is not None
+    assert rows.completion_ids[:, 0].tolist() == [5, 5, 7, 7] * 15
+    assert sorted(int(g) for part in told for g in part.group.unique()) == list(range(30))
+    # Those that were under way when one failed are the most that are asked for twice.
+    assert server.asked.count("v1/completions") <= 30 + 1 + engine.requests
+
+
+def test_one_that_is_well_but_never_answers_is_given_up(server, policy):
+    engine, server.stalls_at = replace(sampler(server), timeout=0.5), "v1/completions"
+    engine.sync(policy)
+    with pytest.raises(vllm_server.NoSignOfLife, match=r"no answer to /v1/completions within sampler.timeout"):
+        engine(policy, PROMPTS, 0)
+
+
+def test_one_that_was_started_anew_within_a_collection_is_noticed(server, policy):
+    engine = sampler(server)
+    engine.sync(policy)
+    server.forgets_at = "v1/completions"
+    with pytest.raises(ValueError, match="was started anew while it was sampled from"):
+        engine(policy, PROMPTS, 0)
 
 
 def test_weights_of_another_run_are_noticed_before_their_completions_count(server, policy):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import ended, kill, started, wait_until
@@ -39,15 +40,19 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
 
 @pytest.mark.parametrize("overrides", [("strategy=fsdp",), ("strategy=fsdp2",), STRATEGIES["fsdp"]], ids=" ".join)
 def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(overrides, one, tmp_path):
-    precision = ("trainer.strategy.reduced_precision=bfloat16", "trainer.max_epochs=1", "output=run")
-    ended(started(*SETTINGS, *overrides, *precision, cwd=folder_of_runs(tmp_path)))
+    precision = ("trainer.strategy.reduced_precision=bfloat16", "reference=ema", "reference.decay=0")
+    run = ("trainer.max_epochs=1", "output=run")
+    ended(started(*SETTINGS, *overrides, *precision, *run, cwd=folder_of_runs(tmp_path)))
     mine, theirs = measured(tmp_path / "run")[0]["train/grad_norm"], measured(one)[0]["train/grad_norm"]
     assert mine == pytest.approx(theirs, rel=0.02)
     assert mine != pytest.approx(theirs, rel=1e-5)  # they did
-    saved = weights(tmp_path / "run", step=1).values()
-    assert any(
-        (weight != weight.bfloat16()).any() for weight in saved
-    )  # and the weights were trained, and saved, in 32
+    saved = weights(
+        tmp_path / "run", step=1
+    )  # and the weights were trained, saved, and followed by the reference, in 32
+    assert any((weight != weight.bfloat16()).any() for weight in saved.values())
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "trainer.ckpt"
+    reference = torch.load(state / "meta.pt" if state.is_dir() else state, weights_only=False)["reference"]
+    assert all(torch.equal(reference[name], weight) for name, weight in saved.items())
 
 
 @pytest.mark.parametrize(
