@@ -1,6 +1,7 @@
 """Rewards beside sampling: the same numbers as afterwards, from a thread, and of nothing that is not done."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -16,6 +17,7 @@ from rlmod.reward.weighted import Weighted
 from rlmod.sampler.hf import HF
 from rlmod.scoring import RewardError, score
 from rlmod.types import Problem, Prompts, Rollouts, Texts
+from tests.test_collect import Scripted, run
 
 
 def rollouts(groups: int = 4, g: int = 2) -> Rollouts:
@@ -29,6 +31,11 @@ def rollouts(groups: int = 4, g: int = 2) -> Rollouts:
         group=rows // g,
         truncated=torch.zeros(len(rows), dtype=torch.bool),
     )
+
+
+def beside_sampling(reward: Callable) -> Callable:
+    reward.beside_sampling = True
+    return reward
 
 
 PROBLEMS = [Problem(prompt="", answer=str(i), source=f"p{i}") for i in range(4)]
@@ -113,6 +120,39 @@ def test_terms_that_come_and_go_are_refused():
         beside.scores(rows, texts(rows))
 
 
+class Telling(Scripted):
+    def __call__(self, policy: object, prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None):
+        rows = super().__call__(policy, prompts, seed)
+        assert finished is not None
+        assert rows.group is not None
+        for group in reversed(range(1, len(prompts))):  # the last first, and of the first nothing
+            finished(rows.rows(rows.group == group))
+        return rows
+
+
+@pytest.mark.parametrize("dynamic_sampling", [False, True])
+def test_a_collection_is_the_same_as_with_rewards_afterwards(dynamic_sampling):
+    @beside_sampling
+    def longer(texts: Texts) -> list[float]:
+        """Told apart by the prompt, too."""
+        threads.append(threading.current_thread() is threading.main_thread())
+        return [
+            float(c == a) + 0.01 * int(p.prompt)
+            for c, a, p in zip(texts.completions, texts.answers, texts.problems, strict=True)
+        ]
+
+    found, threads = [], []
+    for sampler in (Scripted(), Telling()):
+        found.append(run([0, 1, 3, 2, 1], 3, sampler=sampler, reward=longer, dynamic_sampling=dynamic_sampling)[0])
+    assert threads[0]
+    assert not all(threads)
+    afterwards, beside = found
+    assert beside.metrics == afterwards.metrics
+    assert beside.texts == afterwards.texts
+    assert torch.equal(beside.rollouts.rewards, afterwards.rollouts.rewards)
+    assert torch.equal(beside.rollouts.mask, afterwards.rollouts.mask)
+
+
 class Silent:
     completions_per_prompt = 1
     temperature = 1.0
@@ -129,7 +169,7 @@ def declared(texts: Texts, by: float = 1.0) -> list[float]:
     return [by] * len(texts)
 
 
-declared.beside_sampling = True  # pyright: ignore[reportFunctionMemberAccess]
+beside_sampling(declared)
 
 
 @pytest.mark.parametrize(
