@@ -88,9 +88,9 @@ class Reward(Protocol):
     def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float]]:
         """One number a rollout, or a mapping of named terms whose sum is the reward.
 
-        A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked prompt by prompt, in a thread
-        of its own, while other prompts are sampled: what it says of a completion must not depend on other prompts, nor may it draw from the
-        process's random generators, from which sampling draws.
+        A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked about
+        some prompts, in a thread of its own, while others are sampled: what it says of a completion must not depend
+        on other prompts, nor may it draw from the process's random generators, from which sampling draws.
         """
         ...
 

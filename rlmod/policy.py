@@ -45,7 +45,8 @@ class HFPolicy:
         if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
             raise ValueError("policy.compile=true: torch.compile needs a C++ compiler, and there is no g++ or clang++")
         # What can only be a folder is looked for at once: transformers takes seconds to be imported.
-        if self.path.startswith(("/", ".", "~")) and not Path(self.location).is_dir():
+        here = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
+        if here and not Path(self.location).is_dir():
             raise ValueError(self._cannot("policy", "there is no such folder"))
         if saved := sorted(Path(self.location).glob("checkpoints/step-*/policy")):
             raise ValueError(f"policy.path={self.path} is a run's folder; its newest policy is policy.path={saved[-1]}")

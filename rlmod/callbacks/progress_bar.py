@@ -62,6 +62,7 @@ class ProgressBar(L.Callback):
             and done * self.lines // total > (done - 1) * self.lines // total
         ):
             self.console.print(f"collection {done}/{total}  {numbers}", soft_wrap=True, highlight=False)
+            self.held_out = ""  # a line says it once
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "progress"):

