@@ -4,6 +4,8 @@ CPU time of one thread. What is compared takes turns, so that a machine that spe
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -53,12 +55,17 @@ def main() -> None:
     if unknown := set(given.only or ()) - set(found):
         options.error(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(found)} (trl with --trl)")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers"))
-    for name in given.only or found:
-        started = time.perf_counter()
-        lines = found[name]()
-        print(f"\n## {name}, {time.perf_counter() - started:.0f} s\n\n" + "\n".join(lines), flush=True)
-        page = put(PAGE.read_text(), name, lines)
-        PAGE.write_text(put(page, "versions", [f"One thread; {versions}."]))
+    names = given.only or list(found)
+    if len(names) > 1:  # each in a process of its own: what one has left in memory is no other's
+        alone = [sys.executable, "-m", "tools.bench", "--repetitions", str(given.repetitions)]
+        for name in names:
+            subprocess.run([*alone, *(["--trl", given.trl] if given.trl else []), "--only", name], check=True)
+        return
+    name, started = names[0], time.perf_counter()
+    lines = found[name]()
+    print(f"\n## {name}, {time.perf_counter() - started:.0f} s\n\n" + "\n".join(lines), flush=True)
+    page = put(PAGE.read_text(), name, lines)
+    PAGE.write_text(put(page, "versions", [f"One thread; {versions}."]))
 
 
 if __name__ == "__main__":
