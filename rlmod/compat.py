@@ -7,8 +7,8 @@ from rlmod.parts import Parts
 from rlmod.reference.base import Base
 
 
-def check(parts: Parts) -> None:
-    """ValueError for parts that cannot work together; a warning for those that work but not as one may think."""
+def check(parts: Parts, ranks: int = 1) -> None:
+    """ValueError for parts that cannot work together on so many ranks; a warning for those that work but not as one may think."""
     g = parts.rows_per_prompt
     if g == 1 and getattr(parts.shaper, "compares_within_group", False):
         raise ValueError(
@@ -24,7 +24,7 @@ def check(parts: Parts) -> None:
             "so differences between the advantages of its tokens would weigh nothing but their mean; use loss=clipped_surrogate, "
             "shaper=sequence_entropy, or correction.truncated_importance.level=sequence"
         )
-    parts.batch.micro_batches(g, extra_rows=parts.zero_reward.rows(parts.batch.prompts, 1, g))
+    parts.batch.micro_batches(g, ranks, parts.zero_reward.rows(parts.batch.prompts // ranks, ranks, g))
     _check_guide(parts)
     _check_reference(parts)
     if cuts := _cuts(parts.sampler, "sampler"):

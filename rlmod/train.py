@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> float | None:
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     parts = Parts.of(cfg)
-    compat.check(parts)
+    compat.check(parts, _ranks(cfg.trainer))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
@@ -71,6 +71,13 @@ def train(cfg: DictConfig) -> float | None:
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     with ranks.together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fitted(trainer, module, data, checkpoint, folder, started)
+
+
+def _ranks(trainer: DictConfig) -> int:
+    """As far as the config says it: 1 for each node where Lightning is to count the devices."""
+    devices = trainer.devices
+    counted = int(devices) if str(devices).isdigit() else len(devices) if OmegaConf.is_list(devices) else 1
+    return max(counted, 1) * trainer.num_nodes
 
 
 def _folder(cfg: DictConfig) -> Path:

@@ -6,10 +6,12 @@ import torch
 
 from rlmod.collect import ZeroReward
 from rlmod.loader import PromptLoader, RLData, RolloutLoader, parts
+from rlmod.policy import HFPolicy
 from rlmod.prompts import EncodedProblems
 from rlmod.settings import Batch
 from rlmod.types import Problem, Rollouts
 from rlmod.weighting.token_mean import TokenMean
+from tests.commands import SHORT, refused
 from tests.rollouts import ragged
 
 
@@ -196,3 +198,14 @@ def test_held_out_problems_come_whole_in_order_over_ranks():
     assert len(loader) == 2
     shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader() for name in names(batch)]
     assert sorted(shared) == [str(i) for i in range(6)]
+
+
+def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_loaded(tmp_path, monkeypatch):
+    two = ("strategy=ddp", "trainer.devices=2")
+    monkeypatch.setattr(HFPolicy, "tokenizer", lambda *_: pytest.fail("something was loaded"))
+    message = refused(monkeypatch, tmp_path, *SHORT, *two, "batch.prompts=7")
+    assert "batch.prompts=7 cannot be shared out among 2 ranks" in message
+    # 8 prompts x 4 completions: 16 rows on each of two ranks, which is less than a micro-batch; 32 on one.
+    with pytest.raises(pytest.fail.Exception, match="something was loaded"):
+        refused(monkeypatch, tmp_path, *SHORT, *two, "batch.micro_batch=24")
+    assert "batch.micro_batch=24 does not fill" in refused(monkeypatch, tmp_path, *SHORT, "batch.micro_batch=24")
