@@ -10,6 +10,7 @@ from tests.commands import run_train
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
 
+@pytest.mark.slow
 def test_three_steps_on_the_real_training_file(tmp_path, monkeypatch):
     if not DATA.is_dir():
         pytest.skip(f"no GSM8K in {DATA}")

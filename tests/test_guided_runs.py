@@ -19,6 +19,7 @@ def trained(run: Path) -> list[dict[str, str]]:
     return [row for row in metrics(run) if row["reward/mean"]]
 
 
+@pytest.mark.slow
 def test_with_weight_0_the_zero_reward_recipe_is_dapo_bit_for_bit(tmp_path, monkeypatch):
     shared = (*SHORT, "optimizer.lr=1e-3", "filter.max_generation_batches=3")
     run_train(monkeypatch, "experiment=dapo", *shared, f"output={tmp_path / 'dapo'}")
@@ -113,6 +114,7 @@ def test_stopped_and_resumed_with_all_of_it_equals_uninterrupted(with_everything
     assert all(torch.equal(value, resumed[name]) for name, value in weights(with_everything).items())
 
 
+@pytest.mark.slow
 def test_before_the_first_update_the_policy_is_its_reference(tmp_path, monkeypatch):
     for reference in ("reference=frozen", "reference=base", "reference=ema"):
         folder = tmp_path / reference.split("=")[1]

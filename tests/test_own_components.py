@@ -78,6 +78,7 @@ def test_a_shaper_without_yaml(lab):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_conf_and_policies_and_runs_outside_a_checkout(tmp_path):
     built = command(
         ROOT, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), "."
@@ -138,6 +139,7 @@ PACKAGE = {
 }
 
 
+@pytest.mark.slow
 def test_a_package_with_a_shaper_a_reward_and_a_loss_in_a_fresh_environment(tmp_path):
     for name, text in PACKAGE.items():
         (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
