@@ -18,7 +18,7 @@ from rlmod import cli
 def serve(cfg: DictConfig) -> None:
     """Becomes the server, which has the policy's shape and tokenizer but no weights: a run hands them over."""
     from rlmod.fields import check_types
-    from rlmod.sampler.vllm import check_neighbours, not_installed
+    from rlmod.sampler._surroundings import check_neighbours, not_installed
 
     for key in ("policy", "sampler"):
         check_types(cfg[key], key)

@@ -1,18 +1,10 @@
 """Sampling with a vLLM server, on other GPUs or another machine."""
 
-import json
 import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from http.client import HTTPException
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 import torch.distributed as dist
@@ -28,6 +20,7 @@ from rlmod.sampler._sampling import (
     rows_of,
     seed_of,
 )
+from rlmod.sampler._server import NoSignOfLife, Server
 from rlmod.sampler._weights import Publisher, computes_in, named_weights
 from rlmod.types import Prompts, Rollouts
 
@@ -38,12 +31,6 @@ _VERSIONS: dict[str, str] = {}
 """Of the weights that each server was last given, by its address."""
 FRESH = "default"
 """vLLM's version of the weights that a server was started with."""
-BEAT = 5.0
-"""Seconds between two looks at the server's health, and the longest that one may take."""
-
-
-class NoSignOfLife(ConnectionError):
-    """The server has had its ``patience``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +80,23 @@ class VLLMServer:
         if not 0 <= self.weights_port < 2**16:
             raise ValueError(f"sampler.weights_port must be from 0 to {2**16 - 1}, got {self.weights_port}")
 
+    @property
+    def _server(self) -> Server:
+        return Server(url=self.url, patience=self.patience, timeout=self.timeout, requests=self.requests)
+
     def prepare(self, problems: Sequence[object], tokenizer: object) -> None:
         """A server that is not there shows before weights are loaded."""
-        self._awake()
-        self._get("weight_info")
+        self._server.wait_until_awake()
+        self._server.get("weight_info")
 
     def sync(self, policy: "PreTrainedModel") -> None:
         """The policy's weights as they are now are what is sampled with from now on, by all ranks."""
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self._awake()
+            self._server.wait_until_awake()
             self._send(policy)
         if dist.is_initialized():
             dist.barrier()
-        _VERSIONS[self.url] = self._get("weight_info")["weight_version"]
+        _VERSIONS[self.url] = self._server.get("weight_info")["weight_version"]
 
     def rest(self) -> None:
         """The server has its own memory."""
@@ -123,7 +114,9 @@ class VLLMServer:
 
         def sampled() -> None:
             self._send_if_forgotten(policy)
-            for i, answer in self._answers("v1/completions", {i: asked[i] for i in asked.keys() - answers.keys()}):
+            for i, answer in self._server.answers(
+                "v1/completions", {i: asked[i] for i in asked.keys() - answers.keys()}
+            ):
                 answers[i] = self._completions(answer)
                 if finished is not None:
                     finished(rows_of(prompts, i, answers[i], padding))
@@ -138,7 +131,7 @@ class VLLMServer:
         except NoSignOfLife:
             raise
         except OSError:
-            self._awake()  # the server comes back within its patience, or this raises
+            self._server.wait_until_awake()  # the server comes back within its patience, or this raises
             sampled()
         return rollouts_of(prompts, [row for i in asked for row in answers[i]], padding)
 
@@ -167,59 +160,6 @@ class VLLMServer:
             "return_token_ids": True,
         }
 
-    def _answers(self, what: str, asked: Mapping[int, Mapping[str, Any] | None]) -> Iterator[tuple[int, Any]]:
-        """To all requests, as they come. NoSignOfLife once the server has been silent for too long, however long its answers may take."""
-        left: SimpleQueue[int] = SimpleQueue()
-        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        for i in asked:
-            left.put(i)
-
-        def work() -> None:
-            with suppress(Empty):
-                while True:
-                    i = left.get_nowait()
-                    try:
-                        done.put((i, self._post(what, asked[i])))
-                    except Exception as error:
-                        done.put((i, error))
-
-        # No pool: its threads would be waited for when the process ends, and those of a server that is frozen never end.
-        for _ in range(min(self.requests, len(asked))):
-            Thread(target=work, daemon=True).start()
-        try:
-            for _ in asked:
-                i, answer = self._next(done)
-                if isinstance(answer, Exception):
-                    raise answer
-                yield i, answer
-        finally:  # after an error nothing more is asked
-            with suppress(Empty):
-                while True:
-                    left.get_nowait()
-
-    def _next(self, done: "SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
-        while True:
-            try:
-                return done.get(timeout=BEAT)
-            except Empty:
-                self._awake()
-
-    def _awake(self) -> None:
-        """Waits for a sign of life. NoSignOfLife where there is none for ``patience`` seconds."""
-        started = time.monotonic()
-        while True:
-            try:
-                with urlopen(f"{self.url}/health", timeout=BEAT):
-                    return
-            except (OSError, HTTPException) as error:
-                if time.monotonic() - started > self.patience:
-                    reason = getattr(error, "reason", None) or error
-                    raise NoSignOfLife(
-                        f"sampler.url={self.url}: no answer for {self.patience:.0f} s ({reason}). Start the server with rlmod-serve, with "
-                        "this run's policy and sampler; then the same command with output=FOLDER goes on from the last checkpoint"
-                    ) from error
-            time.sleep(min(1.0, self.patience / 10))
-
     def _send(self, policy: "PreTrainedModel") -> None:
         publisher = _publisher(self.weights_host, self.weights_port)
         publisher.offer(named_weights(policy), computes_in(policy))
@@ -236,7 +176,7 @@ class VLLMServer:
         self._tell("reset_prefix_cache")
 
     def _tell(self, what: str, body: Mapping[str, Any] | None = None) -> None:
-        for _ in self._answers(what, {0: body}):
+        for _ in self._server.answers(what, {0: body}):
             pass
 
     def _send_if_forgotten(self, policy: "PreTrainedModel") -> None:
@@ -252,52 +192,13 @@ class VLLMServer:
 
     def _check_undisturbed(self) -> str:
         """The version of the server's weights. ValueError where they are another run's."""
-        version: str = self._get("weight_info")["weight_version"]
+        version: str = self._server.get("weight_info")["weight_version"]
         if version not in (FRESH, _VERSIONS.get(self.url)):
             raise ValueError(
-                f"sampler.url={self.url}: another run has given this server its weights while this one sampled; start one for each run, "
-                "rlmod-serve port=..."
+                f"sampler.url={self.url}: another run has given this server its weights while this one sampled; start one for each "
+                "run, with another sampler.url"
             )
         return version
-
-    def _get(self, what: str) -> Any:
-        try:
-            with urlopen(f"{self.url}/{what}", timeout=self.patience) as answer:
-                return json.load(answer)
-        except HTTPError as error:
-            raise ValueError(
-                f"sampler.url={self.url} answers, but not to /{what} ({error.code}): start it with rlmod-serve, which opens vLLM's "
-                "interface for the transfer of weights"
-            ) from error
-        except (OSError, HTTPException) as error:
-            raise self._broken_off(what, error) from error
-
-    def _post(self, what: str, body: Mapping[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(f"{self.url}/{what}", data=data, headers={"Content-Type": "application/json"}, method="POST")
-        try:
-            with urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read()
-        except HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            if error.code == 400:
-                raise ValueError(f"sampler.url={self.url} refuses /{what}: {said}") from error
-            raise ConnectionError(
-                f"sampler.url={self.url}: /{what} failed ({error.code}: {said}); the server's log says more. It fetches weights from "
-                f"sampler.weights_host={self.weights_host}, which it has to reach"
-            ) from error
-        except (OSError, HTTPException) as error:
-            if isinstance(getattr(error, "reason", error), TimeoutError):
-                raise NoSignOfLife(
-                    f"sampler.url={self.url}: no answer to /{what} within sampler.timeout={self.timeout:.0f} s, while the server says that "
-                    "it is well; its log says more. Long completions may need more time; the same command with output=FOLDER goes on "
-                    "from the last checkpoint"
-                ) from error
-            raise self._broken_off(what, error) from error
-        return json.loads(text) if text else None
-
-    def _broken_off(self, what: str, error: Exception) -> ConnectionError:
-        return ConnectionError(f"sampler.url={self.url}: /{what} broke off ({getattr(error, 'reason', error)})")
 
 
 @cache

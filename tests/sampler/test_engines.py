@@ -12,7 +12,7 @@ import torch
 from rlmod.adapter.lora import LoRA
 from rlmod.counts import agreement, check_agreement, over_ranks
 from rlmod.policy import HFPolicy
-from rlmod.sampler import vllm
+from rlmod.sampler import _surroundings, vllm
 from rlmod.sampler._sampling import Completion, rollouts_of, seed_of
 from rlmod.sampler._weights import Publisher, fetched, named_weights
 from rlmod.sampler.vllm_server import VLLMServer
@@ -163,11 +163,11 @@ def test_a_torchvision_that_does_not_match_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    vllm.check_neighbours.cache_clear()
+    _surroundings.check_neighbours.cache_clear()
     with pytest.raises(
         ValueError, match=r"torchvision does not go with torch .*nms does not exist.*pip uninstall torchvision"
     ):
-        vllm.check_neighbours()
+        _surroundings.check_neighbours()
 
 
 def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlmod.policy import HFPolicy
-from rlmod.sampler import vllm_server
+from rlmod.sampler import _server, vllm_server
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts
 
@@ -23,9 +23,8 @@ class StandIn(ThreadingHTTPServer):
     version = "default"
     freezes_at: str | None = None
     fails_at: str | None = None
-    stolen_at: str | None = None
     stalls_at: str | None = None
-    forgets_at: str | None = None
+    changes_to: str | None = None
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -52,10 +51,8 @@ class StandIn(ThreadingHTTPServer):
                 server.version = body.get("weight_version", server.version)
                 if what == server.stalls_at:
                     server.thaw.wait()
-                if what == server.stolen_at:
-                    server.version = "another's"
-                if what == server.forgets_at:
-                    server.version = vllm_server.FRESH
+                if what == "v1/completions":
+                    server.version = server.changes_to or server.version
                 row = {"token_ids": body.get("prompt", [0])[:1], "finish_reason": "length"}
                 row |= {"logprobs": {"token_logprobs": [-1.0]}}
                 self.answer({"choices": [{**row, "index": i} for i in range(body.get("n", 1))]})
@@ -73,7 +70,7 @@ class StandIn(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[StandIn]:
-    monkeypatch.setattr(vllm_server, "BEAT", 0.2)
+    monkeypatch.setattr(_server, "BEAT", 0.2)
     server = StandIn()
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -120,7 +117,7 @@ def test_one_that_freezes_is_missed_once_its_patience_is_over(server, policy, wh
         engine.sync(policy)
         engine(policy, PROMPTS, 0)
 
-    with pytest.raises(vllm_server.NoSignOfLife, match="Start the server with rlmod-serve"):
+    with pytest.raises(_server.NoSignOfLife, match="Start the server with rlmod-serve"):
         collect()
     assert server.asked.count(what) <= len(PROMPTS)  # it is not asked again
 
@@ -147,28 +144,24 @@ def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
     assert rows.completion_ids is not None
     assert rows.completion_ids[:, 0].tolist() == [5, 5, 7, 7] * 15
     assert sorted(int(g) for part in told for g in part.group.unique()) == list(range(30))
-    # Those that were under way when one failed are the most that are asked for twice.
-    assert server.asked.count("v1/completions") <= 30 + 1 + engine.requests
+    # The one that failed and those that were under way beside it are the most that are asked for twice.
+    assert 30 < server.asked.count("v1/completions") <= 30 + engine.requests
 
 
 def test_one_that_is_well_but_never_answers_is_given_up(server, policy):
     engine, server.stalls_at = replace(sampler(server), timeout=0.5), "v1/completions"
     engine.sync(policy)
-    with pytest.raises(vllm_server.NoSignOfLife, match=r"no answer to /v1/completions within sampler.timeout"):
+    with pytest.raises(_server.NoSignOfLife, match=r"no answer to /v1/completions within sampler.timeout"):
         engine(policy, PROMPTS, 0)
 
 
-def test_one_that_was_started_anew_within_a_collection_is_noticed(server, policy):
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(vllm_server.FRESH, "was started anew while it was sampled from"), ("another's", "another run has given")],
+)
+def test_other_weights_are_noticed_before_their_completions_count(server, policy, version, words):
     engine = sampler(server)
     engine.sync(policy)
-    server.forgets_at = "v1/completions"
-    with pytest.raises(ValueError, match="was started anew while it was sampled from"):
-        engine(policy, PROMPTS, 0)
-
-
-def test_weights_of_another_run_are_noticed_before_their_completions_count(server, policy):
-    engine = sampler(server)
-    engine.sync(policy)
-    server.stolen_at = "v1/completions"
-    with pytest.raises(ValueError, match="another run has given this server its weights"):
+    server.changes_to = version
+    with pytest.raises(ValueError, match=words):
         engine(policy, PROMPTS, 0)
