@@ -179,7 +179,10 @@ def completion_scores(
 
 
 def _hands_over_hidden(policy: nn.Module, rollouts: Rollouts) -> bool:
-    """Whether what the head returns is what the policy returns, and the head is linear: found out once, with one row."""
+    """Whether what the head returns is what the policy returns, and the head is linear.
+
+    Found out once, with one row; a run that goes on finds it out again, so dropout's draws are given back.
+    """
     if policy not in _HANDS_OVER_HIDDEN:
         head, returned = cast(Any, policy).get_output_embeddings(), []
 
@@ -190,7 +193,9 @@ def _hands_over_hidden(policy: nn.Module, rollouts: Rollouts) -> bool:
         linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
         found = None
         if linear and head.weight.is_floating_point():
-            with torch.no_grad(), _head_replaced(head, first):
+            device = head.weight.device
+            given_back = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with torch.no_grad(), given_back, forward.uncompiled(policy), _head_replaced(head, first):
                 found = forward.logits(policy, rollouts.rows(slice(0, 1)))
         _HANDS_OVER_HIDDEN[policy] = bool(returned) and found is returned[-1]
     return _HANDS_OVER_HIDDEN[policy]

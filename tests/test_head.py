@@ -126,6 +126,24 @@ def test_a_model_that_caps_its_logits_is_asked_for_them():
     assert not policy._HANDS_OVER_HIDDEN[model]
 
 
+@pytest.mark.parametrize("caps", [None, 0.5])
+def test_finding_out_draws_nothing(caps):
+    """A run that goes on finds out once more than one that was never interrupted, and dropout goes on where it was."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, final_logit_softcapping=caps, attention_dropout=0.5, attn_implementation="eager",
+        )
+    ).train()  # fmt: skip
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(completion_scores(model, rows(), 1.0)[0])
+    assert torch.equal(*found)
+    assert not torch.equal(found[1], completion_scores(model, rows(), 1.0)[0])  # there is something to draw
+
+
 class Cosine(nn.Linear):
     """A head that is more than its matrix."""
 
