@@ -34,9 +34,8 @@ def scores_and_gradients(model, rollouts):
 
 
 @pytest.mark.slow
-def test_the_numbers_are_the_same_whatever_the_sizes(monkeypatch):
-    monkeypatch.setattr(dynamo, "recompile_limit", 4)  # trained and asked, with and without a mask
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
+@dynamo.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)  # trained and asked, with and without a mask
+def test_the_numbers_are_the_same_whatever_the_sizes():
     specification = HFPolicy(path="tiny", compile=True)
     compiled = specification.model(specification.tokenizer()).double()
     plain = copy.deepcopy(compiled)
