@@ -129,6 +129,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
     cli.quiet()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
+    encoded.check_room(sampler, "sampler")
     prepare([sampler, reward], encoded.problems, tokenizer)
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)

@@ -29,6 +29,20 @@ class EncodedProblems:
     def __len__(self) -> int:
         return len(self.problems)
 
+    def check_room(self, sampler: object, key: str) -> None:
+        """ValueError where the sampler's ``max_model_len`` is too short for a prompt with its completion, which an engine would cut off."""
+        limit: int | None = getattr(sampler, "max_model_len", None)
+        if limit is None or not self.ids:
+            return
+        completion = cast(Any, sampler).max_new_tokens
+        longest = max(range(len(self)), key=lambda i: len(self.ids[i]))
+        if (length := len(self.ids[longest])) + completion > limit:
+            raise ValueError(
+                f"{key}.max_model_len={limit}: the longest prompt has {length} tokens ({self.problems[longest].source}), and with "
+                f"{key}.max_new_tokens={completion} that makes {length + completion}; give that many, or a shorter "
+                "data.encoder.max_tokens, with which longer prompts are dropped and counted"
+            )
+
     def batch(self, indices: Sequence[int]) -> Prompts:
         """The problems at these indices, in this order, padded on the left to the longest of them."""
         rows = [self.ids[i] for i in indices]

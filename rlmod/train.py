@@ -57,6 +57,9 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
+    problems.check_room(parts.sampler, "sampler")
+    if held_out:
+        held_out.check_room(parts.validation.sampler, "validation.sampler")
     prepare([parts.sampler, parts.guide, parts.reward, parts.reference], problems.problems, tokenizer)
     validated = held_out.problems if held_out else ()
     prepare([parts.validation.sampler, parts.validation.reward], validated, tokenizer)

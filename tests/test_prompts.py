@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def test_no_warning_without_a_loss(tokenizer, caplog):
 def test_all_prompts_are_too_long(tokenizer):
     with pytest.raises(ValueError, match=r"all 2 prompts are longer than data\.encoder\.max_tokens=1 .*shortest: 2"):
         PromptEncoder(max_tokens=1).encode(problems("12", "123"), tokenizer)
+
+
+def test_prompt_and_completion_must_fit_an_engines_length(tokenizer):
+    encoded = PromptEncoder().encode(
+        [Problem(prompt=p, answer="", source=f"a.jsonl:{len(p)}") for p in ("1+1=", "12")], tokenizer
+    )
+    longest = max(map(len, encoded.ids))
+    encoded.check_room(SimpleNamespace(max_model_len=longest + 5, max_new_tokens=5), "sampler")
+    encoded.check_room(SimpleNamespace(max_model_len=None, max_new_tokens=5), "sampler")
+    message = rf"validation.sampler.max_model_len={longest + 4}: the longest prompt has {longest} tokens \(a.jsonl:4\).*{longest + 5}"
+    with pytest.raises(ValueError, match=message):
+        encoded.check_room(SimpleNamespace(max_model_len=longest + 4, max_new_tokens=5), "validation.sampler")
 
 
 def test_too_long_as_an_error(tokenizer):

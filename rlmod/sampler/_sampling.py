@@ -113,6 +113,21 @@ def prompts_as_lists(prompts: Prompts) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
 
 
+def request(sampler: Settings, seed: int, ends: list[int]) -> dict[str, Any]:
+    """For the completions of one prompt, in vLLM's terms."""
+    greedy = sampler.greedy
+    return {
+        "n": 1 if greedy else sampler.completions_per_prompt,
+        "temperature": 0.0 if greedy else sampler.temperature,
+        "top_p": 1.0 if greedy else sampler.top_p,
+        "top_k": 0 if greedy else sampler.top_k,
+        "seed": None if greedy else seed,
+        "max_tokens": sampler.max_new_tokens,
+        "logprobs": 0 if draws_from_the_whole(sampler) else None,
+        "stop_token_ids": ends,
+    }
+
+
 def ends_of(policy: "PreTrainedModel") -> list[int]:
     """The tokens that end a completion."""
     ends = policy.generation_config.eos_token_id

@@ -23,6 +23,7 @@ from rlmod.sampler._sampling import (
     draws_from_the_whole,
     ends_of,
     prompts_as_lists,
+    request,
     rollouts_of,
     rows_of,
     seed_of,
@@ -119,21 +120,10 @@ class VLLM:
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
-        g, ends, padding = (
-            self.completions_per_prompt,
-            ends_of(policy),
-            cast(int, policy.generation_config.pad_token_id),
-        )
+        g, padding = self.completions_per_prompt, cast(int, policy.generation_config.pad_token_id)
         settings = [
             SamplingParams(
-                n=1 if self.greedy else g,
-                temperature=0.0 if self.greedy else self.temperature,
-                top_p=1.0 if self.greedy else self.top_p,
-                top_k=0 if self.greedy else self.top_k,
-                max_tokens=self.max_new_tokens,
-                seed=None if self.greedy else seed_of(seed, i * g),
-                logprobs=0 if draws_from_the_whole(self) else None,
-                stop_token_ids=ends,
+                **request(self, seed_of(seed, i * g), ends_of(policy)),
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -147,9 +137,9 @@ class VLLM:
                 for name, ids, setting in zip(names, prompts_as_lists(prompts), settings, strict=True):
                     engine.add_request(name, {"prompt_token_ids": ids}, setting)
                 while engine.has_unfinished_requests():
-                    for request in engine.step():
-                        i = names.index(request.request_id)
-                        answers[i] = [*map(self._completion, as_many(request.outputs, g))]
+                    for answer in engine.step():
+                        i = names.index(answer.request_id)
+                        answers[i] = [*map(self._completion, as_many(answer.outputs, g))]
                         if finished is not None:
                             finished(rows_of(prompts, i, answers[i], padding))
             finally:

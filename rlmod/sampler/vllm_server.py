@@ -16,6 +16,7 @@ from rlmod.sampler._sampling import (
     draws_from_the_whole,
     ends_of,
     prompts_as_lists,
+    request,
     rollouts_of,
     rows_of,
     seed_of,
@@ -107,7 +108,11 @@ class VLLMServer:
     ) -> Rollouts:
         ends, padding = ends_of(policy), cast(int, policy.generation_config.pad_token_id)
         asked = {
-            i: self._asked(ids, seed_of(seed, i * self.completions_per_prompt), ends)
+            i: {
+                "prompt": ids,
+                **request(self, seed_of(seed, i * self.completions_per_prompt), ends),
+                "return_token_ids": True,
+            }
             for i, ids in enumerate(prompts_as_lists(prompts))
         }
         answers: dict[int, list[Completion]] = {}
@@ -145,20 +150,6 @@ class VLLMServer:
             )
             for row in as_many(rows, self.completions_per_prompt)
         ]
-
-    def _asked(self, prompt: list[int], seed: int, ends: list[int]) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "n": 1 if self.greedy else self.completions_per_prompt,
-            "max_tokens": self.max_new_tokens,
-            "temperature": 0.0 if self.greedy else self.temperature,
-            "top_p": 1.0 if self.greedy else self.top_p,
-            "top_k": 0 if self.greedy else self.top_k,
-            "seed": None if self.greedy else seed,
-            "logprobs": 0 if draws_from_the_whole(self) else None,
-            "stop_token_ids": ends,
-            "return_token_ids": True,
-        }
 
     def _send(self, policy: "PreTrainedModel") -> None:
         publisher = _publisher(self.weights_host, self.weights_port)
