@@ -108,6 +108,27 @@ def test_what_a_reward_raises_in_its_thread_ends_the_collection():
         beside.scores(rows, texts(rows))
 
 
+def test_where_sampling_fails_nothing_more_is_judged():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(texts: Texts) -> list[float]:
+        begun.set()
+        go_on.wait()
+        return [0.0] * len(texts)
+
+    rows = rollouts()
+    assert rows.group is not None
+    beside = Beside(slow, PROBLEMS, decode)
+    for group in (0, 1):
+        beside.take(rows.rows(rows.group == group))
+    begun.wait()
+    beside.close()
+    go_on.set()
+    (_, first), (_, second) = beside.asked
+    assert first.result().rewards.tolist() == [0, 0]
+    assert second.cancelled()
+
+
 def test_terms_that_come_and_go_are_refused():
     def moody(texts: Texts) -> dict[str, list[float]]:
         return {"long" if len(texts) > 2 else "short": [1.0] * len(texts)}
@@ -158,7 +179,7 @@ class Silent:
     temperature = 1.0
 
     def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
-        raise NotImplementedError
+        return Rollouts()
 
 
 def plain(texts: Texts) -> list[float]:

@@ -99,6 +99,15 @@ def test_what_the_filter_looks_at(over, trained):
     assert collected.metrics["guide/tokens"] == 20
 
 
+def test_a_prompt_that_the_joining_guide_gave_signal_is_not_in_both_batches():
+    guide, zero = ScriptedGuide(), ZeroReward(weight=1.0, completions_per_prompt=2, keep_if_guide_fails=True)
+    collected = run(["1/2", "0/1", "0/0"], 3, guide, zero, dynamic_sampling=True, max_generation_batches=1)
+    rows, prompts = collected.rollouts, [problem.prompt for problem in collected.texts.problems]
+    trained = [(p, bool(z)) for p, z, m in zip(prompts, rows.zero_reward, rows.mask, strict=True) if m.any()]
+    assert set(trained) == {("1/2", False), ("0/1", False), ("0/0", True)}
+    assert collected.metrics["zero_reward/prompts"] == 1
+
+
 KINDS = ["1/2", "0/1", "3/2", "0/0"]
 
 
