@@ -156,7 +156,6 @@ def quiet() -> None:
         "Multiple backends are registered with this ProcessGroup",  # of FSDP on a CPU
         "Please use DTensor instead",  # of FSDP's sharded checkpoints
         "It is recommended to use `self.log",  # what is logged is of all ranks already
-        "`training_step` returned `None`",  # for micro-batches that are not needed
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(harmless)}")
 

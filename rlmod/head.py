@@ -78,8 +78,9 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, ids, normaliser, entropies, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
-        d_bias = torch.zeros_like(bias) if wants_bias else None
+        # Added up over the chunks in float32: in 16 bits each sum would be rounded anew.
+        d_weight = torch.zeros_like(weight, dtype=ctx.wide) if wants_weight else None
+        d_bias = torch.zeros_like(bias, dtype=ctx.wide) if wants_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             z = _logits(hidden[rows], weight, bias, ctx.temperature, ctx.wide) if kept is None else kept.clone()
@@ -97,10 +98,17 @@ class _Head(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(d_z, weight, out=d_hidden[rows])
             if d_weight is not None:
-                d_weight.addmm_(d_z.T, hidden[rows])
+                if d_weight.dtype == d_z.dtype:
+                    d_weight.addmm_(d_z.T, hidden[rows])
+                else:
+                    d_weight += d_z.T @ hidden[rows]
             if d_bias is not None:
-                d_bias += d_z.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+                d_bias += d_z.sum(0, dtype=ctx.wide)
+        return d_hidden, _as(d_weight, weight), _as(d_bias, bias), None, None, None, None
+
+
+def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, wide: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ from rlmod.interfaces import (
 )
 from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
-from rlmod.policy import completion_scores, completion_texts
+from rlmod.policy import completion_scores, completion_texts, hands_over_hidden
 from rlmod.resume import check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score
@@ -91,9 +91,8 @@ class RLModule(L.LightningModule):
         """The current epoch's collection, advantages filled in; for callbacks to watch."""
         self.validated: list[Collected] = []
         """What the current or last validation sampled, batch by batch; for callbacks to watch."""
-        self.validated_at: int | None = None
-        """The optimizer step after which that was."""
-        self.validated_problems = 0
+        self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
+        """What the last validation found, and the optimizer step after which that was."""
         self.tokens_sampled = 0
         self.means = Means()
         """Of what the collection's training steps measure."""
@@ -106,6 +105,7 @@ class RLModule(L.LightningModule):
         """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
         with self.evaluating() as policy:
             sync(self.sampler, policy)
+            hands_over_hidden(policy)
             stages = Stages(
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
@@ -139,9 +139,11 @@ class RLModule(L.LightningModule):
         if isinstance(self.trainer.strategy, Sharding):
             self.policy = self.trainer.strategy.shard(self.policy)
 
-    def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""] | None:
-        if not len(batch):  # an optimizer step has always as many micro-batches, not all of which are needed
-            return None
+    def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
+        if not len(
+            batch
+        ):  # an optimizer step has always as many micro-batches, not all of which are needed; the last one is
+            return torch.zeros((), device=self.device, requires_grad=True)
         assert batch.completion_ids is not None
         entropy = any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values())
         logprobs, policy_entropy = completion_scores(self.policy, batch, self.sampler.temperature, entropy=entropy)
@@ -260,12 +262,16 @@ class RLModule(L.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.validation_metrics.compute(), batch_size=1)
+        found = self.validation_metrics.compute()
+        self.log_dict(found, batch_size=1)
         self.validation_metrics.reset()
         rest(self.validation.sampler)
-        self.validated_at = self.global_step
         rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
-        self.validated_problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt
+        self.held_out = {
+            "step": self.global_step,
+            "problems": int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt,
+            "accuracy": float(found[self.validation.objective]),
+        }
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -279,13 +285,14 @@ class RLModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
         checkpoint["history"] = {"before": self.history["before"], "seconds": self.training_seconds()}
+        checkpoint["held_out"] = self.held_out
         if isinstance(self.reference, MovingReference):
             checkpoint["reference"] = dict(self.reference.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         self.tokens_sampled = checkpoint["tokens_sampled"]
-        self.history = checkpoint["history"]
+        self.history, self.held_out = checkpoint["history"], checkpoint["held_out"]
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
                 raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")

@@ -159,7 +159,7 @@ def completion_scores(
     """
     assert rollouts.completion_ids is not None
     mask = torch.ones_like(rollouts.completion_ids, dtype=torch.bool) if rollouts.mask is None else rollouts.mask
-    if not _hands_over_hidden(policy, rollouts):
+    if not hands_over_hidden(policy):
         logits = completion_logits(policy, rollouts)
         logprobs = token_logprobs(logits, rollouts.completion_ids, temperature) * mask
         return logprobs, ops.entropy(logits, temperature) * mask if entropy else None
@@ -178,10 +178,11 @@ def completion_scores(
     return scores[0], scores[1] if entropy else None
 
 
-def _hands_over_hidden(policy: nn.Module, rollouts: Rollouts) -> bool:
+def hands_over_hidden(policy: nn.Module) -> bool:
     """Whether what the head returns is what the policy returns, and the head is linear.
 
-    Found out once, with one row; a run that goes on finds it out again, so dropout's draws are given back.
+    Found out once, with two tokens; a run that goes on finds it out again, so dropout's draws are given back. Where a layer's weights are
+    fetched from other ranks as it computes, all of them have to find it out at the same place.
     """
     if policy not in _HANDS_OVER_HIDDEN:
         head, returned = cast(Any, policy).get_output_embeddings(), []
@@ -194,9 +195,11 @@ def _hands_over_hidden(policy: nn.Module, rollouts: Rollouts) -> bool:
         found = None
         if linear and head.weight.is_floating_point():
             device = head.weight.device
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            row = Rollouts(prompt_ids=token, prompt_mask=token == 0, completion_ids=token)
             given_back = torch.random.fork_rng([device] if device.type == "cuda" else [])
             with torch.no_grad(), given_back, forward.uncompiled(policy), _head_replaced(head, first):
-                found = forward.logits(policy, rollouts.rows(slice(0, 1)))
+                found = forward.logits(policy, row)
         _HANDS_OVER_HIDDEN[policy] = bool(returned) and found is returned[-1]
     return _HANDS_OVER_HIDDEN[policy]
 

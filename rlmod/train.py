@@ -78,9 +78,11 @@ def train(cfg: DictConfig) -> float | None:
 
 def _ranks(trainer: DictConfig) -> int:
     """As far as the config says it: 1 for each node where Lightning is to count the devices."""
-    devices = trainer.devices
+    devices, nodes = trainer.devices, trainer.num_nodes
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+        raise ValueError(f"trainer.num_nodes must be a whole number, at least 1, got {nodes!r}")
     counted = int(devices) if str(devices).isdigit() else len(devices) if OmegaConf.is_list(devices) else 1
-    return max(counted, 1) * trainer.num_nodes
+    return max(counted, 1) * nodes
 
 
 def _folder(cfg: DictConfig) -> Path:
@@ -111,8 +113,12 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     if not result["completed"]:
         return None
     if ranks.first():
+        if not (page := folder / "report.html").is_file():  # it was killed when nothing else was left to do
+            from rlmod.report import write_report
+
+            write_report(folder)
         print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
-        _say(result, folder / "report.html")
+        _say(result, page)
     return result
 
 
@@ -208,7 +214,7 @@ def _fitted(
         if data.held_out is None
         else {
             "metric": module.validation.objective,
-            "problems": module.validated_problems,
+            "problems": module.held_out["problems"],
             "before": module.history["before"],
             "after": after,
         },
@@ -237,9 +243,9 @@ def _held_out(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
     """Held-out accuracy of the policy as it is now; not measured again where the last validation was of these weights."""
     if data.held_out is None:
         return None
-    if module.validated_at != trainer.global_step:
+    if module.held_out["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
-    return float(trainer.callback_metrics[module.validation.objective])
+    return module.held_out["accuracy"]
 
 
 def _say(result: dict[str, Any], page: Path) -> None:

@@ -131,7 +131,7 @@ def through_a_policy(work) -> int:
 @pytest.mark.slow
 def test_each_saving_spares_tokens_does_the_same_work_and_is_switched_off(monkeypatch):
     found = list(savings.savings("0.3 M", prompts=4, shrink=8))
-    for saving in found:  # the first time, a policy is asked for one row more: what its head hands over
+    for saving in found:  # the first time, a policy is asked for two tokens more: what its head hands over
         saving.with_it(), saving.without()
     tokens = [(through_a_policy(saving.with_it), through_a_policy(saving.without)) for saving in found]
     # Two groups: 2 x (31 + 8 x 9) against 16 x 40; 2 x (7 + 8 x 17) against 16 x 24.

@@ -10,7 +10,7 @@ import torch
 from rlmod.guide.policy import Policy
 from rlmod.policy import SHIPPED
 from tests.commands import SHORT, refused, run_train
-from tests.test_train import metrics, weights
+from tests.runs import metrics, weights
 
 GUIDE = ("guide=policy", "guide.policy.path=strong", "loss=mixed_surrogate", "optimizer.lr=1e-4")
 

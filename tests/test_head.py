@@ -1,4 +1,4 @@
-"""Scores from hidden states: the numbers and gradients of whole logits, whatever the chunk, and memory that does not grow."""
+"""Scores from hidden states: the numbers and gradients of whole logits, whatever the chunk. Their memory is tools/bench/head.py's."""
 
 import pytest
 import torch
@@ -85,6 +85,30 @@ def test_autocast_takes_the_products_in_its_precision_and_no_token_is_no_error()
     assert all(g.dtype == torch.float32 for g in gradients(found.sum(), linear, hidden))
     empty, _ = head.logprobs_and_entropy(hidden[:0], linear, ids[:0])
     assert gradients(empty.sum(), linear, hidden)[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_16_bits_many_chunks_round_no_more_than_one(autocast):
+    torch.manual_seed(0)
+    hidden, ids, upstream = torch.randn(2048, 16) + 0.5, torch.randint(V, (2048,)), torch.randn(2048) + 1
+    exact = nn.Linear(16, V, dtype=torch.float64)
+    with torch.no_grad():
+        for value in exact.parameters():
+            value.copy_(value.bfloat16())
+
+    def gradient_of(dtype: torch.dtype, at_once: int) -> torch.Tensor:
+        linear = nn.Linear(16, V, dtype=dtype)
+        linear.load_state_dict(exact.state_dict())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
+            scores, _ = head.logprobs_and_entropy(hidden.bfloat16().to(dtype), linear, ids, at_once=at_once)
+        (scores * upstream).sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in linear.parameters() if p.grad is not None])
+
+    whole = gradient_of(torch.float64, 2048 * V)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    errors = [float((gradient_of(dtype, n * V) - whole).norm() / whole.norm()) for n in (2048, 8)]
+    assert 1e-4 < errors[0] < 5e-3  # bfloat16 has 8 bits
+    assert errors[1] < 1.5 * errors[0]
 
 
 def rows() -> Rollouts:

@@ -4,7 +4,7 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from rlmod import cli, ranks
-from tests.commands import answer, run_train
+from tests.commands import answer, refused, run_train
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ def test_ranks_that_are_started_by_themselves_must_be_told_the_folder(tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "give output=FOLDER" in answer(lambda: run_train(monkeypatch, "debug=short"))
     assert "loss.clip_low" in answer(lambda: run_train(monkeypatch, "debug=short", "output=run", "loss.clip_low=-1"))
+
+
+@pytest.mark.parametrize("nodes", ["null", "two", "0", "true"])
+def test_a_number_of_nodes_that_is_none_is_refused(nodes, tmp_path, monkeypatch):
+    message = refused(monkeypatch, tmp_path, "debug=short", f"trainer.num_nodes={nodes}")
+    assert "trainer.num_nodes must be a whole number, at least 1" in message
 
 
 def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import SHORT, run_train
-from tests.test_train import metrics
+from tests.runs import metrics
 
 RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 ON_TINY = ("policy=tiny", "data=arithmetic", "reward=exact_match", "optimizer.lr=1e-5")

@@ -1,15 +1,9 @@
-"""Whole runs: what they leave, that they repeat, resume and stop, and that the first update is on-policy."""
+"""Whole runs: what they leave, that they repeat, and that the first update is on-policy."""
 
 import csv
 import json
-import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,33 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from rlmod import resume
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.module import RLModule
-from tests.commands import SHORT, answer, refused, run_train
-
-QUICK = (*SHORT, "shaper=token_entropy", "optimizer.lr=1e-4", "trainer.max_epochs=4")
-TIMED = ("time/", "speed/")
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    """metrics.csv without the columns that hold seconds."""
-    with (run / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in csv.DictReader(file)]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    return AutoModelForCausalLM.from_pretrained(newest / "policy").state_dict()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """One finished run of four collections."""
-    folder = tmp_path_factory.mktemp("run") / "a"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_train(monkeypatch, *QUICK, f"output={folder}")
-    return folder
+from tests.commands import SHORT, refused, run_train
+from tests.runs import QUICK, metrics, weights
 
 
 def test_a_run_leaves_what_a_person_looks_for(run):
@@ -86,24 +57,6 @@ def test_the_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(run, tmp_p
     assert all(torch.equal(value, again[name]) for name, value in weights(run).items())
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'c'}", "seed=1")
     assert metrics(tmp_path / "c") != metrics(run)
-
-
-def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'half'}", "trainer.max_epochs=2")
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'rest'}", f"resume={tmp_path / 'half'}")
-    whole = [row for row in metrics(run) if row["reward/mean"]]
-    halves = [row for part in ("half", "rest") for row in metrics(tmp_path / part) if row["reward/mean"]]
-    columns = [name for name in whole[0] if name.startswith(("reward/", "completions/", "train/", "prompts/"))]
-    assert [[row[name] for name in columns] for row in halves] == [[row[name] for name in columns] for row in whole]
-    resumed = weights(tmp_path / "rest")
-    assert all(torch.equal(value, resumed[name]) for name, value in weights(run).items())
-
-
-def test_a_checkpoint_of_another_policy_is_refused_in_a_sentence(run, tmp_path, monkeypatch):
-    message = refused(monkeypatch, tmp_path, *QUICK, "adapter=lora", f"resume={run}")
-    assert "resume: the checkpoint is of another policy" in message
-    assert "of its 39 weights differ" in message
-    assert "is missing there and of shape" in message
 
 
 def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypatch):
@@ -189,135 +142,6 @@ def test_the_debug_run_of_each_loss(loss, tmp_path, monkeypatch):
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(rows) == 10
     assert any(float(row["train/ratio"]) != 1 for row in rows)
-
-
-def started(*overrides: str) -> subprocess.Popen[str]:
-    command = [Path(sys.executable).with_name("rlmod-train"), *QUICK, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.time() + 180
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_writes_a_checkpoint_and_exits(number, tmp_path):
-    folder = tmp_path / "a"
-    process = started("trainer.max_epochs=10000", f"output={folder}")
-    try:
-        file = folder / "metrics.csv"  # written before training, and again after ten collections
-        wait_until(
-            lambda: file.exists() and any(row.get("reward/mean") for row in csv.DictReader(file.open())), process
-        )
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number, output
-    assert "finishing this iteration, then a checkpoint" in output
-    assert f"resume={folder}" in output
-    assert "Traceback" not in output
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
-    assert not json.loads((folder / "result.json").read_text())["completed"]
-
-
-def test_ctrl_c_before_the_first_step_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(RLModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as stop:
-        run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}")
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
-    assert not (tmp_path / "a" / "checkpoints").exists()
-
-
-@pytest.mark.slow
-def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path, monkeypatch):
-    """SIGKILL at random moments; the same command goes on. With dropout, so that random states matter."""
-    settings = (
-        "adapter=lora", "policy.adapter.dropout=0.1", "trainer.max_epochs=20", "callbacks.checkpoints.every=1",
-        "batch.updates=2", "optimizer.lr=1e-3", "trainer.check_val_every_n_epoch=5",
-    )  # fmt: skip
-    run_train(monkeypatch, *QUICK, *settings, f"output={tmp_path / 'whole'}")
-    folder, draw = tmp_path / "killed", random.Random(0)
-    for steps in sorted(draw.sample(range(2, 38, 2), 3)):
-        process = started(*settings, f"output={folder}")
-        try:
-            wait_until(lambda: (folder / "checkpoints" / f"step-{steps:06d}").exists(), process)  # noqa: B023
-            time.sleep(draw.random() / 2)
-            process.kill()
-            process.communicate(timeout=60)
-        finally:
-            process.kill()
-    process = started(*settings, f"output={folder}")
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert "going on from" in output
-    assert metrics(folder) == metrics(tmp_path / "whole")
-    for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
-        newest = [run / "checkpoints" / "step-000040" / name for run in (folder, tmp_path / "whole")]
-        assert newest[0].read_bytes() == newest[1].read_bytes(), name
-    results = [json.loads((run / "result.json").read_text()) for run in (folder, tmp_path / "whole")]
-    for key in ("held_out", "steps", "tokens"):
-        assert results[0][key] == results[1][key]
-
-
-def test_a_finished_run_is_not_run_again_and_another_one_is_not_mixed_with_it(run, monkeypatch, capsys, tmp_path):
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "train.log"}
-    run_train(monkeypatch, *QUICK, f"output={run}")
-    assert "this run has come to its end already" in capsys.readouterr().out
-    assert "output=" in answer(lambda: run_train(monkeypatch, *QUICK, f"output={run}", "seed=5"))
-    message = answer(lambda: run_train(monkeypatch, *QUICK, f"output={run}", "loss.clip_high=0.3"))
-    assert "holds a run with other settings (loss.clip_high was 0.2, now 0.3)" in message
-    after = {file: file.read_bytes() for file in before if ".hydra" not in file.parts}
-    assert after == {file: before[file] for file in after}
-
-
-def test_a_broken_checkpoint_is_named_and_passed_over(run, tmp_path, monkeypatch, capsys):
-    shutil.copytree(run, tmp_path / "a")
-    whole, broken = (tmp_path / "a" / "checkpoints" / name for name in ("step-000004", "step-000009"))
-    shutil.copytree(whole, broken)
-    file = broken / "trainer.ckpt"
-    size = file.stat().st_size
-    os.truncate(file, size // 2)
-    assert resume.newest(tmp_path / "a") == whole
-    assert resume.damage(broken) == f"trainer.ckpt has {size // 2:,} of {size:,} bytes"
-    (broken / "policy" / "config.json").unlink()
-    file.unlink()
-    assert "is missing" in str(resume.damage(broken))
-    (broken / "complete.json").unlink()
-    assert "complete.json cannot be read" in str(resume.damage(broken))
-    shutil.rmtree(whole)
-    with pytest.raises(ValueError, match="no whole checkpoint there"):
-        resume.newest(tmp_path / "a")
-
-
-def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
-    for step in ("step-999999", "step-1000000", "step-000005", "step-new"):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
-    assert [folder.name for folder in resume.checkpoints(tmp_path)] == ["step-000005", "step-999999", "step-1000000"]
-
-
-def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_what_is_there(tmp_path):
-    """A limit on the size of a file stands in for the disk: the policy fits, the optimizer's state does not."""
-    program = (
-        "import resource, signal, sys\n"
-        "from rlmod.train import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
-        "main()\n"
-    )
-    command = [sys.executable, "-c", program, *QUICK, f"output={tmp_path / 'a'}", "trainer.max_epochs=2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    assert "the checkpoint step-000002 could not be written" in done.stderr
-    assert "there is no earlier one" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "a" / "checkpoints").iterdir())
 
 
 def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):

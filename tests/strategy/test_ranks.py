@@ -1,18 +1,17 @@
 """Several ranks as one run: killed and gone on with bit for bit, stopped together, ended together. Real processes, over gloo."""
 
-import csv
 import json
 import random
 import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.commands import SHORT
 from tests.processes import ended, kill, started, wait_until
+from tests.runs import metrics
 
 PYTHON = sys.executable
 
@@ -27,12 +26,6 @@ TWO = (
     "optimizer.lr=1e-3",
 )
 OWN_REWARD = (*TWO, "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null")
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    """Without the columns that hold seconds."""
-    with (run / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/"))} for row in csv.DictReader(file)]
 
 
 def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_path):

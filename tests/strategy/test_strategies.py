@@ -38,6 +38,34 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
     assert "recommended to use" not in output
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp2"])
+def test_two_ranks_leave_out_the_rows_without_signal_as_one_does(name, tmp_path):
+    """Fewer micro-batches than are planned for a step, on every rank as many."""
+    folder_of_runs(tmp_path)
+    own = tuple(word for word in SETTINGS if not word.startswith(("penalty", "reference", "reward")))
+    settings = (*own, "reward._target_=parts.parity_of_some", "batch.micro_batch=4")
+    for run, where in (("one", ()), ("two", STRATEGIES[name])):
+        ended(started(*settings, *where, f"output={run}", cwd=tmp_path))
+    assert all(0 < row["prompts/mixed"] <= 0.6 for row in measured(tmp_path / "one"))
+    assert_same_steps(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_rank_may_score_where_another_does_not(tmp_path):
+    """The first rank's prompts all fail and go to the guide, the second's do not; a layer's weights come from both."""
+    guide = ("experiment=mixed_zero_reward", "guide.policy.path=strong", "guide.sampler.max_new_tokens=12")
+    guide = (*guide, "filter.max_generation_batches=1", "zero_reward.keep_if_guide_fails=true")
+    reward = (
+        "reward=exact_match",
+        "reward._target_=parts.nothing_on_the_first_rank",
+        "~reward.pattern",
+        "~reward.right",
+    )
+    run = ("debug=short", "trainer.accelerator=cpu", "data.validation=null", "trainer.max_epochs=2", "output=run")
+    overrides = (*guide, *reward, "~reward.wrong", *run, *STRATEGIES["fsdp2"])
+    ended(started(*overrides, cwd=folder_of_runs(tmp_path)), seconds=200)
+    assert [row["zero_reward/prompts"] > 0 for row in measured(tmp_path / "run")] == [True, True]
+
+
 @pytest.mark.parametrize("overrides", [("strategy=fsdp",), ("strategy=fsdp2",), STRATEGIES["fsdp"]], ids=" ".join)
 def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(overrides, one, tmp_path):
     precision = ("trainer.strategy.reduced_precision=bfloat16", "reference=ema", "reference.decay=0")
