@@ -29,6 +29,7 @@ class Beside:
         self.reward, self.problems, self.decode = reward, problems, decode
         self.asked: list[tuple[Int[Tensor, " groups"], Future[Scores]]] = []
         self.questions: SimpleQueue[tuple[Texts, Future[Scores]] | None] = SimpleQueue()
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
         # No pool: its thread would be waited for when the process ends, and a judge that hangs never ends.
         Thread(target=self._answer, daemon=True, name="reward").start()
 
@@ -71,6 +72,8 @@ class Beside:
 
     @torch.no_grad()  # which is each thread's own
     def _answer(self) -> None:
+        if self.device is not None:  # each thread's own, too
+            torch.cuda.set_device(self.device)
         while (question := self.questions.get()) is not None:
             texts, answer = question
             if answer.set_running_or_notify_cancel():

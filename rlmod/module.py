@@ -192,10 +192,7 @@ class RLModule(L.LightningModule):
         before = self.policy.training
         self.policy.eval()
         try:
-            with (
-                whole(self.trainer.strategy, self.policy) as policy,
-                self.trainer.precision_plugin.forward_context(),
-            ):
+            with whole(self.trainer.strategy, self.policy) as policy, self.trainer.precision_plugin.forward_context():
                 yield policy
         finally:
             self.policy.train(before)
@@ -226,12 +223,9 @@ class RLModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        if (
-            isinstance(self.policy, FullyShardedDataParallel)
-            and gradient_clip_val
-            and gradient_clip_algorithm != "value"
-        ):
-            self.policy.clip_grad_norm_(gradient_clip_val)  # each rank has a share of the gradient; Lightning refuses
+        policy = self.policy
+        if isinstance(policy, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            policy.clip_grad_norm_(gradient_clip_val)  # each rank has a share of the gradient; Lightning refuses
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

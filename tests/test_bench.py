@@ -162,8 +162,9 @@ def test_a_saving_that_changes_the_result_is_no_saving():
 
 def test_the_frame_the_head_and_the_rows_have_their_tables():
     assert float(cells([frame.against_bare("0.3 M", 1, prompts=2)])[0][2]) > 0
-    chunks = cells(head.table(1, ((512, 16, 64),)))[1]
-    assert float(chunks[-1]) < 1e-5
+    alone, both = cells(head.table(1, ((512, 16, 64),)))[1:3]
+    assert (alone[1], both[1]) == ("log-probabilities", "log-probabilities, entropies")
+    assert float(alone[-1]) < 1e-5 > float(both[-1])
     assert len(scaling.seconds(2, 1)) == 1
 
 

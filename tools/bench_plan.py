@@ -26,7 +26,6 @@ from rlmod.sampler.hf import HF
 from rlmod.types import Prompts, Rollouts, Texts
 
 ROOT = Path(__file__).parents[1]
-PROMPT = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Case:
     completion: int
     micro_batch: int
     overrides: tuple[str, ...] = ()
+    prompt: int = 16
 
 
 def qwen(
@@ -75,7 +75,17 @@ CASES = (
     Case("large vocabulary, eight micro-batches", WORDY, 64, 4),
     Case("narrow, bf16-mixed", NARROW, 112, 4, ("trainer.precision=bf16-mixed",)),
     Case("narrow, bfloat16 weights", NARROW, 112, 4, ("policy.dtype=bfloat16",)),
-    Case("wide, two ranks of ddp", WIDE, 112, 16, ("batch.prompts=8", "strategy=ddp", "trainer.devices=2")),
+    *(
+        Case(
+            f"wide, two ranks of {strategy}",
+            WIDE,
+            112,
+            16,
+            ("batch.prompts=8", f"strategy={strategy}", "trainer.devices=2"),
+        )
+        for strategy in ("ddp", "fsdp", "fsdp2")
+    ),
+    Case("deep, prompts that are gone through once a group", DEEP, 64, 8, prompt=192),
 )
 COMMON = (
     "data.validation=null",
@@ -93,21 +103,24 @@ COMMON = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
 class FullLength(HF):
     """Random tokens up to the limit. By turns a row's prompt and its completion are a token shorter, so that every micro-batch is as
     long as can be and has padding."""
+
+    prompt_tokens: int
 
     def __call__(self, policy: Any, prompts: Prompts, seed: int, finished: object = None) -> Rollouts:
         group = torch.arange(len(prompts)).repeat_interleave(self.completions_per_prompt)
         rows = len(group)
         completions = torch.randint(3, 90, (rows, self.max_new_tokens), generator=torch.Generator().manual_seed(seed))
-        prompt_mask = torch.ones(rows, PROMPT, dtype=torch.bool)
+        prompt_mask = torch.ones(rows, self.prompt_tokens, dtype=torch.bool)
         prompt_mask[1::2, 0] = False
         mask = torch.ones_like(completions, dtype=torch.bool)
         mask[::2, -1] = False
         known = torch.full(completions.shape, 4.0) * mask
         return Rollouts(
-            prompt_ids=torch.full((rows, PROMPT), 5),
+            prompt_ids=torch.full((rows, self.prompt_tokens), 5),
             prompt_mask=prompt_mask,
             completion_ids=completions,
             mask=mask,
@@ -175,6 +188,7 @@ def overrides(case: Case, folder: Path) -> list[str]:
         *COMMON,
         f"policy.path={folder / 'policy'}",
         f"sampler.max_new_tokens={case.completion}",
+        f"+sampler.prompt_tokens={case.prompt}",
         f"batch.micro_batch={case.micro_batch}",
         *case.overrides,
     ]
@@ -182,7 +196,7 @@ def overrides(case: Case, folder: Path) -> list[str]:
 
 def planned(case: Case, folder: Path) -> float:
     """The highest of training and update, in bytes."""
-    extra = ["hardware=cpu", f"plan.prompt_tokens={PROMPT}"]
+    extra = ["hardware=cpu", f"plan.prompt_tokens={case.prompt}"]
     with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
         run = run_of(compose("plan", overrides=[*overrides(case, folder), *extra]))
     return max(phase.total for phase in memory.phases(run) if phase.name in ("training", "update"))
@@ -219,7 +233,7 @@ def main() -> None:
         foretold, taken = (value / 2**20 for value in compared(case))
         print(
             f"| {case.name} | {c['num_hidden_layers']} | {c['hidden_size']} | {c['vocab_size']} "
-            f"| {case.micro_batch} x {PROMPT + case.completion} | {foretold:.0f} | {taken:.0f} | {foretold / taken:.2f} |",
+            f"| {case.micro_batch} x {case.prompt + case.completion} | {foretold:.0f} | {taken:.0f} | {foretold / taken:.2f} |",
             flush=True,
         )
 

@@ -147,12 +147,13 @@ def _training(run: Run) -> Iterator[dict[str, float]]:
 
     full = run.adapter is None
     head_gradient = s.embedding * run.compute if full else 0
+    added_up = s.embedding * 4 if full and run.compute != 4 else 0  # over the chunks, in float32
     converted = s.embedding * run.gathered if full and run.casts else 0
     pending = s.embedding * run.gathered if full and (s.tied or run.sharded) else 0
     several = run.micro_batches > 1
     if not several:  # set free before the only backward pass, and filled as it goes
         base = base | {"gradients": 0, "ddp buckets": base["ddp buckets"]}
-    head = max(backward + head_gradient, head_gradient + converted)
+    head = max(backward + head_gradient + added_up, head_gradient + converted)
     yield _added(base, {"activations": whole, "log-probability chunks": head})
 
     layer_gradient = _gradient_in_flight(run)

@@ -1,4 +1,4 @@
-"""What log-probabilities from hidden states cost and save, against whole logits, as the vocabulary grows.
+"""What log-probabilities and entropies from hidden states cost and save, against whole logits, as the vocabulary grows.
 
 Forward and backward to hidden states and head, in turn. Memory is without the head's own gradient, which both hand over.
 """
@@ -28,14 +28,20 @@ def measured(way: Way, hidden: Tensor, upstream: Tensor) -> tuple[float, int, Te
     return time.process_time() - started, peak.since(resident), values.detach()
 
 
-def row(vocabulary: int, width: int, tokens: int, repetitions: int) -> str:
+def row(vocabulary: int, width: int, tokens: int, repetitions: int, *, entropy: bool) -> str:
     torch.manual_seed(0)
     head, hidden = nn.Linear(width, vocabulary, bias=False), torch.randn(tokens, width)
-    ids, upstream = torch.randint(vocabulary, (tokens,)), torch.randn(tokens)
-    ways: tuple[Way, Way] = (
-        lambda h: logprobs_and_entropy(h, head, ids, entropy=False)[0],
-        lambda h: ops.token_logprobs(head(h)[None], ids[None])[0],
-    )
+    ids, upstream = torch.randint(vocabulary, (tokens,)), torch.randn(1 + entropy, tokens)
+
+    def in_chunks(h: Tensor) -> Tensor:
+        return torch.stack([s for s in logprobs_and_entropy(h, head, ids, entropy=entropy) if s is not None])
+
+    def whole(h: Tensor) -> Tensor:
+        logits = head(h)[None]
+        logprobs = ops.token_logprobs(logits, ids[None])
+        return torch.cat([logprobs, ops.entropy(logits)]) if entropy else logprobs
+
+    ways: tuple[Way, Way] = (in_chunks, whole)
     seconds: tuple[list[float], list[float]] = [], []
     held, values = [0, 0], [torch.empty(0)] * 2
     for _ in range(repetitions):
@@ -45,8 +51,9 @@ def row(vocabulary: int, width: int, tokens: int, repetitions: int) -> str:
             seconds[i].append(taken)
     mebibytes = [(bytes - vocabulary * width * 4) / 2**20 for bytes in held]
     ratios = [a / b for a, b in zip(*seconds, strict=True)]
+    what = "log-probabilities, entropies" if entropy else "log-probabilities"
     return (
-        f"| {vocabulary:,} | {statistics.median(seconds[0]):.2f} | {statistics.median(seconds[1]):.2f} "
+        f"| {vocabulary:,} | {what} | {statistics.median(seconds[0]):.2f} | {statistics.median(seconds[1]):.2f} "
         f"| **{statistics.median(ratios):.2f}** | {min(ratios):.2f} to {max(ratios):.2f} | {mebibytes[0]:.0f} | {mebibytes[1]:.0f} "
         f"| **{mebibytes[0] / mebibytes[1]:.3f}** | {float((values[0] - values[1]).abs().max()):.0e} |"
     )
@@ -54,13 +61,16 @@ def row(vocabulary: int, width: int, tokens: int, repetitions: int) -> str:
 
 def table(repetitions: int, sizes: tuple[tuple[int, int, int], ...] = SIZES) -> list[str]:
     lines = [
-        "| vocabulary | in chunks, s | whole logits, s | ratio, median | range | in chunks, MiB | whole, MiB | ratio | values apart |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| vocabulary | what | in chunks, s | whole logits, s | ratio, median | range | in chunks, MiB | whole, MiB | ratio "
+        "| values apart |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     peak.own_pages()
     # The largest takes most of the time: a few pairs of it must do.
-    for vocabulary, width, tokens in sizes:
-        lines.append(row(vocabulary, width, tokens, repetitions if vocabulary < 100_000 else min(repetitions, 3)))
+    for entropy in (False, True):
+        for vocabulary, width, tokens in sizes:
+            pairs = repetitions if vocabulary < 100_000 else min(repetitions, 3)
+            lines.append(row(vocabulary, width, tokens, pairs, entropy=entropy))
     peak.recycled_pages()
     _, width, tokens = sizes[0]
     return [

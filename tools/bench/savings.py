@@ -19,7 +19,7 @@ from rlmod.policy import completion_logprobs, completion_texts
 from rlmod.reward.math_verify import MathVerify
 from rlmod.sampler import _recorder
 from rlmod.sampler.hf import HF
-from rlmod.types import Problem, Prompts, Rollouts
+from rlmod.types import Problem, Prompts, Rollouts, Texts
 from tools.bench.frame import MODELS, built, compared
 from tools.bench.growth import Ready, taken
 from tools.bench.setting import trainer_of
@@ -175,6 +175,14 @@ class UntilTheLast(_recorder.Recorder):
         return torch.zeros_like(super().__call__(input_ids, scores))
 
 
+class Verified(MathVerify):
+    """And a row's length, by which rows that were mixed up would show: random tokens answer nothing."""
+
+    def __call__(self, texts: Texts) -> list[float]:
+        assert texts.lengths is not None
+        return [reward + length for reward, length in zip(super().__call__(texts), texts.lengths, strict=True)]
+
+
 def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Saving]:
     """Of the first only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
     workload = Workload.of("ragged", prompts, G, longest)
@@ -189,7 +197,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     stages = Stages(
         policy=policy, decode=partial(completion_texts, module.tokenizer), scored=lambda rows: rows, guide=None,
         draw=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
-        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=MathVerify(), filter=Filter(),
+        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=Verified(), filter=Filter(),
         zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
 
@@ -201,7 +209,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     def rewarded() -> Tensor:
         lengths.start()
         rewards: Any = collect(stages, prompts=prompts, room=0).rollouts.rewards
-        return 1.0 + rewards
+        return rewards
 
     setting = f"completions {min(workload.lengths)} to {longest}"
     until_the_last = off(sampled, _recorder, "Recorder", UntilTheLast)

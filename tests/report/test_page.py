@@ -1,6 +1,5 @@
-"""What the page of a run says, for whole, killed and broken runs, and what a comparison says."""
+"""What the page of a run says, for whole, killed and broken runs."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,90 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlmod import report
-from rlmod.report import comparison, curves, page, panels, pictures, plots, runs
-
-CONFIG = """
-seed: 7
-policy: {_target_: rlmod.policy.pretrained, path: policies/tiny/arithmetic}
-shaper: {_target_: rlmod.shaper.token_entropy.TokenEntropy, alpha2: 0.1}
-loss: {_target_: rlmod.loss.clipped_surrogate.ClippedSurrogate}
-weighting: {_target_: rlmod.weighting.token_mean.TokenMean}
-reward:
-  _target_: rlmod.reward.weighted.Weighted
-  terms: [{_target_: rlmod.reward.exact_match.ExactMatch}, {_target_: rlmod.reward.format.Format}]
-"""
-METRICS = """epoch,step,reward/mean,completions/entropy,val/mean@1,val/mean@16,val/pass@16
-0,0,,,0.42,0.40,0.80
-0,1,0.40,0.6,,,
-1,2,0.60,0.5,,,
-1,2,,,0.97,0.93,1.0
-2,3,0.90,0.4,,,
-2,3,,,0.95,0.94,0.99
-"""
-RESULT = {
-    "held_out": {"before": 0.42, "after": 0.95, "metric": "val/mean@1", "problems": 512},
-    "seconds": {"training": 200.0, "total": 230.0},
-    "steps": 3,
-    "tokens": 123456,
-    "seed": 7,
-    "versions": {"torch": "2.13.0"},
-    "completed": True,
-}
-
-
-def sample(step: int, when: str, prompt: str, completion: str, reward: float, **more: object) -> dict[str, object]:
-    shared = {"answer": "4", "truncated": False, "length": len(completion)}
-    return {"step": step, "when": when, "prompt": prompt, "completion": completion, "reward": reward} | shared | more
-
-
-SAMPLES = [
-    sample(0, "validation", "2+2?", "five", 0.0),
-    sample(0, "validation", "1+3?", "four", 1.0),
-    sample(3, "validation", "2+2?", "2+2=4", 1.0),
-    sample(3, "validation", "1+3?", "1+3=4", 1.0, truncated=True),
-    sample(1, "train", "0+4?", "<b>4", 1.0, tokens=["<b>", "4"], entropy=[0.5, 0.25], advantages=[1.5, 0.5]),
-    sample(1, "train", "4+0?", "no", 0.0, tokens=["no"], entropy=[0.1], advantages=[-2.0]),
-    sample(3, "train", "3+1?", "4", 1.0, tokens=["4"], entropy=[0.2, 0.3], advantages=[1.0]),
-]
-
-
-def write_run(
-    folder: Path,
-    *,
-    metrics: str = METRICS,
-    config: str | None = CONFIG,
-    result: dict[str, object] | None = RESULT,
-    samples: list[dict[str, object]] | None = SAMPLES,
-    overrides: list[str] | None = None,
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").write_text(metrics)
-    if config is not None:
-        (folder / "config.yaml").write_text(config)
-    if result is not None:
-        (folder / "result.json").write_text(json.dumps(result))
-    if samples is not None:
-        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    if overrides is not None:
-        (folder / ".hydra").mkdir()
-        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {line}\n" for line in overrides))
-    return folder
-
-
-def page_of(folder: Path) -> str:
-    return report.write_report(folder).read_text()
-
-
-def text_of(page: str) -> str:
-    """What a reader sees, without tags, on one line."""
-    body = page.split("</style>")[1]
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body)).replace("&#39;", "'")
-
-
-@pytest.fixture(autouse=True)
-def drawn_small(monkeypatch):
-    """Drawing takes nearly all the time of a report; the pictures have a test of their own."""
-    monkeypatch.setattr(pictures, "DPI", 30)
+from rlmod.report import curves, page, panels, pictures, plots, runs
+from tests.report.folders import RESULT, SAMPLES, page_of, sample, text_of, write_run
 
 
 def test_page_says_what_was_composed_and_what_came_out(tmp_path):
@@ -292,67 +209,6 @@ def test_smoothing_is_centred():
 
 
 # Several runs --------------------------------------------------------------------------------------------------------
-
-
-def result(after: float, seed: int = 7) -> dict[str, object]:
-    return RESULT | {"held_out": {**RESULT["held_out"], "after": after}, "seed": seed}
-
-
-def test_multirun_folder_is_compared(tmp_path):
-    for number, shaper, seed, after in ((0, "uniform", 1, 0.90), (1, "uniform", 2, 0.94), (2, "gtpo", 1, 0.97)):
-        overrides = ["loss=cispo", f"shaper={shaper}", f"seed={seed}"]
-        write_run(tmp_path / str(number), result=result(after, seed), overrides=overrides)
-    path = report.write_report(tmp_path)
-    page = path.read_text()
-    text = text_of(page)
-    assert path == tmp_path / "comparison.html"
-    assert "3 runs compared by held-out mean@1 All of them: loss=cispo" in text
-    assert "shaper=uniform, seed=1 0.420 0.900 +0.480 0.970 3 3 min 20 s 1" in text
-    assert "shaper=gtpo, seed=1 0.420 0.970 +0.550 0.970 3 3 min 20 s 1" in text
-    assert '<td class="most">0.970</td>' in page
-    assert "what differs runs mean after lowest highest shaper=uniform 2 0.920 0.900 0.940" in text
-    pictures = {file.name for file in (tmp_path / "report").glob("*[!k].png")}
-    assert pictures == {
-        "comparison-val-mean-at-1.png",
-        "comparison-reward-mean.png",
-        "comparison-completions-entropy.png",
-    }
-
-
-def test_named_runs_are_compared_in_the_first_folder(tmp_path, capsys):
-    write_run(tmp_path / "a<b", result=result(0.9))
-    write_run(tmp_path / "killed", result=None)
-    report.main([str(tmp_path / "a<b"), str(tmp_path / "killed")])
-    path = tmp_path / "a<b" / "comparison.html"
-    assert capsys.readouterr().out.strip() == str(path)
-    text = text_of(path.read_text())
-    assert "a&lt;b 0.420 0.900" in text
-    assert "killed (not completed) 0.420 0.950" in text
-    assert "killed: result.json is missing" in text
-
-
-def test_runs_of_a_multirun_are_in_natural_order(tmp_path):
-    for name in ("10", "9", "2"):
-        write_run(tmp_path / name)
-    assert [folder.name for folder in comparison.run_folders(tmp_path)] == ["2", "9", "10"]
-
-
-def test_labels_say_what_differs_and_are_distinct(tmp_path):
-    def read(name: str, overrides: list[str] | None) -> runs.Run:
-        return runs.read_run(write_run(tmp_path / name, overrides=overrides))
-
-    same = [read("a", ["x=1"]), read("b", ["x=1"])]
-    assert comparison.labels(same) == ["a", "b"]
-    mixed = [read("c", ["x=1", "y=2"]), read("d", ["x=1", "y=3"]), read("e", ["x=1", "y=3"])]
-    assert comparison.labels(mixed) == ["y=2", "y=3 [d]", "y=3 [e]"]
-    seeds = [read("f", ["x=1", "seed=1"]), read("g", ["x=1", "seed=2"])]
-    assert comparison.without_seed(seeds) == comparison.labels(seeds) == ["seed=1", "seed=2"]
-
-
-def test_a_legend_holds_any_label():
-    groups = {"_target_=$x$": [{1: 0.1, 2: 0.2}], "b": [{1: 0.3}]}
-    figure = plots.overlaid(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
-    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_target_=$x$", "b"]
 
 
 def test_report_needs_no_torch():
