@@ -1,4 +1,5 @@
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ from transformers import AutoTokenizer
 
 import rlmod
 from rlmod.prompts import PromptEncoder
+from rlmod.sampler.hf import HF
 from rlmod.types import Problem
+from tests.commands import refused, refused_eval
 
 TINY = Path(rlmod.__file__).parent / "policies" / "tiny"
 TEMPLATE = (
@@ -177,3 +180,22 @@ def test_too_long_as_an_error(tokenizer):
 def test_bad_fields(fields, message):
     with pytest.raises((ValueError, TypeCheckError), match=message):
         PromptEncoder(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(HF):
+    max_model_len: int | None = None
+
+
+@pytest.mark.parametrize("key", ["sampler", "validation.sampler"])
+def test_a_run_whose_prompts_do_not_fit_does_not_begin(key, tmp_path, monkeypatch):
+    limited = (f"{key}._target_=tests.test_prompts.Limited", f"+{key}.max_model_len=41")
+    message = refused(monkeypatch, tmp_path, "debug=short", *limited)
+    assert f"{key}.max_model_len=41: the longest prompt has" in message
+    assert f"{key}.max_new_tokens=40" in message
+
+
+def test_nor_does_an_evaluation(tmp_path, monkeypatch):
+    limited = ("sampler._target_=tests.test_prompts.Limited", "+sampler.max_model_len=41", "sampler.max_new_tokens=40")
+    message = refused_eval(monkeypatch, "policy=tiny", f"output={tmp_path / 'a'}", "data.validation.size=16", *limited)
+    assert "sampler.max_model_len=41: the longest prompt has" in message
