@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlmod.head import LOGITS_AT_ONCE
 from rlmod.plan import activations
 from rlmod.plan.run import Model, Run
+from rlmod.sampler._sampling import ROOM
 
 PARTS = (
     "parameters",
@@ -114,8 +115,8 @@ def _generating(run: Run, base: dict[str, float], rows: int, model: Run | Model)
     tokens = rows * run.prompt
     prefill = tokens * (3 * s.intermediate * c + 2 * s.hidden * max(s_width, 4))
     yield _added(base, {"KV cache": tokens * a_token, "prefill and logits": prefill})
-    grown = rows * run.length * a_token
-    # As a token is added, a layer's keys are copied; and logits, log-softmax, probabilities, and what they are drawn from.
+    grown = rows * (run.length + ROOM) * a_token
+    # When there is no room left, a layer's keys are copied; and logits, log-softmax, probabilities, and what they are drawn from.
     logits = grown / s.layers / 2 + rows * s.vocabulary * (c + 6 * 4)
     yield _added(base, {"KV cache": grown, "prefill and logits": logits})
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROOM = 64
+"""Tokens that sampler=hf makes room for at once in its key-value cache."""
+
+
 @runtime_checkable
 class Settings(Protocol):
     @property

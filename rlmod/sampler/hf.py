@@ -64,6 +64,7 @@ class HF:
         # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
         from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
+        from rlmod.sampler._cache import roomy
         from rlmod.sampler._recorder import LastLogits, Recorder
 
         if getattr(policy, "_is_stateful", False):
@@ -84,7 +85,7 @@ class HF:
                 untold[now] = False
 
         running = torch.arange(len(ids), device=ids.device)
-        cache = DynamicCache(config=policy.config)
+        cache = roomy(DynamicCache(config=policy.config))
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)

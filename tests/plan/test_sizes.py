@@ -6,6 +6,7 @@ import pytest
 
 from rlmod.plan import activations, advice, duration, memory, traffic
 from rlmod.plan.run import Adapter, Model, Sampling
+from rlmod.sampler._sampling import ROOM
 from tests.plan.runs import MACHINE, RUN, SHAPE
 
 ALL = tuple(SHAPE.linears)
@@ -60,14 +61,14 @@ def test_guide_and_reference_are_held_whole():
 
 
 def test_keys_and_values_of_every_row_that_is_sampled_at_once():
-    # 8 rows of 10 tokens, 2 layers, keys and values 4 wide each, 4 bytes
-    assert part(RUN, "sampling", "KV cache") == 8 * 10 * 2 * 2 * 4 * 4
+    # 8 rows of 10 tokens and the room ahead, 2 layers, keys and values 4 wide each, 4 bytes
+    assert part(RUN, "sampling", "KV cache") == 8 * (10 + ROOM) * 2 * 2 * 4 * 4
     few = replace(RUN, sampling=Sampling(rows_at_once=2))
-    assert part(few, "sampling", "KV cache") == 2 * 10 * 2 * 2 * 4 * 4
+    assert part(few, "sampling", "KV cache") == 2 * (10 + ROOM) * 2 * 2 * 4 * 4
     # logits and what is made of them; and the keys of a layer, copied
-    assert part(few, "sampling", "prefill and logits") == 2 * 100 * (4 + 24) + 2 * 10 * 4 * 4
+    assert part(few, "sampling", "prefill and logits") == 2 * 100 * (4 + 24) + 2 * (10 + ROOM) * 4 * 4
     mixed = replace(few, autocast=True)  # keys are rotated in float32
-    assert part(mixed, "sampling", "KV cache") == 2 * 10 * 2 * 4 * (4 + 2)
+    assert part(mixed, "sampling", "KV cache") == 2 * (10 + ROOM) * 2 * 4 * (4 + 2)
 
 
 def test_an_engine_takes_its_share_and_may_sleep():
