@@ -17,7 +17,7 @@ from rlmod.collect import Filter, Stages, ZeroReward, collect
 from rlmod.packing import packs
 from rlmod.policy import completion_logprobs, completion_texts
 from rlmod.reward.math_verify import MathVerify
-from rlmod.sampler import _recorder
+from rlmod.sampler import _cache, _recorder
 from rlmod.sampler.hf import HF
 from rlmod.types import Problem, Prompts, Rollouts, Texts
 from tools.bench.frame import MODELS, built, compared
@@ -214,6 +214,8 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     setting = f"completions {min(workload.lengths)} to {longest}"
     until_the_last = off(sampled, _recorder, "Recorder", UntilTheLast)
     yield Saving("ended rows left out", f"sampling; {setting}", sampled, until_the_last)
+    copied = off(sampled, _cache, "roomy", lambda cache: cache)
+    yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
     afterwards = off(rewarded, beside, "possible", lambda *_: False)
     setting = f"sampling and `math_verify`, by the clock; {setting}"
     yield Saving("reward beside sampling", setting, rewarded, afterwards, time.perf_counter)
