@@ -200,8 +200,9 @@ def test_held_out_problems_come_whole_in_order_over_ranks():
     assert sorted(shared) == [str(i) for i in range(6)]
 
 
-def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_loaded(tmp_path, monkeypatch):
-    two = ("strategy=ddp", "trainer.devices=2")
+@pytest.mark.parametrize("two", [("trainer.devices=2",), ("trainer.devices=[0,1]",), ("trainer.num_nodes=2",)])
+def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_loaded(two, tmp_path, monkeypatch):
+    two = ("strategy=ddp", *two)
     monkeypatch.setattr(HFPolicy, "tokenizer", lambda *_: pytest.fail("something was loaded"))
     message = refused(monkeypatch, tmp_path, *SHORT, *two, "batch.prompts=7")
     assert "batch.prompts=7 cannot be shared out among 2 ranks" in message
