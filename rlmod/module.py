@@ -286,7 +286,7 @@ class RLModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         self.tokens_sampled = checkpoint["tokens_sampled"]
-        self.history, self.held_out = checkpoint["history"], checkpoint["held_out"]
+        self.history, self.held_out = checkpoint["history"], checkpoint.get("held_out", self.held_out)
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
                 raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")
