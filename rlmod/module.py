@@ -93,6 +93,8 @@ class RLModule(L.LightningModule):
         """What the current or last validation sampled, batch by batch; for callbacks to watch."""
         self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
         """What the last validation found, and the optimizer step after which that was."""
+        self.own_checkpoint = False
+        """Whether what it goes on from was made in its folder with its settings, so that this still holds."""
         self.tokens_sampled = 0
         self.means = Means()
         """Of what the collection's training steps measure."""
@@ -251,9 +253,8 @@ class RLModule(L.LightningModule):
         texts = read(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
         rewards, _, outcomes = score(settings.reward, texts)
         self.validation_metrics.update((outcomes > settings.threshold).view(len(batch), -1).to(self.device))
-        self.validated.append(
-            Collected(rollouts=replace(rollouts, rewards=rewards.to(self.device)), texts=texts, metrics={})
-        )
+        rollouts = replace(rollouts, rewards=rewards.to(self.device))
+        self.validated.append(Collected(rollouts=rollouts, texts=texts, metrics={}))
 
     def on_validation_epoch_end(self) -> None:
         found = self.validation_metrics.compute()
@@ -261,11 +262,9 @@ class RLModule(L.LightningModule):
         self.validation_metrics.reset()
         rest(self.validation.sampler)
         rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
-        self.held_out = {
-            "step": self.global_step,
-            "problems": int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt,
-            "accuracy": float(found[self.validation.objective]),
-        }
+        problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt
+        accuracy = float(found[self.validation.objective])
+        self.held_out = {"step": self.global_step, "problems": problems, "accuracy": accuracy}
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -286,7 +285,8 @@ class RLModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         self.tokens_sampled = checkpoint["tokens_sampled"]
-        self.history, self.held_out = checkpoint["history"], checkpoint.get("held_out", self.held_out)
+        self.history = checkpoint["history"]
+        self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
                 raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")

@@ -31,7 +31,7 @@ class EncodedProblems:
 
     def check_room(self, sampler: object, key: str) -> None:
         """ValueError where the sampler's ``max_model_len`` is too short for a prompt with its completion, which an engine would cut off."""
-        limit: int | None = getattr(sampler, "max_model_len", None)
+        limit: int | None = getattr(sampler, "engine", {}).get("max_model_len", getattr(sampler, "max_model_len", None))
         if limit is None or not self.ids:
             return
         completion = cast(Any, sampler).max_new_tokens

@@ -99,6 +99,13 @@ def step(folder: Path, checkpoint: Path | None) -> int | None:
     return own.get(checkpoint.resolve()) if checkpoint is not None else None
 
 
+def is_own(folder: Path, checkpoint: Path, cfg: DictConfig) -> bool:
+    """Whether it was made by the run in ``folder`` with these very settings: by its own config.yaml, which no rank is writing now."""
+    if step(folder, checkpoint) is None:
+        return False
+    return not _differences(_plain(OmegaConf.load(checkpoint / "config.yaml")), _plain(cfg))
+
+
 def left_off(folder: Path, cfg: DictConfig) -> Path | None:
     """The checkpoint from which the same command goes on in the same folder; None where it has to begin.
 

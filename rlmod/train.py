@@ -57,12 +57,12 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)
     held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
-    problems.check_room(parts.sampler, "sampler")
-    if held_out:
-        held_out.check_room(parts.validation.sampler, "validation.sampler")
     prepare([parts.sampler, parts.guide, parts.reward, parts.reference], problems.problems, tokenizer)
     validated = held_out.problems if held_out else ()
     prepare([parts.validation.sampler, parts.validation.reward], validated, tokenizer)
+    problems.check_room(parts.sampler, "sampler")
+    if held_out:
+        held_out.check_room(parts.validation.sampler, "validation.sampler")
 
     import lightning as L
 
@@ -70,6 +70,7 @@ def train(cfg: DictConfig) -> float | None:
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _trainer(cfg, resume.step(folder, checkpoint))
     module = _module(cfg, parts, tokenizer)
+    module.own_checkpoint = checkpoint is not None and resume.is_own(folder, checkpoint, cfg)
     data = _data(cfg, parts, problems, held_out)
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     with ranks.together(lambda: getattr(trainer.strategy.launcher, "procs", ())):

@@ -60,6 +60,19 @@ def test_a_signal_writes_a_checkpoint_and_exits(number, tmp_path):
     assert not json.loads((folder / "result.json").read_text())["completed"]
 
 
+@pytest.mark.parametrize("folder", ["a", "b"])
+def test_what_the_last_validation_found_holds_for_the_same_run_alone(folder, tmp_path, monkeypatch):
+    settings = (*QUICK, "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1")
+    run_train(monkeypatch, *settings, f"output={tmp_path / 'a'}")
+    before = json.loads((tmp_path / "a" / "result.json").read_text())["held_out"]["after"]
+    others = ("data.validation.size=32", f"resume={tmp_path / 'a'}", f"output={tmp_path / folder}")
+    run_train(monkeypatch, *settings, *others)
+    found = json.loads((tmp_path / folder / "result.json").read_text())["held_out"]
+    assert found["problems"] == 32
+    assert found["after"] != before
+    assert (tmp_path / folder / "report.html").is_file()
+
+
 def test_ctrl_c_before_the_first_step_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(RLModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stop:

@@ -159,6 +159,10 @@ def test_prompt_and_completion_must_fit_an_engines_length(tokenizer):
     longest = max(map(len, encoded.ids))
     encoded.check_room(SimpleNamespace(max_model_len=longest + 5, max_new_tokens=5), "sampler")
     encoded.check_room(SimpleNamespace(max_model_len=None, max_new_tokens=5), "sampler")
+    given = {"max_model_len": longest + 5}
+    encoded.check_room(
+        SimpleNamespace(max_model_len=1, max_new_tokens=5, engine=given), "sampler"
+    )  # it has the last word
     message = rf"validation.sampler.max_model_len={longest + 4}: the longest prompt has {longest} tokens \(a.jsonl:4\).*{longest + 5}"
     with pytest.raises(ValueError, match=message):
         encoded.check_room(SimpleNamespace(max_model_len=longest + 4, max_new_tokens=5), "validation.sampler")

@@ -24,9 +24,11 @@ def rendered(page: str, **values: Any) -> str:
 
 
 def written(path: Path, page: str) -> Path:
+    """Whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
     # A completion may hold half of a surrogate pair, which has no UTF-8.
-    path.write_bytes(page.encode("utf-8", errors="replace"))
-    return path
+    partial.write_bytes(page.encode("utf-8", errors="replace"))
+    return partial.replace(path)
 
 
 def duration(seconds: float) -> str:

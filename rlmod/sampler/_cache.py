@@ -16,7 +16,9 @@ class RoomyLayer(DynamicLayer):
     stay in 16 bits, which the base widens to the keys' 32.
     """
 
-    buffers: tuple[Tensor, Tensor] | None = None
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.buffers: dict[str, Tensor] = {}
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride] (the base leaves open what else it is given)
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -24,30 +26,25 @@ class RoomyLayer(DynamicLayer):
         held = self.get_seq_length()
         if not held:
             self.lazy_initialization(key_states, value_states)
-        length = held + key_states.shape[-2]
-        if not self._has_room(length):
-            self.buffers = self._larger(self.keys, key_states, held), self._larger(self.values, value_states, held)
-        assert self.buffers is not None
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., held:length, :] = new
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        # One after the other: the old keys are gone before the values are copied.
+        self.keys = self._appended("keys", cast(Tensor, self.keys), held, key_states)
+        self.values = self._appended("values", cast(Tensor, self.values), held, value_states)
         return self.keys, self.values
 
+    def _appended(self, name: str, kept: Tensor, held: int, new: Tensor) -> Tensor:
+        length, buffer = held + new.shape[-2], self.buffers.pop(name, None)
+        # What is kept lies elsewhere where the base has put another tensor in the buffer's stead.
+        if buffer is None or buffer.data_ptr() != kept.data_ptr() or buffer.shape[-2] < length:
+            buffer = new.new_empty(*new.shape[:-2], length + ROOM, new.shape[-1])
+            if held:
+                buffer[..., :held, :] = kept
+        buffer[..., held:length, :] = new
+        self.buffers[name] = buffer
+        return buffer[..., :length, :]
+
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.buffers.clear()  # or what is left behind would stay until the next token
         super().batch_select_indices(indices)
-        self.buffers = None  # or what was left behind would stay until the next token
-
-    def _has_room(self, length: int) -> bool:
-        if self.buffers is None or self.buffers[0].data_ptr() != cast(Tensor, self.keys).data_ptr():
-            return False  # the base has put other tensors in the buffers' stead
-        return self.buffers[0].shape[-2] >= length
-
-    @staticmethod
-    def _larger(held: Any, new: Tensor, length: int) -> Tensor:
-        buffer = new.new_empty(*new.shape[:-2], length + new.shape[-2] + ROOM, new.shape[-1])
-        if length:
-            buffer[..., :length, :] = held
-        return buffer
 
 
 def roomy(cache: DynamicCache) -> DynamicCache:

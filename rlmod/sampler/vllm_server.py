@@ -85,6 +85,11 @@ class VLLMServer:
     def _server(self) -> Server:
         return Server(url=self.url, patience=self.patience, timeout=self.timeout, requests=self.requests)
 
+    @property
+    def max_model_len(self) -> int | None:
+        """The server's: prompt and completion together, in tokens."""
+        return self._server.get("v1/models")["data"][0].get("max_model_len")
+
     def prepare(self, problems: Sequence[object], tokenizer: object) -> None:
         """A server that is not there shows before weights are loaded."""
         self._server.wait_until_awake()

@@ -35,7 +35,8 @@ class StandIn(ThreadingHTTPServer):
             def do_GET(self) -> None:
                 if server.frozen.is_set():
                     server.thaw.wait()
-                self.answer({"weight_version": server.version} if self.path == "/weight_info" else None)
+                models = {"data": [{"id": "policy", "max_model_len": 100}]}
+                self.answer({"/weight_info": {"weight_version": server.version}, "/v1/models": models}.get(self.path))
 
             def do_POST(self) -> None:
                 what = self.path.removeprefix("/")
@@ -96,6 +97,10 @@ PROMPTS = Prompts(
     mask=torch.ones(2, 2, dtype=torch.bool),
     problems=(Problem(prompt="", answer="", source=""),) * 2,
 )
+
+
+def test_its_length_is_the_servers(server):
+    assert sampler(server).max_model_len == 100
 
 
 def test_it_is_given_weights_and_asked_prompt_by_prompt(server, policy):
