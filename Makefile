@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)
-	$(BIN)/rlmod-train experiment=quickstart
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/rlmod-train experiment=quickstart
 
 # One worker a core, each with one thread: more threads only get in each other's way.
 test: $(READY)

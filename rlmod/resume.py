@@ -100,10 +100,14 @@ def step(folder: Path, checkpoint: Path | None) -> int | None:
 
 
 def is_own(folder: Path, checkpoint: Path, cfg: DictConfig) -> bool:
-    """Whether it was made by the run in ``folder`` with these very settings: by its own config.yaml, which no rank is writing now."""
-    if step(folder, checkpoint) is None:
-        return False
-    return not _differences(_plain(OmegaConf.load(checkpoint / "config.yaml")), _plain(cfg))
+    """Whether it was made by the run in ``folder`` with these very settings."""
+    return step(folder, checkpoint) is not None and not changed(checkpoint, cfg)
+
+
+def changed(checkpoint: Path, cfg: DictConfig) -> list[str]:
+    """What was otherwise when it was made: by its own config.yaml, which no rank is writing now."""
+    before = _plain(OmegaConf.load(checkpoint / "config.yaml"))
+    return [f"{key} was {old!r}, now {new!r}" for key, old, new in _differences(before, _plain(cfg))]
 
 
 def left_off(folder: Path, cfg: DictConfig) -> Path | None:

@@ -25,7 +25,7 @@ def serve(cfg: DictConfig) -> None:
     if not str(cfg.sampler._target_).endswith("VLLMServer"):
         raise ValueError(f"rlmod-serve is for sampler=vllm_server, not for {cfg.sampler._target_}")
     if find_spec("vllm") is None:
-        raise ValueError(not_installed("rlmod-serve"))
+        raise ValueError(not_installed("sampler=vllm_server"))
     sampler, policy = instantiate(cfg.sampler), instantiate(cfg.policy)
     address = urlparse(sampler.url)
     host, port = address.hostname or "127.0.0.1", address.port or 8000

@@ -51,8 +51,12 @@ def train(cfg: DictConfig) -> float | None:
     checkpoint = resume.start(folder, cfg)
     if ranks.first():
         resume.rewind(folder, checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            print(f"a new run in {folder}", flush=True)
+        else:
             log.warning("going on from %s", checkpoint)
+            if changed := resume.changed(checkpoint, cfg):
+                log.warning("with other settings than it was made with: %s", "; ".join(changed))
         resume.note_config(folder, cfg)
     tokenizer = parts.policy.tokenizer()
     problems = parts.encoder.encode(parts.train(), tokenizer)

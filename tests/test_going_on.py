@@ -69,6 +69,8 @@ def test_what_the_last_validation_found_holds_for_the_same_run_alone(folder, tmp
     run_train(monkeypatch, *settings, *others)
     found = json.loads((tmp_path / folder / "result.json").read_text())["held_out"]
     assert found["problems"] == 32
+    told = (tmp_path / folder / "train.log").read_text()
+    assert "with other settings than it was made with: data.validation.size was 64, now 32" in told
     assert found["after"] != before
     assert (tmp_path / folder / "report.html").is_file()
 
