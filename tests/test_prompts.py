@@ -191,10 +191,10 @@ class Limited(HF):
     max_model_len: int | None = None
 
 
-@pytest.mark.parametrize("key", ["sampler", "validation.sampler"])
-def test_a_run_whose_prompts_do_not_fit_does_not_begin(key, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "without"), [("sampler", ("data.validation=null",)), ("validation.sampler", ())])
+def test_a_run_whose_prompts_do_not_fit_does_not_begin(key, without, tmp_path, monkeypatch):
     limited = (f"{key}._target_=tests.test_prompts.Limited", f"+{key}.max_model_len=41")
-    message = refused(monkeypatch, tmp_path, "debug=short", *limited)
+    message = refused(monkeypatch, tmp_path, "debug=short", *limited, *without)
     assert f"{key}.max_model_len=41: the longest prompt has" in message
     assert f"{key}.max_new_tokens=40" in message
 
