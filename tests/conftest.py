@@ -4,14 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_train
-from tests.runs import QUICK
+from tests.runs import QUICK, finished
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """One finished run of four collections."""
-    folder = tmp_path_factory.mktemp("run") / "a"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_train(monkeypatch, *QUICK, f"output={folder}")
-    return folder
+    return finished(tmp_path_factory.mktemp("run") / "a", *QUICK)

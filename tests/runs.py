@@ -3,12 +3,19 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.commands import SHORT
+from tests.commands import SHORT, run_train
 
 QUICK = (*SHORT, "shaper=token_entropy", "optimizer.lr=1e-4", "trainer.max_epochs=4")
+
+
+def finished(folder: Path, *overrides: str) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_train(monkeypatch, *overrides, f"output={folder}")
+    return folder
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

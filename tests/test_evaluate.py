@@ -5,8 +5,8 @@ import pytest
 
 from rlmod.evaluate import interval
 from tests.commands import SHORT, refused_eval, run_eval, run_train
+from tests.real import real
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 SMALL = ("data.validation.size=24", "sampler.completions_per_prompt=4", "sampler.max_new_tokens=48")
 
 
@@ -50,9 +50,7 @@ def test_recorded_completions_are_scored_without_a_model(tmp_path, monkeypatch):
 
 
 def test_gsm8k_through_the_command(tmp_path, monkeypatch):
-    if not DATA.is_dir():
-        pytest.skip(f"no GSM8K in {DATA}")
-    records = [json.loads(line) for line in (DATA / "test.jsonl").open()]
+    records = [json.loads(line) for line in real("gsm8k/test.jsonl").open()]
     answers = [record["answer"].split("#### ")[1] for record in records]
     lines = [{"completion": r["answer"], "answer": a} for r, a in zip(records, answers, strict=True)]
     source = written(tmp_path / "in.jsonl", *lines)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlmod import export
 from tests.commands import SHORT, run_train
 from tests.processes import ended, started
+from tests.runs import finished
 
 QUICK = (*SHORT, "data.validation=null", "optimizer.lr=1e-2", "trainer.max_epochs=2", "callbacks.checkpoints.every=1")
 SAMPLE = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -36,18 +37,12 @@ def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "a"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_train(monkeypatch, *QUICK, f"output={folder}")
-    return folder
+    return finished(tmp_path_factory.mktemp("run") / "a", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "lora"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_train(monkeypatch, *QUICK, "adapter=lora", f"output={folder}")
-    return folder
+    return finished(tmp_path_factory.mktemp("run") / "lora", *QUICK, "adapter=lora")
 
 
 def expected(checkpoint: Path) -> torch.Tensor:

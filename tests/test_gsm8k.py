@@ -1,22 +1,18 @@
 """The recipe on the real problems, with the tiny policy: it cannot solve one, but everything about the run is real."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
 from tests.commands import run_train
-
-DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+from tests.real import real
 
 
 @pytest.mark.slow
 def test_three_steps_on_the_real_training_file(tmp_path, monkeypatch):
-    if not DATA.is_dir():
-        pytest.skip(f"no GSM8K in {DATA}")
     run_train(
-        monkeypatch, "experiment=gsm8k", "policy=tiny", f"data.path={DATA / 'train.jsonl'}",
-        f"data.validation_path={DATA / 'test.jsonl'}", "data.validation_limit=8", "trainer.max_epochs=3",
+        monkeypatch, "experiment=gsm8k", "policy=tiny", f"data.path={real('gsm8k/train.jsonl')}",
+        f"data.validation_path={real('gsm8k/test.jsonl')}", "data.validation_limit=8", "trainer.max_epochs=3",
         "trainer.accelerator=cpu", "batch.prompts=4", "batch.micro_batch=8", "sampler.max_new_tokens=64",
         "filter.max_generation_batches=1", f"output={tmp_path / 'a'}",
     )  # fmt: skip

@@ -1,18 +1,9 @@
 """The public problem files that recipes name, where they lie beside the repository."""
 
-from pathlib import Path
-
 import pytest
 
 from rlmod.data.problem_file import ProblemFile
-
-FOLDER = Path(__file__).parents[3] / "shared" / "data"
-
-
-def real(name: str) -> Path:
-    if not (FOLDER / name).is_file():
-        pytest.skip(f"{FOLDER / name} is not here")
-    return FOLDER / name
+from tests.real import real
 
 
 @pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])

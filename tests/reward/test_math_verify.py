@@ -13,6 +13,7 @@ import pytest
 from rlmod.reward import math_verify
 from rlmod.reward.math_verify import MathVerify
 from rlmod.types import Problem, Texts
+from tests.real import real
 
 REPOSITORY = Path(__file__).parents[2]
 ENDLESS = "\\boxed{9^{9^{9^{9}}}}"  # verify evaluates it, in one C routine that no signal handler of Python interrupts
@@ -33,10 +34,7 @@ def alive(pid):
 
 @pytest.fixture(scope="module")
 def gsm8k():
-    path = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-    if not path.exists():
-        pytest.skip(f"needs the GSM8K test set at {path}")
-    solutions = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    solutions = [json.loads(line)["answer"] for line in real("gsm8k/test.jsonl").read_text().splitlines()]
     gold = [solution.rsplit("####", 1)[1].strip() for solution in solutions]
     assert len(gold) == 1319
     return solutions, gold, [str(int(number.replace(",", "")) + 1) for number in gold]
