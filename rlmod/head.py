@@ -3,13 +3,22 @@
 A batch of 2,048 tokens with a vocabulary of 151,936 has 1.2 GB of logits in float32, and a softmax and its gradient besides. Here they
 exist for a chunk of tokens at a time, and the backward pass makes them again: four matrix products for three, and memory that does not
 grow with the batch.
+
+Some models do something to their logits behind the head: Cohere and Granite scale them, Gemma caps them. What it is is found out by trying.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from rlmod import forward
+from rlmod.types import Rollouts
 
 LOGITS_AT_ONCE = 2**25
 """Entries: 128 MiB in float32. What fits in one chunk is kept for the backward pass instead of being made again."""
@@ -21,10 +30,13 @@ def logprobs_and_entropy(
     ids: Int[Tensor, " N"],
     temperature: float = 1.0,
     *,
+    cap: float | None = None,
     entropy: bool = True,
     at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
-    """log softmax(z / temperature) at ``ids``, and the entropy of that softmax if it is asked for; z = W h + b, in nats.
+    """log softmax(z / temperature) at ``ids``, and the entropy of that softmax if it is asked for, in nats.
+
+    z = W h + b, or cap tanh((W h + b) / cap).
 
     The same numbers as from whole logits, in float32 or wider, with gradients in h, W and b. Under autocast the products are taken in
     its precision, as the head itself would.
@@ -35,7 +47,7 @@ def logprobs_and_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chunk = max(at_once // weight.shape[0], 1)
-    return cast(Any, _Head.apply(hidden, weight, bias, ids, temperature, entropy, chunk))
+    return cast(Any, _Head.apply(hidden, weight, bias, ids, temperature, cap, entropy, chunk))
 
 
 class _Head(torch.autograd.Function):
@@ -47,6 +59,7 @@ class _Head(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        cap: float | None,
         entropy: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +70,7 @@ class _Head(torch.autograd.Function):
         kept = None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            z = _logits(hidden[rows], weight, bias, temperature, wide)
+            z = _logits(hidden[rows], weight, bias, temperature, cap, wide)
             chosen = z.gather(-1, ids[rows, None])[:, 0]
             normaliser[rows] = z.logsumexp(-1)
             logprobs[rows] = chosen - normaliser[rows]
@@ -69,7 +82,7 @@ class _Head(torch.autograd.Function):
             if len(hidden) <= chunk:
                 kept = z
         ctx.save_for_backward(hidden, weight, bias, ids, normaliser, entropies, kept)
-        ctx.temperature, ctx.chunk, ctx.wide = temperature, chunk, wide
+        ctx.temperature, ctx.cap, ctx.chunk, ctx.wide = temperature, cap, chunk, wide
         return logprobs, entropies
 
     @staticmethod
@@ -83,7 +96,10 @@ class _Head(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=ctx.wide) if wants_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            z = _logits(hidden[rows], weight, bias, ctx.temperature, ctx.wide) if kept is None else kept.clone()
+            of_chunk = (hidden[rows], weight, bias, ctx.temperature, ctx.cap, ctx.wide)
+            z = _logits(*of_chunk) if kept is None else kept.clone()
+            # d cap tanh(y / cap) / d y = 1 - tanh^2
+            slope = None if ctx.cap is None else (z * (ctx.temperature / ctx.cap)).square_().neg_().add_(1.0)
             log_p = z.sub_(normaliser[rows, None])
             g = torch.zeros_like(normaliser[rows]) if of_logprobs is None else of_logprobs[rows]
             if of_entropies is None:
@@ -94,6 +110,8 @@ class _Head(torch.autograd.Function):
                 bracket = log_p.add_(entropies[rows, None]).mul_(of_entropies[rows, None]).add_(g[:, None])
                 d_z = p.mul_(bracket).neg_()
             d_z.scatter_add_(1, ids[rows, None], g[:, None])
+            if slope is not None:
+                d_z.mul_(slope)
             d_z = d_z.div_(ctx.temperature).to(weight.dtype)
             if d_hidden is not None:
                 torch.mm(d_z, weight, out=d_hidden[rows])
@@ -104,13 +122,89 @@ class _Head(torch.autograd.Function):
                     d_weight += d_z.T @ hidden[rows]
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=ctx.wide)
-        return d_hidden, _as(d_weight, weight), _as(d_bias, bias), None, None, None, None
+        return d_hidden, _as(d_weight, weight), _as(d_bias, bias), None, None, None, None, None
 
 
 def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, wide: torch.dtype) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, cap: float | None, wide: torch.dtype
+) -> Tensor:
     z = nn.functional.linear(hidden, weight, bias).to(wide)
+    if cap is not None:
+        z = z.div_(cap).tanh_().mul_(cap)
     return z if temperature == 1.0 else z.div_(temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behind:
+    """What a model makes of z, which its head returns: scale * z, or cap * tanh(z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def behind_the_head(policy: nn.Module) -> Behind | None:
+    """None where scores cannot be taken in the head's place: it is not a plain linear layer, or neither of the above follows it.
+
+    Found out once, with two tokens; a run that goes on finds it out again, so dropout's draws are given back. Where a layer's weights are
+    fetched from other ranks as it computes, all of them have to find it out at the same place.
+    """
+    if policy not in _BEHIND:
+        _BEHIND[policy] = _tried(policy)
+    return _BEHIND[policy]
+
+
+_BEHIND: WeakKeyDictionary[nn.Module, Behind | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def head_replaced(policy: nn.Module, by: Callable[[Tensor], Tensor], *, capped: bool = False) -> Iterator[None]:
+    """The policy's forward pass with ``by`` for its head, and without the cap behind it unless that is asked for."""
+    head, config = cast(Any, policy).get_output_embeddings(), getattr(policy, "config", None)
+    cap = getattr(config, _CAP, None)
+    head.forward = by
+    if cap is not None and not capped:
+        setattr(config, _CAP, None)
+    try:
+        yield
+    finally:
+        del head.forward
+        if cap is not None:
+            setattr(config, _CAP, cap)
+
+
+_CAP = "final_logit_softcapping"
+"""What transformers calls it in every model that has one; null is none."""
+
+
+def _tried(policy: nn.Module) -> Behind | None:
+    head, cap = cast(Any, policy).get_output_embeddings(), getattr(getattr(policy, "config", None), _CAP, None)
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+    if not linear or not head.weight.is_floating_point():
+        return None
+    z = torch.linspace(-4.0, 4.0, head.out_features, device=head.weight.device)
+    without = _returned(policy, z, capped=False)
+    if without is None:
+        return None
+    scale = float(without[-1] / z[-1])
+    if not scale > 0 or not torch.allclose(without, scale * z):
+        return None
+    if cap is None:
+        return Behind(scale=scale)
+    capped = _returned(policy, z, capped=True)
+    as_known = scale == 1.0 and capped is not None and torch.allclose(capped, cap * (z / cap).tanh())
+    return Behind(cap=cap) if as_known else None
+
+
+def _returned(policy: nn.Module, z: Float[Tensor, " V"], *, capped: bool) -> Float[Tensor, " V"] | None:
+    """What the policy returns if its head returns z for every token; None if that depends on the token, or has another shape."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=z.device)
+    row = Rollouts(prompt_ids=token, prompt_mask=token == 0, completion_ids=token)
+    dropout_kept = torch.random.fork_rng([z.device] if z.device.type == "cuda" else [])
+    replaced = head_replaced(policy, lambda hidden: z.repeat(*hidden.shape[:-1], 1), capped=capped)
+    with torch.no_grad(), dropout_kept, forward.uncompiled(policy), replaced:
+        logits = forward.logits(policy, row)
+    return logits[0, 0].float() if logits.shape == (1, 2, len(z)) and torch.equal(*logits[0]) else None

@@ -27,6 +27,7 @@ from rlmod.collect import Collected, Filter, Stages, ZeroReward, collect
 from rlmod.counts import agreement, check_agreement, mean_entropy, over_ranks
 from rlmod.forward import has_dropout
 from rlmod.groups import read
+from rlmod.head import behind_the_head
 from rlmod.interfaces import (
     Correction,
     Guide,
@@ -45,7 +46,7 @@ from rlmod.interfaces import (
 )
 from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
-from rlmod.policy import completion_scores, completion_texts, hands_over_hidden
+from rlmod.policy import completion_scores, completion_texts
 from rlmod.resume import check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score
@@ -107,7 +108,7 @@ class RLModule(L.LightningModule):
         """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
         with self.evaluating() as policy:
             sync(self.sampler, policy)
-            hands_over_hidden(policy)
+            behind_the_head(policy)
             stages = Stages(
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
@@ -142,9 +143,8 @@ class RLModule(L.LightningModule):
             self.policy = self.trainer.strategy.shard(self.policy)
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
-        if not len(
-            batch
-        ):  # an optimizer step has always as many micro-batches, not all of which are needed; the last one is
+        # An optimizer step has always as many micro-batches, not all of which are needed; the last one is.
+        if not len(batch):
             return torch.zeros((), device=self.device, requires_grad=True)
         assert batch.completion_ids is not None
         entropy = any(getattr(penalty, "needs_policy_entropy", False) for penalty in self.penalty.values())

@@ -2,19 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlmod import forward, ops
-from rlmod.head import logprobs_and_entropy
+from rlmod.head import behind_the_head, head_replaced, logprobs_and_entropy
 from rlmod.ops import token_logprobs
 from rlmod.types import Rollouts
 
@@ -155,11 +153,11 @@ def completion_scores(
     """The log-probability of each completion token, and the entropy of the distribution it is drawn from; 0 off the mask.
 
     Only counted tokens are looked at, and their logits are never whole: the policy's head is made to hand over what becomes of them. Of a
-    model that does something to its logits behind the head (a cap, a scale: Gemma 2, Cohere, Granite) they are whole.
+    model that does more behind its head than ``behind_the_head`` knows they are whole.
     """
     assert rollouts.completion_ids is not None
     mask = torch.ones_like(rollouts.completion_ids, dtype=torch.bool) if rollouts.mask is None else rollouts.mask
-    if not hands_over_hidden(policy):
+    if (behind := behind_the_head(policy)) is None:
         logits = completion_logits(policy, rollouts)
         logprobs = token_logprobs(logits, rollouts.completion_ids, temperature) * mask
         return logprobs, ops.entropy(logits, temperature) * mask if entropy else None
@@ -169,51 +167,15 @@ def completion_scores(
     def scoring(hidden: Tensor) -> Tensor:
         if hidden.shape[1] == 1:  # of prompts alone
             return hidden
-        scores = logprobs_and_entropy(hidden[:, :-1][mask], head, ids, temperature, entropy=entropy)
-        return torch.stack([s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores if s is not None])
+        counted, of_scaled = hidden[:, :-1][mask], temperature / behind.scale
+        scores = logprobs_and_entropy(counted, head, ids, of_scaled, cap=behind.cap, entropy=entropy)
+        whole = torch.stack([s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores if s is not None])
+        return whole if behind.scale == 1.0 else whole / behind.scale  # it goes through the policy's scaling
 
     # Inside the policy's forward, where a sharded head is whole, and out by way of its output, by which the backward pass knows as much.
-    with _head_replaced(head, scoring):
+    with head_replaced(policy, scoring):
         scores = forward.logits(policy, rollouts)
     return scores[0], scores[1] if entropy else None
-
-
-def hands_over_hidden(policy: nn.Module) -> bool:
-    """Whether what the head returns is what the policy returns, and the head is linear.
-
-    Found out once, with two tokens; a run that goes on finds it out again, so dropout's draws are given back. Where a layer's weights are
-    fetched from other ranks as it computes, all of them have to find it out at the same place.
-    """
-    if policy not in _HANDS_OVER_HIDDEN:
-        head, returned = cast(Any, policy).get_output_embeddings(), []
-
-        def first(hidden: Tensor) -> Tensor:
-            returned.append(hidden[..., :1])
-            return returned[-1]
-
-        linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
-        found = None
-        if linear and head.weight.is_floating_point():
-            device = head.weight.device
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            row = Rollouts(prompt_ids=token, prompt_mask=token == 0, completion_ids=token)
-            given_back = torch.random.fork_rng([device] if device.type == "cuda" else [])
-            with torch.no_grad(), given_back, forward.uncompiled(policy), _head_replaced(head, first):
-                found = forward.logits(policy, row)
-        _HANDS_OVER_HIDDEN[policy] = bool(returned) and found is returned[-1]
-    return _HANDS_OVER_HIDDEN[policy]
-
-
-_HANDS_OVER_HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-@contextmanager
-def _head_replaced(head: nn.Linear, by: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    cast(Any, head).forward = by
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R T V"]:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from rlmod import head, ops, policy
 from rlmod.policy import HFPolicy, completion_logits, completion_scores
@@ -23,14 +31,15 @@ def gradients(of: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> list
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("at_once", [1, 5 * V, N * V], ids=["a token", "five tokens", "all"])
-def test_values_and_gradients_are_those_of_whole_logits(at_once, temperature, bias):
+def test_values_and_gradients_are_those_of_whole_logits(at_once, temperature, cap, bias):
     linear, hidden, ids = inputs(torch.float64, bias)
     upstream = torch.randn(2, N, dtype=torch.float64)
-    logits = linear(hidden)
+    logits = linear(hidden) if cap is None else cap * (linear(hidden) / cap).tanh()
     expected = ops.token_logprobs(logits[None], ids[None], temperature)[0], ops.entropy(logits, temperature)
-    found = head.logprobs_and_entropy(hidden, linear, ids, temperature, at_once=at_once)
+    found = head.logprobs_and_entropy(hidden, linear, ids, temperature, cap=cap, at_once=at_once)
     for mine, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, plain)
     for weights in ((1, 0), (0, 1), (1, 1)):  # of the log-probabilities, of the entropies, of both
@@ -54,10 +63,11 @@ def test_without_the_entropy_the_log_probabilities_are_the_same():
         torch.testing.assert_close(a, b)
 
 
-def test_autograd_agrees_with_differences():
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_autograd_agrees_with_differences(cap):
     linear, hidden, ids = inputs(torch.float64, True)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: head._Head.apply(h, w, b, ids, 0.7, True, 4), (hidden, linear.weight, linear.bias)
+        lambda h, w, b: head._Head.apply(h, w, b, ids, 0.7, cap, True, 4), (hidden, linear.weight, linear.bias)
     )
 
 
@@ -73,6 +83,18 @@ def test_a_certain_token_and_a_frozen_head():
     assert (entropy == 0).all()
     (gradient,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), hidden)
     assert (gradient == 0).all()
+
+
+def test_a_cap_by_hand():
+    linear = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        linear.weight[:, 0] = torch.tensor([0.0, 1.0])
+    hidden = torch.full((1, 1), 2.0, requires_grad=True)
+    scores, _ = head.logprobs_and_entropy(hidden, linear, torch.tensor([1]), cap=2.0)
+    # z = 2 tanh(2 / 2) = 1.523188, log p = -log(1 + exp(-1.523188)), d log p / d h = (1 - p) (1 - tanh^2 1)
+    torch.testing.assert_close(scores, torch.tensor([-0.197223]), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(scores, hidden)
+    torch.testing.assert_close(gradient, torch.tensor([[0.178991 * 0.419974]]), atol=1e-6, rtol=0)
 
 
 def test_autocast_takes_the_products_in_its_precision_and_no_token_is_no_error():
@@ -133,33 +155,53 @@ def test_a_policys_scores_are_those_of_its_logits_where_tokens_count_and_0_elsew
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_that_caps_its_logits_is_asked_for_them():
-    """Gemma 2 bends its logits behind the head: scores from the head alone would be wrong."""
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def model_of(architecture: str, **settings: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5,
-        )
-    ).eval()  # fmt: skip
+    if architecture == "cohere":
+        return CohereForCausalLM(CohereConfig(**SMALL, **settings))
+    if architecture == "granite":
+        return GraniteForCausalLM(GraniteConfig(**SMALL, **settings))
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16, **settings))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "behind"),
+    [
+        ("gemma2", {"final_logit_softcapping": 0.5}, head.Behind(cap=0.5)),
+        ("gemma2", {"final_logit_softcapping": None}, head.Behind()),
+        ("cohere", {"logit_scale": 0.3}, head.Behind(scale=0.3)),
+        ("granite", {"logits_scaling": 13.0}, head.Behind(scale=1 / 13)),
+    ],
+)
+def test_what_a_model_does_to_its_logits_behind_the_head_is_found_out_and_done(
+    monkeypatch, architecture, settings, behind
+):
+    model = model_of(architecture, **settings).eval()
     logits = completion_logits(model, rows())
+    expected = torch.stack([ops.token_logprobs(logits, rows().completion_ids, 0.8), ops.entropy(logits, 0.8)])
+    monkeypatch.setattr(policy, "completion_logits", lambda *_: pytest.fail("whole logits were asked for"))
     for _ in range(2):  # found out the first time, known the second
-        logprobs, entropy = completion_scores(model, rows(), 1.0)
-        torch.testing.assert_close(logprobs, ops.token_logprobs(logits, rows().completion_ids) * rows().mask)
-        torch.testing.assert_close(entropy, ops.entropy(logits) * rows().mask)
-    assert not policy._HANDS_OVER_HIDDEN[model]
+        found = torch.stack(completion_scores(model, rows(), 0.8))
+        torch.testing.assert_close(found, expected * rows().mask)
+    mine, plain = [
+        torch.autograd.grad((of * rows().mask).sum(), list(model.parameters()), retain_graph=True)
+        for of in (found, expected)
+    ]
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    known = head.behind_the_head(model)
+    assert known is not None
+    assert (known.scale, known.cap) == (pytest.approx(behind.scale, rel=1e-6), behind.cap)
+    assert torch.equal(completion_logits(model, rows()), logits)  # and its own forward pass is as it was
 
 
 @pytest.mark.parametrize("caps", [None, 0.5])
 def test_finding_out_draws_nothing(caps):
     """A run that goes on finds out once more than one that was never interrupted, and dropout goes on where it was."""
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=16, final_logit_softcapping=caps, attention_dropout=0.5, attn_implementation="eager",
-        )
-    ).train()  # fmt: skip
+    model = model_of("gemma2", final_logit_softcapping=caps, attention_dropout=0.5, attn_implementation="eager").train()
     found = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -197,7 +239,36 @@ def unused(model):
     model.forward = forward
 
 
-@pytest.mark.parametrize("change", [cosine, hooked, unused])
+def behind(change):
+    """Something else behind the head than a scale or a cap."""
+
+    def changed(model):
+        whole = model.forward
+
+        def forward(**settings):
+            out = whole(**settings)
+            out.logits = change(out.logits)
+            return out
+
+        model.forward = forward
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cosine,
+        hooked,
+        unused,
+        behind(lambda z: z + torch.arange(z.shape[-1]) / 9),
+        behind(lambda z: z[..., :-1]),
+        behind(lambda z: -z),
+        behind(lambda z: z.clamp(max=0.1)),
+        behind(lambda z: z * torch.arange(1, z.shape[1] + 1)[:, None]),
+    ],
+    ids=["cosine", "hooked", "unused", "a bias", "fewer", "negative", "clamped", "by token"],
+)
 def test_a_head_that_is_not_the_plain_one_is_asked_for_logits_too(change):
     specification = HFPolicy(path="tiny")
     model = specification.model(specification.tokenizer()).eval()
