@@ -185,7 +185,7 @@ def _tried(policy: nn.Module) -> Behind | None:
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
     if not linear or not head.weight.is_floating_point():
         return None
-    z = torch.linspace(-4.0, 4.0, head.out_features, device=head.weight.device)
+    z = torch.linspace(-4.0, 4.0, head.out_features, dtype=torch.float32, device=head.weight.device)
     without = _returned(policy, z, capped=False)
     if without is None:
         return None

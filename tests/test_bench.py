@@ -139,14 +139,14 @@ def test_each_saving_spares_tokens_does_the_same_work_and_is_switched_off(monkey
     # Lengths 8 to 32 behind prompts of 2. The longest of packs of 8 rows: 32, 26, 20, 13; of packs within 8 x 34 tokens, of 8, 9, 12 and
     # 3 rows: 32, 26, 19, 10.
     by_rows, by_tokens = 8 * (34 + 28 + 22 + 15), 8 * 34 + 9 * 28 + 12 * 21 + 3 * 12
-    scores, order, budget, signal, sweep, ended, copied, rewards, compiled = tokens[4:]
+    scores, order, budget, signal, sweep, ended, copied, *rewards, compiled = tokens[4:]
     assert scores == (by_rows, 2 * by_rows)
     assert order[0] == by_rows < 0.9 * order[1]
     assert budget == (by_tokens, by_rows)
     assert signal[0] < 0.6 * signal[1] == 0.6 * by_rows
     assert sweep == (2 * by_rows, 2 * by_rows)
     assert ended[0] < 0.9 * ended[1] == 0.9 * 32 * (2 + 31)
-    assert copied == rewards == (ended[0], ended[0])
+    assert [copied, *rewards] == [(ended[0], ended[0])] * 3
     assert compiled == (by_rows, by_rows)
     monkeypatch.setattr(savings, "savings", lambda *_: found)
     rows = cells(savings.table(1))[1:]

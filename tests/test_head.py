@@ -198,6 +198,18 @@ def test_what_a_model_does_to_its_logits_behind_the_head_is_found_out_and_done(
     assert torch.equal(completion_logits(model, rows()), logits)  # and its own forward pass is as it was
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_it_is_found_out_as_well_where_weights_have_16_bits(scale):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as trainer.precision=bf16-true does while training
+    try:
+        known = head.behind_the_head(model_of("cohere", logit_scale=scale))
+    finally:
+        torch.set_default_dtype(before)
+    assert known is not None
+    assert known.scale == pytest.approx(scale, rel=1e-6)
+
+
 @pytest.mark.parametrize("caps", [None, 0.5])
 def test_finding_out_draws_nothing(caps):
     """A run that goes on finds out once more than one that was never interrupted, and dropout goes on where it was."""

@@ -28,6 +28,7 @@ from tools.bench.workload import LONGEST, G, Lengths, Workload, prescribe
 Work = Callable[[], Float[Tensor, " n"]]
 TOLERANCE = 1e-4
 """How far apart the results may be, against their own size: float32 added up in another order."""
+JUDGE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,14 @@ class Verified(MathVerify):
         return [reward + length for reward, length in zip(super().__call__(texts), texts.lengths, strict=True)]
 
 
+class Judge(Verified):
+    """And what a judge on another machine takes for each text, in which this machine does nothing."""
+
+    def __call__(self, texts: Texts) -> list[float]:
+        time.sleep(JUDGE_SECONDS * len(texts.completions))
+        return super().__call__(texts)
+
+
 def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Saving]:
     """Of the first only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
     workload = Workload.of("ragged", prompts, G, longest)
@@ -206,9 +215,9 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
         mask: Any = stages.sampler(policy, stages.draw(prompts), 0).mask
         return mask.sum(1).float()
 
-    def rewarded() -> Tensor:
+    def rewarded(reward: MathVerify) -> Tensor:
         lengths.start()
-        rewards: Any = collect(stages, prompts=prompts, room=0).rollouts.rewards
+        rewards: Any = collect(replace(stages, reward=reward), prompts=prompts, room=0).rollouts.rewards
         return rewards
 
     setting = f"completions {min(workload.lengths)} to {longest}"
@@ -216,9 +225,12 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     yield Saving("ended rows left out", f"sampling; {setting}", sampled, until_the_last)
     copied = off(sampled, _cache, "roomy", lambda cache: cache)
     yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
-    afterwards = off(rewarded, beside, "possible", lambda *_: False)
-    setting = f"sampling and `math_verify`, by the clock; {setting}"
-    yield Saving("reward beside sampling", setting, rewarded, afterwards, time.perf_counter)
+    judge = f"`math_verify` and a judge of {JUDGE_SECONDS * 1000:.0f} ms a text"
+    for what, reward in (("`math_verify`", stages.reward), (judge, Judge())):
+        at_once = partial(rewarded, cast(Any, reward))
+        afterwards = off(at_once, beside, "possible", lambda *_: False)
+        timed = f"sampling, {what}, by the clock; {setting}"
+        yield Saving("reward beside sampling", timed, at_once, afterwards, time.perf_counter)
 
 
 def savings(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
