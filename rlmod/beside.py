@@ -1,4 +1,4 @@
-"""Rewards worked out beside sampling: in a thread, for prompts whose completions have ended, while the others' are being drawn."""
+"""Rewards worked out beside sampling: in a thread, of completions that have ended, while others are being drawn."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,46 +17,51 @@ from rlmod.types import Problem, Rollouts, Texts
 
 
 def possible(sampler: Sampler, reward: Reward) -> bool:
-    """Whether the sampler says which prompts are done, and the reward may be asked prompt by prompt, in a thread."""
+    """Whether the sampler says which rows have ended, and the reward may be asked about some of them, in a thread."""
     takes = "finished" in signature(sampler.__call__).parameters  # pyright: ignore[reportFunctionMemberAccess]
     return takes and getattr(function_of(reward), "beside_sampling", False)
 
 
 class Beside:
-    """The rewards of one batch: ``take`` what is done, then ask for ``scores`` of everything. Close it, also where sampling failed."""
+    """The rewards of one batch: ``take`` what has ended, then ask for ``scores`` of everything. Close it, also where sampling failed."""
 
     def __init__(self, reward: Reward, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> None:
         self.reward, self.problems, self.decode = reward, problems, decode
-        self.asked: list[tuple[Int[Tensor, " groups"], Future[Scores]]] = []
+        self.asked: list[tuple[Int[Tensor, " n"], Future[Scores]]] = []
         self.questions: SimpleQueue[tuple[Texts, Future[Scores]] | None] = SimpleQueue()
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
         # No pool: its thread would be waited for when the process ends, and a judge that hangs never ends.
         Thread(target=self._answer, daemon=True, name="reward").start()
 
-    def take(self, rows: Rollouts) -> None:
-        """All rows of some prompts, in the order that they have among all rows."""
-        assert rows.group is not None
+    def take(self, rows: Rollouts, places: Int[Tensor, " n"]) -> None:
+        """Some rows, and their places among all that are sampled."""
         texts = read(rows, self.problems, self.decode)
-        self.asked.append((rows.group.unique(), Future()))
+        self.asked.append((places.cpu(), Future()))
         self.questions.put((texts, self.asked[-1][1]))
 
     def scores(self, rollouts: Rollouts, texts: Texts) -> Scores:
-        """Of all rows; those that were not taken before are asked for now. RewardError where answers name different terms."""
-        assert rollouts.group is not None
-        places = [torch.isin(rollouts.group, groups).cpu() for groups, _ in self.asked]
-        answers = [answer.result() for _, answer in self.asked]
-        left = ~torch.stack([torch.zeros(len(rollouts), dtype=torch.bool), *places]).any(0)
+        """Of all rows, a guide's among them; those that were not taken before are asked for now.
+
+        RewardError where answers name different terms.
+        """
+        sampled = torch.arange(len(rollouts))
+        if rollouts.from_guide is not None:  # whose rows stand between those that were sampled, in their order
+            sampled = sampled[~rollouts.from_guide.cpu()]
+        left = torch.ones(len(rollouts), dtype=torch.bool)
+        rows, answers = [sampled[places] for places, _ in self.asked], [answer.result() for _, answer in self.asked]
+        for taken in rows:
+            left[taken] = False
         if left.any():
-            places.append(left)
+            rows.append(left.nonzero()[:, 0])
             answers.append(score(self.reward, texts_of([texts], left)))
         names = {tuple(sorted(answer.terms)) for answer in answers}
         if len(names) > 1:
-            raise RewardError(f"the reward returned different terms for different prompts: {sorted(names)}")
+            raise RewardError(f"the reward returned different terms for different completions: {sorted(names)}")
 
         def together(values: Sequence[Tensor]) -> Tensor:
             whole = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true torch would make it 16 bits
-            for rows, part in zip(places, values, strict=True):
-                whole[rows] = part
+            for of, part in zip(rows, values, strict=True):
+                whole[of] = part
             return whole
 
         return Scores(

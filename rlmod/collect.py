@@ -126,15 +126,18 @@ class Stages:
     def drawn(self, prompts: Prompts, batch: int, first_group: int) -> Drawn:
         """Own completions of these prompts and, where it joins every prompt, the guide's; rewarded, beside sampling where that can be."""
         seed = self.seed(batch)
-        if self.guide is not None and self.guide.completions_per_prompt > 0:
-            own = self.scored(self.sampler(self.policy, prompts, seed))
-            rollouts = joined(own, self.guided(prompts, self.guide.completions_per_prompt))
-            return self.judged(rollouts, prompts, first_group)
         if not beside.possible(self.sampler, self.reward):
-            return self.judged(self.sampler(self.policy, prompts, seed), prompts, first_group)
+            rollouts = self.with_guide(self.sampler(self.policy, prompts, seed), prompts)
+            return self.judged(rollouts, prompts, first_group)
         with closing(Beside(self.reward, prompts.problems, self.decode)) as early:
-            rollouts = cast(Any, self.sampler)(self.policy, prompts, seed, finished=early.take)
-            return self.judged(rollouts, prompts, first_group, early.scores)
+            own = cast(Any, self.sampler)(self.policy, prompts, seed, finished=early.take)
+            return self.judged(self.with_guide(own, prompts), prompts, first_group, early.scores)
+
+    def with_guide(self, own: Rollouts, prompts: Prompts) -> Rollouts:
+        """And the guide's, where it joins every prompt."""
+        if self.guide is None or self.guide.completions_per_prompt == 0:
+            return own
+        return joined(self.scored(own), self.guided(prompts, self.guide.completions_per_prompt))
 
     def guided(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
         assert self.guide is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlmod.types import Problem, Prompts, Rollouts, Texts
@@ -27,6 +27,10 @@ class Problems(Protocol):
         ...
 
 
+Finished = Callable[[Rollouts, Int[Tensor, " n"]], None]
+"""Is told of rows that have ended, and of their places among all rows that the sampler is going to return; of no row twice."""
+
+
 @runtime_checkable
 class Sampler(Protocol):
     completions_per_prompt: int
@@ -38,8 +42,8 @@ class Sampler(Protocol):
         Fills prompt_ids, prompt_mask, completion_ids, mask, group, truncated; and, where the engine can hand them
         over, logprobs, entropy and sampler_logprobs. The same seed and weights give the same rows.
 
-        One that takes ``finished`` besides, a function or None, calls it with the rows of prompts that are done while it goes on with
-        the others: rewards are then worked out beside sampling.
+        One that takes ``finished: Finished | None`` besides tells it of rows that have ended while it goes on with the others: rewards
+        are then worked out beside sampling.
         """
         ...
 
@@ -89,8 +93,8 @@ class Reward(Protocol):
         """One number a rollout, or a mapping of named terms whose sum is the reward.
 
         A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked about
-        some prompts, in a thread of its own, while others are sampled: what it says of a completion must not depend
-        on other prompts, nor may it draw from the process's random generators, from which sampling draws.
+        some completions, in a thread of its own, while others are sampled: what it says of one must not depend on
+        others, nor may it draw from the process's random generators, from which sampling draws.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlmod.beside import Beside, possible
+from rlmod.interfaces import Finished
 from rlmod.policy import HFPolicy, completion_texts
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.reward.grop import Grop
@@ -17,7 +18,7 @@ from rlmod.reward.weighted import Weighted
 from rlmod.sampler.hf import HF
 from rlmod.scoring import RewardError, score
 from rlmod.types import Problem, Prompts, Rollouts, Texts
-from tests.test_collect import Scripted, run
+from tests.test_collect import G, Scripted, run
 
 
 def rollouts(groups: int = 4, g: int = 2) -> Rollouts:
@@ -72,22 +73,28 @@ class Lengths:
 
 def test_the_rewards_are_those_of_all_rows_at_once_whoever_is_done_first():
     reward, rows = Lengths(), rollouts()
-    assert rows.group is not None
     beside = Beside(reward, PROBLEMS, decode)
-    beside.take(rows.rows(rows.group == 2))
-    beside.take(rows.rows((rows.group == 0) | (rows.group == 3)))
+    for places in (torch.tensor([5, 2]), torch.tensor([0, 7, 6])):
+        beside.take(rows.rows(places), places)
     found = beside.scores(rows, texts(rows))
     beside.close()
-    # Two rows of problem 1 are left: rows 2 and 3, of 3 and 4 tokens.
-    assert [(main, sorted(who)) for main, who in reward.asked] == [
-        (False, ["4", "5"]),
-        (False, ["0", "1", "6", "7"]),
-        (True, ["2", "3"]),
-    ]
+    assert reward.asked == [(False, ["5", "2"]), (False, ["0", "7", "6"]), (True, ["1", "3", "4"])]
     assert found.rewards.tolist() == [1, 2, 13, 14, 25, 26, 37, 38]
     expected = score(Lengths(), texts(rows))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_guides_rows_stand_between_those_that_were_sampled():
+    reward, whole = Lengths(), rollouts(groups=2, g=3)  # of each three rows the last is the guide's
+    whole = replace(whole, from_guide=torch.tensor([False, False, True] * 2))
+    own = whole.rows(~whole.from_guide)
+    beside = Beside(reward, PROBLEMS, decode)
+    beside.take(own.rows(torch.tensor([2, 1])), torch.tensor([2, 1]))
+    found = beside.scores(whole, texts(whole))
+    beside.close()
+    assert reward.asked == [(False, ["3", "1"]), (True, ["0", "2", "4", "5"])]
+    assert found.rewards.tolist() == [1, 2, 3, 14, 15, 16]
 
 
 def test_with_nothing_taken_all_is_asked_at_the_end():
@@ -103,7 +110,7 @@ def test_what_a_reward_raises_in_its_thread_ends_the_collection():
 
     rows = rollouts()
     beside = Beside(broken, PROBLEMS, decode)
-    beside.take(rows)
+    beside.take(rows, rows.group)
     with pytest.raises(RewardError, match="broken raised KeyError: 'judge'"):
         beside.scores(rows, texts(rows))
 
@@ -117,10 +124,9 @@ def test_where_sampling_fails_nothing_more_is_judged():
         return [0.0] * len(texts)
 
     rows = rollouts()
-    assert rows.group is not None
     beside = Beside(slow, PROBLEMS, decode)
-    for group in (0, 1):
-        beside.take(rows.rows(rows.group == group))
+    for places in (torch.tensor([0, 1]), torch.tensor([2])):
+        beside.take(rows.rows(places), places)
     begun.wait()
     beside.close()
     go_on.set()
@@ -134,25 +140,35 @@ def test_terms_that_come_and_go_are_refused():
         return {"long" if len(texts) > 2 else "short": [1.0] * len(texts)}
 
     rows = rollouts()
-    assert rows.group is not None
     beside = Beside(moody, PROBLEMS, decode)
-    beside.take(rows.rows(rows.group == 1))
-    with pytest.raises(RewardError, match="different terms for different prompts"):
+    beside.take(rows.rows(slice(0, 2)), torch.tensor([0, 1]))
+    with pytest.raises(RewardError, match="different terms for different completions"):
         beside.scores(rows, texts(rows))
 
 
 class Telling(Scripted):
-    def __call__(self, policy: object, prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None):
+    def __call__(self, policy: object, prompts: Prompts, seed: int, finished: Finished | None = None):
         rows = super().__call__(policy, prompts, seed)
         assert finished is not None
-        assert rows.group is not None
-        for group in reversed(range(1, len(prompts))):  # the last first, and of the first nothing
-            finished(rows.rows(rows.group == group))
+        for place in reversed(range(1, len(rows))):  # the last first, and of the first nothing
+            finished(rows.rows(torch.tensor([place])), torch.tensor([place]))
         return rows
 
 
+class Hint:
+    """One row a prompt, which is always right."""
+
+    completions_per_prompt = 1
+
+    def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
+        rows = Scripted()(None, prompts, seed).rows(slice(None, None, G))
+        assert rows.completion_ids is not None
+        return replace(rows, completion_ids=torch.ones_like(rows.completion_ids))
+
+
+@pytest.mark.parametrize("guide", [None, Hint()], ids=["alone", "guide"])
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
-def test_a_collection_is_the_same_as_with_rewards_afterwards(dynamic_sampling):
+def test_a_collection_is_the_same_as_with_rewards_afterwards(dynamic_sampling, guide):
     @beside_sampling
     def longer(texts: Texts) -> list[float]:
         """Told apart by the prompt, too."""
@@ -164,13 +180,15 @@ def test_a_collection_is_the_same_as_with_rewards_afterwards(dynamic_sampling):
 
     found, threads = [], []
     for sampler in (Scripted(), Telling()):
-        found.append(run([0, 1, 3, 2, 1], 3, sampler=sampler, reward=longer, dynamic_sampling=dynamic_sampling)[0])
+        settings = {"reward": longer, "guide": guide, "dynamic_sampling": dynamic_sampling}
+        found.append(run([0, 1, 3, 2, 1], 3, sampler=sampler, **settings)[0])
     assert threads[0]
     assert not all(threads)
     afterwards, beside = found
     assert beside.metrics == afterwards.metrics
     assert beside.texts == afterwards.texts
     assert torch.equal(beside.rollouts.rewards, afterwards.rollouts.rewards)
+    assert (beside.rollouts.from_guide is None) == (guide is None)
     assert torch.equal(beside.rollouts.mask, afterwards.rollouts.mask)
 
 
@@ -211,25 +229,24 @@ def test_who_may(reward, may):
 
 
 @pytest.mark.parametrize("rows_per_batch", [None, 10], ids=["all at once", "a prompt is split"])
-def test_the_sampler_tells_of_whole_prompts_once_and_as_they_stay(rows_per_batch):
+def test_the_sampler_tells_of_each_row_once_and_as_it_stays(rows_per_batch):
     tiny = HFPolicy(path="tiny")
     tokenizer = tiny.tokenizer()
     policy = tiny.model(tokenizer).eval()
     problems = tuple(Problem(prompt="", answer="", source="") for _ in range(6))
     ids = torch.tensor([tokenizer(f"{i}+{i + 1}=")["input_ids"] for i in range(6)])
     prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems)
-    sampler = HF(completions_per_prompt=4, max_new_tokens=48, rows_per_batch=rows_per_batch)
-    told: list[Rollouts] = []
-    whole = sampler(policy, prompts, 3, finished=told.append)
+    sampler = HF(completions_per_prompt=4, max_new_tokens=30, rows_per_batch=rows_per_batch, temperature=1.5)
+    told: list[tuple[Rollouts, torch.Tensor]] = []
+    whole = sampler(policy, prompts, 3, finished=lambda *rows: told.append(rows))
     again = sampler(policy, prompts, 3)
     assert torch.equal(whole.completion_ids, again.completion_ids)
-    groups = [int(g) for rows in told for g in rows.group.unique()]
-    split = set() if rows_per_batch is None else {2}  # rows 8 to 11
-    assert sorted(groups) == sorted({*range(6)} - split)
+    assert sorted(torch.cat([places for _, places in told]).tolist()) == list(range(24))
     assert len(told) > 1
-    for rows in told:
-        mine = torch.isin(whole.group, rows.group)
-        expected = whole.rows(mine)
+    assert 0 < whole.truncated.sum() < 24
+    for rows, places in told:
+        expected = whole.rows(places)
+        assert torch.equal(rows.group, expected.group)
         assert completion_texts(tokenizer, rows) == completion_texts(tokenizer, expected)
         assert torch.equal(rows.truncated, expected.truncated)
         assert torch.equal(rows.mask.sum(1), expected.mask.sum(1))

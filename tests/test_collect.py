@@ -36,7 +36,7 @@ def exact(texts):
     return [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)]
 
 
-def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward=exact, **settings: object):
+def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward=exact, guide=None, **settings: object):
     drawn: list[int] = []
 
     def draw(n: int) -> Prompts:
@@ -51,7 +51,7 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward
     stages = Stages(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
-        scored=lambda rollouts: rollouts, draw=draw, sampler=sampler or Scripted(), guide=None,
+        scored=lambda rollouts: rollouts, draw=draw, sampler=sampler or Scripted(), guide=guide,
         reward=reward,
         filter=Filter(**settings), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip

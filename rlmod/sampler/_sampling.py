@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from rlmod.types import Prompts, Rollouts
 
@@ -100,11 +102,14 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
     )
 
 
-def rows_of(prompts: Prompts, number: int, completions: Sequence[Completion], padding: int) -> Rollouts:
-    """Of one prompt, as they stand among those of all."""
+def rows_of(
+    prompts: Prompts, number: int, completions: Sequence[Completion], padding: int
+) -> tuple[Rollouts, Int[Tensor, " n"]]:
+    """Of one prompt, and their places among those of all."""
     rows = rollouts_of(prompts.pick([number]), completions, padding)
     assert rows.group is not None
-    return replace(rows, group=torch.full_like(rows.group, number))
+    places = number * len(rows) + torch.arange(len(rows))
+    return replace(rows, group=torch.full_like(rows.group, number)), places
 
 
 def as_many(rows: Sequence[Any], number: int) -> Sequence[Any]:

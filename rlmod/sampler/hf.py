@@ -1,6 +1,6 @@
 """Sampling with transformers' ``generate``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlmod.forward import uncompiled
+from rlmod.interfaces import Finished
 from rlmod.sampler._sampling import check, ends_of
 from rlmod.types import Prompts, Rollouts, concatenate
 
@@ -44,14 +45,14 @@ class HF:
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
     ) -> Rollouts:
         group = torch.arange(len(prompts), device=prompts.ids.device).repeat_interleave(self.completions_per_prompt)
         device = prompts.ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            batches = group.split(self.rows_per_batch or len(group))
-            parts = [self._sample(policy, prompts, rows, finished) for rows in batches]
+            batches = torch.arange(len(group), device=device).split(self.rows_per_batch or len(group))
+            parts = [self._sample(policy, prompts, group[places], places, finished) for places in batches]
         return concatenate(parts)
 
     def _sample(
@@ -59,7 +60,8 @@ class HF:
         policy: "PreTrainedModel",
         prompts: Prompts,
         group: Int[Tensor, " R"],
-        finished: Callable[[Rollouts], None] | None,
+        places: Int[Tensor, " R"],
+        finished: Finished | None,
     ) -> Rollouts:
         # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
         from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -76,13 +78,10 @@ class HF:
         eos = torch.tensor(ends_of(policy), device=ids.device)
         padding = cast(int, policy.generation_config.pad_token_id)
         record = _Record(prompts, group, self.max_new_tokens, padding)
-        # Prompts whose rows are not all in this batch are never told of.
-        untold = group.bincount(minlength=len(prompts))[group] == self.completions_per_prompt
 
-        def tell(of: Bool[Tensor, " R"]) -> None:
-            if finished is not None and (now := untold & of).any():
-                finished(record.rollouts().rows(now))
-                untold[now] = False
+        def tell(rows: Int[Tensor, " n"]) -> None:
+            if finished is not None and len(rows):
+                finished(record.rollouts().rows(rows), places[rows])
 
         running = torch.arange(len(ids), device=ids.device)
         cache = roomy(DynamicCache(config=policy.config))
@@ -102,13 +101,13 @@ class HF:
             new = sequences[:, ids.shape[1] :]
             ended = (new[..., None] == eos).any(-1)
             record.note(running, new, ended, torch.stack(recorder.logprobs, 1), torch.stack(recorder.entropy, 1))
+            tell(running[ended.any(1)])
             go_on = (~ended.any(1)).nonzero()[:, 0]
             running, ids = running[go_on], sequences[go_on]
             attention = torch.nn.functional.pad(attention[go_on], (0, new.shape[1]), value=True)
             cache.batch_select_indices(go_on)
-            tell(~torch.isin(group, group[running]))
         record.truncated[running] = True
-        tell(torch.ones_like(untold))
+        tell(running)
         return record.rollouts()
 
     def _generation_config(self, policy: "PreTrainedModel", max_new_tokens: int) -> "GenerationConfig":

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from rlmod.interfaces import Finished
 from rlmod.sampler._sampling import (
     Completion,
     as_many,
@@ -115,7 +116,7 @@ class VLLM:
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
     ) -> Rollouts:
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
@@ -141,7 +142,7 @@ class VLLM:
                         i = names.index(answer.request_id)
                         answers[i] = [*map(self._completion, as_many(answer.outputs, g))]
                         if finished is not None:
-                            finished(rows_of(prompts, i, answers[i], padding))
+                            finished(*rows_of(prompts, i, answers[i], padding))
             finally:
                 engine.abort_request([name for i, name in enumerate(names) if i not in answers])
         return rollouts_of(prompts, [row for i in range(len(prompts)) for row in answers[i]], padding)

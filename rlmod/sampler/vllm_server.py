@@ -1,7 +1,7 @@
 """Sampling with a vLLM server, on other GPUs or another machine."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from rlmod.interfaces import Finished
 from rlmod.sampler._sampling import (
     Completion,
     as_many,
@@ -109,7 +110,7 @@ class VLLMServer:
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Callable[[Rollouts], None] | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
     ) -> Rollouts:
         ends, padding = ends_of(policy), cast(int, policy.generation_config.pad_token_id)
         asked = {
@@ -129,7 +130,7 @@ class VLLMServer:
             ):
                 answers[i] = self._completions(answer)
                 if finished is not None:
-                    finished(rows_of(prompts, i, answers[i], padding))
+                    finished(*rows_of(prompts, i, answers[i], padding))
             if self._check_undisturbed() == FRESH:
                 raise ValueError(
                     f"sampler.url={self.url}: the server was started anew while it was sampled from, and some completions may be of other "

@@ -149,17 +149,18 @@ def test_what_a_failed_collection_left_in_the_engine_does_not_reach_the_next(pol
     engine.sync(policy)
     first = engine(policy, prompts, 0)
 
-    def fails(rows: Rollouts) -> None:
+    def fails(rows: Rollouts, places: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         engine(policy, prompts, 1, finished=fails)
-    told: list[Rollouts] = []
-    again = engine(policy, prompts, 0, finished=told.append)
+    told: list[tuple[Rollouts, torch.Tensor]] = []
+    again = engine(policy, prompts, 0, finished=lambda *rows: told.append(rows))
     assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
-    assert sorted(int(g) for rows in told for g in rows.group.unique()) == list(range(len(prompts)))
-    for rows in told:
-        mine = again.rows(torch.isin(again.group, rows.group)).trimmed()
+    assert sorted(torch.cat([places for _, places in told]).tolist()) == list(range(len(again)))
+    for rows, places in told:
+        mine = again.rows(places).trimmed()
+        assert torch.equal(rows.group, mine.group)
         assert torch.equal(rows.trimmed().completion_ids, mine.completion_ids)
 
 

@@ -145,10 +145,11 @@ def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
     engine.sync(policy)
     server.fails_at = "v1/completions"
     prompts, told = PROMPTS.pick([0, 1] * 15), []
-    rows = engine(policy, prompts, 0, finished=told.append)
+    rows = engine(policy, prompts, 0, finished=lambda *rows: told.append(rows))
     assert rows.completion_ids is not None
     assert rows.completion_ids[:, 0].tolist() == [5, 5, 7, 7] * 15
-    assert sorted(int(g) for part in told for g in part.group.unique()) == list(range(30))
+    assert sorted(int(place) for _, places in told for place in places) == list(range(60))
+    assert all(torch.equal(part.group, places // 2) for part, places in told)
     # The one that failed and those that were under way beside it are the most that are asked for twice.
     assert 30 < server.asked.count("v1/completions") <= 30 + engine.requests
 
