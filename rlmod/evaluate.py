@@ -236,13 +236,15 @@ def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: in
 def interval(values: list[float]) -> tuple[float, float]:
     """A 95 % interval for the mean of per-problem values in [0, 1].
 
-    Problems are the units, since completions of one problem are not independent: Wilson's interval for the mean p with the effective number
-    of problems p (1 - p) / Var, where Var is the sample variance of the values over their number; where all values are equal (all right,
-    say), the number of problems itself. So 0 of 30 does not claim to be exactly 0.
+    Problems are the units, since completions of one problem are not independent: Wilson's interval for the mean p. Values of 0 and 1, as
+    of one completion a problem, count as n problems; others, which vary less, as so many more as p (1 - p) is larger than their variance.
+    That is taken with two problems at 0 and two at 1 besides (Agresti and Coull's): near 0 and 1 hardly any values differ, and would claim
+    to know what they do not. So 0 of 30 does not claim to be exactly 0, and pass@4 is nowhere below pass@2.
     """
     n, p = len(values), sum(values) / len(values)
-    variance = sum((v - p) ** 2 for v in values) / (n - 1) / n if n > 1 else 0.0
-    effective = p * (1 - p) / variance if variance > 0 else n
+    more = [*values, 0.0, 0.0, 1.0, 1.0]
+    q = sum(more) / len(more)
+    effective = q * (1 - q) / (sum((v - q) ** 2 for v in more) / len(more)) * len(more) - 4
     middle = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
     return max(0.0, middle - half), min(1.0, middle + half)

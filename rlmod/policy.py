@@ -200,6 +200,8 @@ def save_policy(
     """
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # which are written for their owner alone, unlike all else
+        shutil.copymode(folder / "tokenizer_config.json", file)
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

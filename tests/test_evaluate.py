@@ -89,16 +89,27 @@ def test_other_mistakes(tmp_path, monkeypatch):
 
 
 def test_interval_by_hand():
-    # Wilson, 5 of 10, one completion each: n_eff = 0.25 / ((0.25 * 10 / 9) / 10) = 9.
+    # Wilson, 5 of 10, one completion each: +- z sqrt(0.25 / 10 + z^2 / 400) / (1 + z^2 / 10).
     low, high = interval([1.0] * 5 + [0.0] * 5)
     z2 = 1.959964**2
-    half = 1.959964 * (0.25 / 9 + z2 / (4 * 81)) ** 0.5 / (1 + z2 / 9)
+    half = 1.959964 * (0.25 / 10 + z2 / 400) ** 0.5 / (1 + z2 / 10)
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+    # Two completions a problem, one of which is right: with two 0 and two 1 besides the variance is 1 / 14, 3.5 times less than 0.25.
+    counted = 3.5 * 14 - 4
+    half = 1.959964 * (0.25 / counted + z2 / (4 * counted**2)) ** 0.5 / (1 + z2 / counted)
+    assert interval([0.5] * 10) == pytest.approx((0.5 - half, 0.5 + half))
     # Nothing right of 30 does not claim to be exactly 0: the upper end is z^2 / (n + z^2).
     low, high = interval([0.0] * 30)
     assert low == 0
     assert high == pytest.approx(z2 / (30 + z2))
     assert interval([1.0] * 30)[0] == pytest.approx(1 - high)
+
+
+def test_pass_at_more_samples_is_nowhere_below_that_at_fewer():
+    """62 problems always right, two of them with 3 of 4: pass@2 of these is 1, of one with a single right answer 1/2."""
+    at_2, at_4 = interval([1.0] * 62 + [0.5, 5 / 6]), interval([1.0] * 64)
+    assert at_2[0] < at_4[0]
+    assert at_2[1] < at_4[1] == 1
 
 
 def test_a_runs_checkpoint_is_evaluated_by_its_path_as_it_stands(tmp_path, monkeypatch):
