@@ -7,7 +7,7 @@ from rlmod.parts import Parts
 from rlmod.reference.base import Base
 
 
-def check(parts: Parts, ranks: int = 1) -> None:
+def check(parts: Parts, ranks: int = 1, strategy: str | None = None) -> None:
     """ValueError for parts that cannot work together on so many ranks; a warning for those that work but not as one may think."""
     g = parts.rows_per_prompt
     if g == 1 and getattr(parts.shaper, "compares_within_group", False):
@@ -23,6 +23,10 @@ def check(parts: Parts, ranks: int = 1) -> None:
             f"loss {type(parts.loss).__name__} with {type(varying[0]).__name__}: the loss has one ratio for a whole completion, "
             "so differences between the advantages of its tokens would weigh nothing but their mean; use loss=clipped_surrogate, "
             "shaper=sequence_entropy, or correction.truncated_importance.level=sequence"
+        )
+    if parts.policy.compile and strategy == "rlmod.strategy.fsdp.FSDP":
+        raise ValueError(
+            "policy.compile=true with strategy=fsdp: the compiler stumbles over its sharded weights; use strategy=fsdp2"
         )
     parts.batch.micro_batches(g, ranks, parts.zero_reward.rows(parts.batch.prompts // ranks, ranks, g))
     _check_guide(parts)

@@ -241,7 +241,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     That is taken with two problems at 0 and two at 1 besides (Agresti and Coull's): near 0 and 1 hardly any values differ, and would claim
     to know what they do not. So 0 of 30 does not claim to be exactly 0, and pass@4 is nowhere below pass@2.
     """
-    n, p = len(values), sum(values) / len(values)
+    p = sum(values) / len(values)
     more = [*values, 0.0, 0.0, 1.0, 1.0]
     q = sum(more) / len(more)
     effective = q * (1 - q) / (sum((v - q) ** 2 for v in more) / len(more)) * len(more) - 4

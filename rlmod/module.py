@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import lightning as L
@@ -46,12 +45,13 @@ from rlmod.interfaces import (
 )
 from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
+from rlmod.optimizing import built, set_anew
 from rlmod.policy import completion_scores, completion_texts
-from rlmod.resume import check_same_policy
+from rlmod.resume import check_room, check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
-from rlmod.strategy._sharding import Sharding, exact, whole
+from rlmod.strategy._sharding import Sharding, exact, gradient_norm, whole
 from rlmod.types import Prompts, Rollouts, concatenate
 
 
@@ -124,8 +124,7 @@ class RLModule(L.LightningModule):
             room = self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank)
             collected = collect(stages, prompts=prompts, room=room)
             rest(self.sampler)
-            own = not self.scores_can_wait
-            rollouts = self.scored(policy, collected.rollouts, own=own, reference=self.reference)
+            rollouts = self.scored(policy, collected.rollouts, own=not self.scores_can_wait, reference=self.reference)
             agreed = self.agreed(policy, rollouts)
         rollouts = self.shaped(rollouts)
         metrics = over_ranks({**mean_entropy(rollouts), **collected.metrics, **agreed})
@@ -214,10 +213,7 @@ class RLModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
-        if isinstance(self.trainer.strategy, Sharding):
-            norm = self.trainer.strategy.gradient_norm(self.policy)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        norm = gradient_norm(self.trainer.strategy, self.policy)
         self.means.add("grad_norm", norm)
         if ops.all_max(norm) == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -267,13 +263,16 @@ class RLModule(L.LightningModule):
         self.held_out = {"step": self.global_step, "problems": problems, "accuracy": accuracy}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.schedule is None:
-            return optimizer
-        takes_steps = "num_training_steps" in signature(self.schedule).parameters
-        steps = {"num_training_steps": int(self.trainer.estimated_stepping_batches)} if takes_steps else {}
-        schedule = self.schedule(optimizer, **steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        weights = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer, schedule = self.optimizing(weights)
+        return optimizer if schedule is None else ([optimizer], [{"scheduler": schedule, "interval": "step"}])
+
+    def optimizing(self, weights: list[nn.Parameter]) -> tuple[Any, Any | None]:
+        return built(self.optimizer, self.schedule, weights, int(self.trainer.estimated_stepping_batches))
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path and not self.own_checkpoint:
+            set_anew(self.trainer, *self.optimizing([nn.Parameter(torch.zeros(1))]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
@@ -284,6 +283,7 @@ class RLModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
+        check_room(checkpoint["epoch"] + 1, self.trainer.max_epochs)
         self.tokens_sampled = checkpoint["tokens_sampled"]
         self.history = checkpoint["history"]
         self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out

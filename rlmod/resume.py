@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
@@ -28,6 +29,16 @@ def seal(folder: Path) -> None:
     """Notes what a checkpoint is made of: the last thing that is written into it."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
+    for path in (*folder.rglob("*"), folder):  # or a name might be on the disk before what it names, and the power go
+        on_disk(path)
+
+
+def on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def damage(folder: Path) -> str | None:
@@ -36,11 +47,27 @@ def damage(folder: Path) -> str | None:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    if not isinstance(sizes, dict) or not sizes or not all(isinstance(size, int) for size in sizes.values()):
+        return f"its {MANIFEST} does not hold the sizes of files"
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Of a whole state its index and its structure are read, not its weights; a sharded one is left to the strategy."""
+    state = folder / "trainer.ckpt"
+    if state.is_file():
+        try:
+            with zipfile.ZipFile(state) as parts:  # as torch.save writes them
+                for part in parts.infolist():
+                    with parts.open(part) as stream:
+                        stream.read(-1 if part.filename.endswith("data.pkl") else 0)
+        except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+            return f"trainer.ckpt cannot be read ({error})"
     return None
 
 
@@ -63,7 +90,7 @@ def newest(place: Path) -> Path:
 def newest_whole(place: Path) -> Path | None:
     candidates = [place] if (place / MANIFEST).is_file() or (place / "trainer.ckpt").exists() else checkpoints(place)
     for folder in reversed(candidates):
-        broken = damage(folder)
+        broken = damage(folder) or _unreadable(folder)
         if broken is None:
             return folder
         if ranks.first():
@@ -185,10 +212,41 @@ def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]
         )
 
 
+def check_room(done: int, collections: int | None) -> None:
+    """ValueError where a run that goes on is to end before where it goes on."""
+    if collections is not None and done > collections:
+        raise ValueError(
+            f"trainer.max_epochs={collections}: the checkpoint to go on from comes after {done} collections; give at least as many"
+        )
+
+
+def check_optimizer(checkpoint: Path, cfg: DictConfig) -> None:
+    """ValueError where it was another one: what it has in its state is nothing to this one."""
+    before, now = (OmegaConf.select(c, "optimizer._target_") for c in (OmegaConf.load(checkpoint / "config.yaml"), cfg))
+    if before != now:
+        raise ValueError(
+            f"optimizer._target_={now}: {checkpoint} holds the state of {before}; go on with that one, or begin a run with the weights "
+            f"alone, policy.path={checkpoint / 'policy'}"
+        )
+
+
 def _plain(cfg: Any) -> dict[str, Any]:
+    """Without where it is written, so that a run that was copied or moved is the same run."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items() if key not in ("resume", "output")}
+    output = tuple(part for part in Path(str(container.get("output"))).parts if part not in (".", ".."))
+    writers = {key: _placed(container[key], output) for key in ("logger", "callbacks") if key in container}
+    kept = {str(key): value for key, value in container.items() if key not in ("resume", "output")}
+    return kept | writers
+
+
+def _placed(value: Any, output: tuple[str, ...]) -> Any:
+    """Folders in the run's own, from there on."""
+    if isinstance(value, dict):
+        return {name: _placed(inner, output) for name, inner in value.items()}
+    path = Path(value) if isinstance(value, str) else Path()
+    own = next((p for p in (path, *path.parents) if path.is_absolute() and p.parts[-len(output) :] == output), None)
+    return value if own is None else f"output/{path.relative_to(own)}"
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:

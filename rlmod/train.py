@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> float | None:
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     parts = Parts.of(cfg)
-    compat.check(parts, _ranks(cfg.trainer))
+    compat.check(parts, _ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
@@ -48,7 +48,8 @@ def train(cfg: DictConfig) -> float | None:
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
-    checkpoint = resume.start(folder, cfg)
+    if (checkpoint := resume.start(folder, cfg)) is not None:
+        resume.check_optimizer(checkpoint, cfg)
     if ranks.first():
         resume.rewind(folder, checkpoint)
         if checkpoint is None:

@@ -21,9 +21,12 @@ from tests.processes import ended, kill, started, wait_until
 from tests.runs import QUICK, metrics, weights
 
 
-def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'half'}", "trainer.max_epochs=2")
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'rest'}", f"resume={tmp_path / 'half'}")
+@pytest.mark.parametrize("schedule", [(), ("schedule=constant", "schedule.num_warmup_steps=3")], ids=["", "warm-up"])
+def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, schedule):
+    if schedule:
+        run_train(monkeypatch, *QUICK, *schedule, f"output={(run := tmp_path / 'run')}")
+    run_train(monkeypatch, *QUICK, *schedule, f"output={tmp_path / 'half'}", "trainer.max_epochs=2")
+    run_train(monkeypatch, *QUICK, *schedule, f"output={tmp_path / 'rest'}", f"resume={tmp_path / 'half'}")
     whole = [row for row in metrics(run) if row["reward/mean"]]
     halves = [row for part in ("half", "rest") for row in metrics(tmp_path / part) if row["reward/mean"]]
     columns = [name for name in whole[0] if name.startswith(("reward/", "completions/", "train/", "prompts/"))]

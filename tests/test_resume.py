@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from rlmod import resume
@@ -42,12 +43,10 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """As if it had been killed at its end."""
+    """As if it had been killed at its end, and moved."""
     folder = tmp_path / "a"
     shutil.copytree(finished, folder)
     (folder / "result.json").unlink()
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(str(finished), str(folder)))
     return folder
 
 
@@ -142,3 +141,27 @@ def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         resume.note_config(tmp_path, OmegaConf.create({"a": 2}))
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize("content", [bytes, os.urandom], ids=["zeros", "noise"])
+def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, monkeypatch, caplog, content):
+    """As a power cut may leave it."""
+    state = run / "checkpoints" / "step-000004" / "trainer.ckpt"
+    state.write_bytes(content(state.stat().st_size))
+    assert resume.newest_whole(run) == run / "checkpoints" / "step-000003"
+    assert "step-000004 is broken and is passed over: trainer.ckpt cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", "3", '{"trainer.ckpt": "x"}'])
+def test_a_manifest_that_is_none_makes_a_checkpoint_broken(run, manifest):
+    checkpoint = run / "checkpoints" / "step-000004"
+    (checkpoint / resume.MANIFEST).write_text(manifest)
+    assert resume.MANIFEST in str(resume.damage(checkpoint))
+    assert resume.newest_whole(run) == run / "checkpoints" / "step-000003"
+
+
+def test_what_differs_is_named_and_where_it_is_written_is_no_difference(run, tmp_path):
+    before = OmegaConf.load(run / "config.yaml")
+    now = OmegaConf.create(OmegaConf.to_yaml(before).replace(before.output, str(tmp_path / "elsewhere")))
+    now.optimizer.lr = 1e-5
+    assert resume.changed(run / "checkpoints" / "step-000004", now) == ["optimizer.lr was 0.001, now 1e-05"]

@@ -101,6 +101,7 @@ class Checkpoints(Checkpoint):
             target = self.folder / partial.name.removeprefix(".partial-")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
+            resume.on_disk(self.folder)
             whole = [each for each in resume.checkpoints(self.folder.parent) if resume.damage(each) is None]
             for old in whole[: -self.keep]:
                 shutil.rmtree(old)

@@ -45,6 +45,12 @@ def exact(strategy: object, policy: nn.Module) -> nn.Module:
     return strategy.exact(policy) if isinstance(strategy, Sharding) else policy
 
 
+def gradient_norm(strategy: object, policy: nn.Module) -> Tensor:
+    if isinstance(strategy, Sharding):
+        return strategy.gradient_norm(policy)
+    return nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+
+
 def check_readable(strategy: object, checkpoint: Path) -> None:
     """ValueError for a checkpoint that the strategy cannot read."""
     state = checkpoint / "trainer.ckpt"

@@ -41,6 +41,7 @@ class FSDP(FSDPStrategy):
         if isinstance(policy, FullyShardedDataParallel):
             return policy
         self.copy = copy.deepcopy(policy).requires_grad_(False).eval().to(self.root_device)
+        self._mix_precision_here()
         blocks = set(layers(policy))
         settings: dict[str, Any] = {}
         if self.reduced_precision is not None:
@@ -55,6 +56,13 @@ class FSDP(FSDPStrategy):
             use_orig_params=True,
             **settings,
         )
+
+    def _mix_precision_here(self) -> None:
+        """Lightning's plugin asks for mixed precision on CUDA devices, whatever the device is."""
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
+        if mixed is not None:
+            here = partial(torch.autocast, self.root_device.type, dtype=mixed)
+            vars(self.precision_plugin)["forward_context"] = here
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
