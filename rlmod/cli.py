@@ -60,6 +60,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     """
     sys.path.insert(0, os.getcwd())  # a user's own components lie where the command is run
     sys.argv += ranks.own_files()
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
     with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print and exit before this function could say it better
 
@@ -136,6 +137,8 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     parent = error.parent_node
     known = sorted(str(key) for key in parent) if OmegaConf.is_dict(parent) else []
     where = str(error.full_key).rpartition(".")[0]
+    if not where:  # the groups that nothing is chosen from are no keys yet
+        known = sorted({*known, *(group.name for group in config_folder().iterdir() if group.is_dir())} - {"hydra"})
     close = difflib.get_close_matches(str(error.key), known, n=1)
     return (
         f"unknown key {error.full_key}"
@@ -149,7 +152,8 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for harmless in (
         "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
         "`isinstance(treespec, LeafSpec)` is deprecated",

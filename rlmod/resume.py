@@ -207,7 +207,7 @@ def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]
     ]
     if saved and differ:
         raise ValueError(
-            f"resume: the checkpoint is of another policy: {len(differ)} of its {len(saved)} weights differ, {differ[0]}; "
+            f"resume: the checkpoint is of another policy: {len(differ)} weights differ, {differ[0]}; "
             "give the policy and the adapter that it was made with (its config.yaml names them)"
         )
 

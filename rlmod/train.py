@@ -59,9 +59,10 @@ def train(cfg: DictConfig) -> float | None:
             if changed := resume.changed(checkpoint, cfg):
                 log.warning("with other settings than it was made with: %s", "; ".join(changed))
         resume.note_config(folder, cfg)
-    tokenizer = parts.policy.tokenizer()
-    problems = parts.encoder.encode(parts.train(), tokenizer)
-    held_out = parts.encoder.encode(parts.held_out(), tokenizer) if parts.held_out else None
+    read, read_held_out = parts.train(), parts.held_out() if parts.held_out else None
+    tokenizer = parts.policy.tokenizer()  # after the problems: a file that is not there shows before a hub is asked
+    problems = parts.encoder.encode(read, tokenizer)
+    held_out = parts.encoder.encode(read_held_out, tokenizer) if read_held_out is not None else None
     prepare([parts.sampler, parts.guide, parts.reward, parts.reference], problems.problems, tokenizer)
     validated = held_out.problems if held_out else ()
     prepare([parts.validation.sampler, parts.validation.reward], validated, tokenizer)

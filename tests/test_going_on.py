@@ -38,7 +38,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, sc
 def test_a_checkpoint_of_another_policy_is_refused_in_a_sentence(run, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, *QUICK, "adapter=lora", f"resume={run}")
     assert "resume: the checkpoint is of another policy" in message
-    assert "of its 39 weights differ" in message
+    assert "weights differ" in message
     assert "is missing there and of shape" in message
 
 

@@ -38,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="rlmod-report", description="Writes what a run did, or how runs compare, as one page."
     )
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run folder, or the folder of a multirun")
+    parser.add_argument(
+        "run",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or the folder of a multirun; of several, the first one gets the page",
+    )
     given = parser.parse_args(argv).run
     try:
         print(write_report(given[0], given[1:]))

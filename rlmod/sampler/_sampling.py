@@ -1,5 +1,6 @@
 """What every sampler has in common: how it may be set, and the record that it fills from lists of tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -38,9 +39,9 @@ def check(sampler: Settings) -> None:
     """ValueError for what no distribution can be drawn with."""
     if sampler.completions_per_prompt < 1:
         raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {sampler.completions_per_prompt}")
-    if sampler.temperature <= 0:
+    if not 0 < sampler.temperature < math.inf:
         raise ValueError(
-            f"sampler.temperature must be above 0, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
+            f"sampler.temperature must be a number above 0, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
         )
     if not 0 < sampler.top_p <= 1:
         raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {sampler.top_p}")

@@ -80,7 +80,8 @@ class Server:
                     reason = getattr(error, "reason", None) or error
                     raise NoSignOfLife(
                         f"sampler.url={self.url}: no answer for {self.patience:.0f} s ({reason}). Start the server with rlmod-serve, with "
-                        "this run's policy and sampler; then the same command with output=FOLDER goes on from the last checkpoint"
+                        "this run's policy and sampler, and wait until it says that it is up; a run that has checkpoints goes on from the "
+                        "last one by the same command with output=FOLDER"
                     ) from error
             time.sleep(min(1.0, self.patience / 10))
 

@@ -66,6 +66,15 @@ def test_a_rank_may_score_where_another_does_not(tmp_path):
     assert [row["zero_reward/prompts"] > 0 for row in measured(tmp_path / "run")] == [True, True]
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp2"])
+def test_mixed_precision_computes_in_16_bits_under_every_strategy(name, one, tmp_path):
+    run = ("trainer.precision=bf16-mixed", "trainer.max_epochs=1", "output=run")
+    ended(started(*SETTINGS, *STRATEGIES[name], *run, cwd=folder_of_runs(tmp_path)))
+    mine, theirs = measured(tmp_path / "run")[0]["train/grad_norm"], measured(one)[0]["train/grad_norm"]
+    assert mine == pytest.approx(theirs, rel=0.05)
+    assert mine != pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("overrides", [("strategy=fsdp",), ("strategy=fsdp2",), STRATEGIES["fsdp"]], ids=" ".join)
 def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(overrides, one, tmp_path):
     precision = ("trainer.strategy.reduced_precision=bfloat16", "reference=ema", "reference.decay=0")
