@@ -69,7 +69,7 @@ def table(repetitions: int, prompts: int = 16) -> list[str]:
     ]
     for model, pairs in zip(MODELS, (4 * repetitions, repetitions), strict=True):
         peak.own_pages()
-        held = turns(model, 3, prompts)
+        held = turns(model, repetitions, prompts)
         peak.recycled_pages()
         timed = turns(model, pairs, prompts)
         lines.append(row(model, "ms of CPU", 1e-3, *timed.pairs(timed.seconds), "1.02"))
