@@ -41,7 +41,7 @@ def check(sampler: Settings) -> None:
         raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {sampler.completions_per_prompt}")
     if not 0 < sampler.temperature < math.inf:
         raise ValueError(
-            f"sampler.temperature must be a number above 0, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
+            f"sampler.temperature must be above 0 and finite, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
         )
     if not 0 < sampler.top_p <= 1:
         raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {sampler.top_p}")
