@@ -239,7 +239,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     Problems are the units, since completions of one problem are not independent: Wilson's interval for the mean p. Values of 0 and 1, as
     of one completion a problem, count as n problems; others, which vary less, as so many more as p (1 - p) is larger than their variance.
     That is taken with two problems at 0 and two at 1 besides (Agresti and Coull's): near 0 and 1 hardly any values differ, and would claim
-    to know what they do not. So 0 of 30 does not claim to be exactly 0, and pass@4 is nowhere below pass@2.
+    to know what they do not. So 0 of 30 does not claim to be exactly 0, nor a mean just below 1 to be surer than 1 itself.
     """
     p = sum(values) / len(values)
     more = [*values, 0.0, 0.0, 1.0, 1.0]

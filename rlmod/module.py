@@ -47,7 +47,7 @@ from rlmod.means import Means
 from rlmod.metrics import MeanAtK, PassAtK
 from rlmod.optimizing import built, set_anew
 from rlmod.policy import completion_scores, completion_texts
-from rlmod.resume import check_room, check_same_policy
+from rlmod.resume import check_collections, check_same_policy
 from rlmod.scores import scored, swept
 from rlmod.scoring import score
 from rlmod.settings import Batch, Validation
@@ -283,7 +283,7 @@ class RLModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
-        check_room(checkpoint["epoch"] + 1, self.trainer.max_epochs)
+        check_collections(checkpoint["epoch"] + 1, self.trainer.max_epochs)
         self.tokens_sampled = checkpoint["tokens_sampled"]
         self.history = checkpoint["history"]
         self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out

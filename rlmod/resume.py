@@ -212,7 +212,7 @@ def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]
         )
 
 
-def check_room(done: int, collections: int | None) -> None:
+def check_collections(done: int, collections: int | None) -> None:
     """ValueError where a run that goes on is to end before where it goes on."""
     if collections is not None and done > collections:
         raise ValueError(

@@ -105,8 +105,8 @@ def test_interval_by_hand():
     assert interval([1.0] * 30)[0] == pytest.approx(1 - high)
 
 
-def test_pass_at_more_samples_is_nowhere_below_that_at_fewer():
-    """62 problems always right, two of them with 3 of 4: pass@2 of these is 1, of one with a single right answer 1/2."""
+def test_a_mean_just_below_1_is_no_surer_than_1_itself():
+    """Four samples a problem, in one of 64 one right, in another two: pass@2 is 1/2 and 5/6 of these, pass@4 is 1 of all."""
     at_2, at_4 = interval([1.0] * 62 + [0.5, 5 / 6]), interval([1.0] * 64)
     assert at_2[0] < at_4[0]
     assert at_2[1] < at_4[1] == 1

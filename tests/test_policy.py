@@ -60,6 +60,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     again = HFPolicy(path=str(tmp_path / "saved")).model(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1  # who may read one may read all
 
 
 def test_bad_dtype_is_named():
