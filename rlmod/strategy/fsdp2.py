@@ -39,6 +39,17 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def model_to_device(self) -> None:
+        """Moves everything to the rank's device, except for weights that are offloaded: ``fully_shard`` wants those on the CPU."""
+        assert self.model is not None
+        for child in self.model.children():
+            if self.cpu_offload and any(isinstance(module, FSDPModule) for module in child.modules()):
+                for module in child.modules():
+                    for name, buffer in module.named_buffers(recurse=False):
+                        setattr(module, name, buffer.to(self.root_device))
+            else:
+                child.to(self.root_device)
+
     def shard(self, policy: nn.Module) -> nn.Module:
         if isinstance(policy, FSDPModule):
             return policy
@@ -58,9 +69,11 @@ class FSDP2(ModelParallelStrategy):
         # The first forward pass makes its module the root, and sampling does not go through a policy's adapter.
         cast(Any, policy)._get_fsdp_state()._lazy_init()
         sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-        for module in sharded:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+        # Lightning validates in inference mode, and a tensor that is gathered in it could not be used for training later.
+        with torch.inference_mode(False), torch.no_grad():
+            for module in sharded:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
         try:
             yield policy
         finally:
