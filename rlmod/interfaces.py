@@ -1,7 +1,7 @@
 """What each swappable component must be callable as, in the order of the data.
 
-    prompts -> sampler -> guide -> reward -> filter -> score -> reference
-            -> shaper -> correction -> weighting -> loss -> penalty -> optimizer
+    prompts -> sampler -> guide -> reward -> filter -> logprob pass -> reference
+            -> shaper -> correction -> aggregation -> loss -> regularizer -> optimizer
 
 A component is any callable of the right shape: there is nothing to inherit and nothing to register. Ours are frozen, keyword-only
 dataclasses whose fields are their YAML keys; yours may be a plain function.
@@ -27,7 +27,7 @@ class Problems(Protocol):
         ...
 
 
-Finished = Callable[[Rollouts, Int[Tensor, " n"]], None]
+OnFinished = Callable[[Rollouts, Int[Tensor, " n"]], None]
 """Is told of rows that have ended, and of their places among all rows that the sampler is going to return; of no row twice."""
 
 
@@ -42,14 +42,14 @@ class Sampler(Protocol):
         Fills prompt_ids, prompt_mask, completion_ids, mask, group, truncated; and, where the engine can hand them
         over, logprobs, entropy and sampler_logprobs. The same seed and weights give the same rows.
 
-        One that takes ``finished: Finished | None`` besides tells it of rows that have ended while it goes on with the others: rewards
+        One that takes ``finished: OnFinished | None`` besides tells it of rows that have ended while it goes on with the others: rewards
         are then worked out beside sampling.
         """
         ...
 
 
 @runtime_checkable
-class Synced(Sampler, Protocol):
+class WeightSyncedSampler(Sampler, Protocol):
     """A sampler with an engine of its own, which has to be handed the policy's weights."""
 
     max_difference: float
@@ -59,19 +59,19 @@ class Synced(Sampler, Protocol):
         """Called on every rank before each collection and each validation, with the whole policy."""
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Called when nothing will be sampled before the next sync."""
         ...
 
 
 def sync(sampler: Sampler, policy: nn.Module) -> None:
-    if isinstance(sampler, Synced):
+    if isinstance(sampler, WeightSyncedSampler):
         sampler.sync(policy)
 
 
-def rest(sampler: Sampler) -> None:
-    if isinstance(sampler, Synced):
-        sampler.rest()
+def sleep(sampler: Sampler) -> None:
+    if isinstance(sampler, WeightSyncedSampler):
+        sampler.sleep()
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class Reward(Protocol):
     def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float]]:
         """One number a rollout, or a mapping of named terms whose sum is the reward.
 
-        A reward that says ``beside_sampling: ClassVar[bool] = True`` (a function: as its attribute) is asked about
+        A reward that says ``pointwise: ClassVar[bool] = True`` (a function: as its attribute) is asked about
         some completions, in a thread of its own, while others are sampled: what it says of one must not depend on
         others, nor may it draw from the process's random generators, from which sampling draws.
         """
@@ -139,7 +139,7 @@ class Correction(Protocol):
 
 
 @runtime_checkable
-class Weighting(Protocol):
+class Aggregation(Protocol):
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         """The weight of every token of one optimizer step, over all ranks; 0 where ``rollouts.mask`` is False."""
         ...
@@ -160,7 +160,7 @@ class Loss(Protocol):
 
 
 @runtime_checkable
-class Prepares(Protocol):
+class SupportsPrepare(Protocol):
     """What any component may have besides: checks that need the problems, and weights of its own to load.
 
     Called once, after the problems are read and before the policy's weights are.
@@ -171,11 +171,11 @@ class Prepares(Protocol):
 
 def prepare(components: Iterable[object], problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
     for component in components:
-        if isinstance(component, Prepares):
+        if isinstance(component, SupportsPrepare):
             component.prepare(problems, tokenizer)
 
 
-Penalty = Loss
+Regularizer = Loss
 """Added to the loss token by token, under the same weights; its own weight is its own field."""
 Optimizer = Callable[..., object]
 """A partial of a torch optimizer: called with the parameters."""

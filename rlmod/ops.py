@@ -19,7 +19,7 @@ def entropy(logits: Float[Tensor, "*axes V"], temperature: float = 1.0) -> Float
     return _entropy(_at_temperature(logits, temperature).log_softmax(-1))
 
 
-def logprobs_and_entropy(
+def sampled_logprobs_and_entropy(
     logits: Float[Tensor, "R V"], ids: Int[Tensor, " R"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Both of one position, for sampling: in few passes over the vocabulary, and without a gradient."""
@@ -72,7 +72,9 @@ def group_index(group: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], int]:
     return index, len(names)
 
 
-def group_sum(values: Float[Tensor, "R *axes"], index: Int[Tensor, " R"], groups: int) -> Float[Tensor, "groups *axes"]:
+def group_sum(
+    values: Float[Tensor, " R *axes"], index: Int[Tensor, " R"], groups: int
+) -> Float[Tensor, " groups *axes"]:
     return values.new_zeros(groups, *values.shape[1:]).index_add_(0, index, values)
 
 
@@ -85,13 +87,13 @@ def standardize(
     eps: float = 1e-6,
     divide_by_std: bool = True,
     over_ranks: bool = False,
-    judged: Bool[Tensor, "R T"] | None = None,
+    also_normalize: Bool[Tensor, "R T"] | None = None,
 ) -> Float[Tensor, "R T"]:
     """(x - mean) / (std + eps) with the statistics of each group's counted entries; std with ddof 1; 0 where not counted.
 
     Entries that are all equal give exactly 0: their std is no more than rounding residue (0.35 added up and divided),
     and dividing by it would turn the residue into an advantage. ``over_ranks`` takes the statistics over all ranks.
-    ``judged`` entries get a value by those statistics too without being part of them: undivided where the counted are all equal.
+    ``also_normalize`` entries get a value by those statistics too without being part of them: undivided where the counted are all equal.
     """
     sums, maxima = (all_sum, all_max) if over_ranks else (_same, _same)
     highest = maxima(_group_max(values, counted, index, groups))
@@ -100,7 +102,9 @@ def standardize(
     mean = sums(group_sum(torch.where(counted, values, 0).sum(1), index, groups)) / n.clamp(min=1)
     varies = (highest > lowest)[index, None]
     own = torch.where(counted & varies, values - mean[index, None], 0)
-    centered = own if judged is None else torch.where(judged & ~counted, values - mean[index, None], own)
+    centered = (
+        own if also_normalize is None else torch.where(also_normalize & ~counted, values - mean[index, None], own)
+    )
     if not divide_by_std:
         return centered
     variance = sums(group_sum(own.square().sum(1), index, groups)) / (n - 1).clamp(min=1)

@@ -15,14 +15,14 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod import cli
+from rlmod.config import cli
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from rlmod.loader import RLData
-    from rlmod.module import RLModule
-    from rlmod.parts import Parts
+    from rlmod.config.build import Components
+    from rlmod.training.datamodule import RLData
+    from rlmod.training.module import RLModule
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,18 @@ def train(cfg: DictConfig) -> float | None:
     """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
-    from rlmod import compat, ranks, resume
+    from rlmod import distributed
+    from rlmod.config import compatibility
+    from rlmod.config.build import Components
+    from rlmod.config.sizes import check_seed
     from rlmod.interfaces import prepare
-    from rlmod.parts import Parts
-    from rlmod.settings import check_seed
+    from rlmod.training import checkpoint as checkpoints
 
     folder = _folder(cfg)
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
-    parts = Parts.of(cfg)
-    compat.check(parts, _ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
+    parts = Components.of(cfg)
+    compatibility.check(parts, _ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
@@ -48,17 +50,17 @@ def train(cfg: DictConfig) -> float | None:
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
-    if (checkpoint := resume.start(folder, cfg)) is not None:
-        resume.check_optimizer(checkpoint, cfg)
-    if ranks.first():
-        resume.rewind(folder, checkpoint)
+    if (checkpoint := checkpoints.start(folder, cfg)) is not None:
+        checkpoints.check_optimizer(checkpoint, cfg)
+    if distributed.is_rank_zero():
+        checkpoints.rewind(folder, checkpoint)
         if checkpoint is None:
             print(f"a new run in {folder}", flush=True)
         else:
             log.warning("going on from %s", checkpoint)
-            if changed := resume.changed(checkpoint, cfg):
+            if changed := checkpoints.changed(checkpoint, cfg):
                 log.warning("with other settings than it was made with: %s", "; ".join(changed))
-        resume.note_config(folder, cfg)
+        checkpoints.note_config(folder, cfg)
     read, read_held_out = parts.train(), parts.held_out() if parts.held_out else None
     tokenizer = parts.policy.tokenizer()  # after the problems: a file that is not there shows before a hub is asked
     problems = parts.encoder.encode(read, tokenizer)
@@ -66,20 +68,20 @@ def train(cfg: DictConfig) -> float | None:
     prepare([parts.sampler, parts.guide, parts.reward, parts.reference], problems.problems, tokenizer)
     validated = held_out.problems if held_out else ()
     prepare([parts.validation.sampler, parts.validation.reward], validated, tokenizer)
-    problems.check_room(parts.sampler, "sampler")
+    problems.check_max_model_len(parts.sampler, "sampler")
     if held_out:
-        held_out.check_room(parts.validation.sampler, "validation.sampler")
+        held_out.check_max_model_len(parts.validation.sampler, "validation.sampler")
 
     import lightning as L
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg, resume.step(folder, checkpoint))
+    trainer = _trainer(cfg, checkpoints.step(folder, checkpoint))
     module = _module(cfg, parts, tokenizer)
-    module.own_checkpoint = checkpoint is not None and resume.is_own(folder, checkpoint, cfg)
+    module.own_checkpoint = checkpoint is not None and checkpoints.is_own(folder, checkpoint, cfg)
     data = _data(cfg, parts, problems, held_out)
     trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
-    with ranks.together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
+    with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fitted(trainer, module, data, checkpoint, folder, started)
 
 
@@ -94,12 +96,16 @@ def _ranks(trainer: DictConfig) -> int:
 
 def _folder(cfg: DictConfig) -> Path:
     """The run's, which all ranks must know: where each is started by itself, none can go by the time of its start."""
-    from rlmod import ranks
+    from rlmod import distributed
 
     given = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(given, dict)
     alone = HydraConfig.get().mode == RunMode.RUN  # a launcher of sweeps hands the same folder to all ranks
-    if alone and "${now:" in str(given["output"]) and (ranks.started_apart() or cfg.trainer.num_nodes > 1):
+    if (
+        alone
+        and "${now:" in str(given["output"])
+        and (distributed.is_multi_process_launch() or cfg.trainer.num_nodes > 1)
+    ):
         raise ValueError(
             "output names the folder by the time, and each of several ranks that are started by themselves (torchrun, srun, nodes) "
             "would have its own: give output=FOLDER, a folder that all of them share"
@@ -109,9 +115,10 @@ def _folder(cfg: DictConfig) -> Path:
 
 def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
-    from rlmod import ranks, resume
+    from rlmod import distributed
+    from rlmod.training import checkpoint as checkpoints
 
-    if resume.asks_for_own(folder, cfg) or not resume.same_run(folder, cfg):
+    if checkpoints.asks_for_own(folder, cfg) or not checkpoints.same_run(folder, cfg):
         return None
     try:
         result = json.loads((folder / "result.json").read_text())
@@ -119,9 +126,9 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
         return None
     if not result["completed"]:
         return None
-    if ranks.first():
+    if distributed.is_rank_zero():
         if not (page := folder / "report.html").is_file():  # it was killed when nothing else was left to do
-            from rlmod.report import write_report
+            from rlmod.commands.report import write_report
 
             write_report(folder)
         print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
@@ -132,7 +139,7 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
 def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from rlmod.fields import check_types
+    from rlmod.config.validation import check_types
 
     def each(group: str) -> list[Any]:
         for name, node in (cfg[group] or {}).items():
@@ -153,8 +160,8 @@ def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
 
 
-def _module(cfg: DictConfig, parts: "Parts", tokenizer: Any) -> "RLModule":
-    from rlmod.module import RLModule
+def _module(cfg: DictConfig, parts: "Components", tokenizer: Any) -> "RLModule":
+    from rlmod.training.module import RLModule
 
     return RLModule(
         policy=parts.policy.model(tokenizer),
@@ -168,7 +175,7 @@ def _module(cfg: DictConfig, parts: "Parts", tokenizer: Any) -> "RLModule":
         shaper=parts.shaper,
         correction=parts.correction,
         loss=parts.loss,
-        penalty=parts.penalty,
+        regularizer=parts.regularizer,
         optimizer=parts.optimizer,
         schedule=instantiate(cfg.schedule),
         validation=parts.validation,
@@ -177,17 +184,17 @@ def _module(cfg: DictConfig, parts: "Parts", tokenizer: Any) -> "RLModule":
     )
 
 
-def _data(cfg: DictConfig, parts: "Parts", problems: Any, held_out: Any) -> "RLData":
-    from rlmod.loader import RLData
+def _data(cfg: DictConfig, parts: "Components", problems: Any, held_out: Any) -> "RLData":
+    from rlmod.training.datamodule import RLData
 
     return RLData(
         train=problems,
         held_out=held_out,
         batch=parts.batch,
-        weighting=parts.weighting,
+        aggregation=parts.aggregation,
         rows_per_prompt=parts.rows_per_prompt,
         zero_reward=parts.zero_reward,
-        every_row=bool(parts.penalty) or not getattr(parts.loss, "proportional_to_advantage", False),
+        every_row=bool(parts.regularizer) or not getattr(parts.loss, "proportional_to_advantage", False),
         validation_prompts=parts.validation.prompts_per_batch,
         seed=cfg.seed,
     )
@@ -196,11 +203,11 @@ def _data(cfg: DictConfig, parts: "Parts", problems: Any, held_out: Any) -> "RLD
 def _fitted(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
 ) -> float | None:
-    from rlmod.callbacks.checkpoints import Checkpoints
-    from rlmod.policy import saved_weights, trained_weights
-    from rlmod.report import write_report
-    from rlmod.resume import check_same_policy
+    from rlmod.commands.report import write_report
+    from rlmod.model.policy import saved_weights, trained_weights
     from rlmod.strategy._sharding import Sharding, check_readable
+    from rlmod.training.callbacks.checkpoints import Checkpoints
+    from rlmod.training.checkpoint import check_same_policy
 
     if checkpoint is not None:
         check_readable(trainer.strategy, checkpoint)

@@ -116,17 +116,17 @@ class Rollouts:
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None
-    """Filled by the weighting; they sum to 1 over one optimizer step and all ranks (see rlmod/weighting)."""
+    """Filled by the aggregation; they sum to 1 over one optimizer step and all ranks (see rlmod/aggregation)."""
 
     def __len__(self) -> int:
         return next(len(value) for value in self._filled().values())
 
     @property
-    def judged(self) -> Float[Tensor, " R"]:
+    def correctness_score(self) -> Float[Tensor, " R"]:
         """What is compared with a threshold to tell right from wrong: the outcomes, or the rewards where there are none."""
-        judged = self.rewards if self.outcomes is None else self.outcomes
-        assert judged is not None
-        return judged
+        correctness_score = self.rewards if self.outcomes is None else self.outcomes
+        assert correctness_score is not None
+        return correctness_score
 
     def _filled(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}

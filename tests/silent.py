@@ -20,5 +20,5 @@ class Engine(HF):
     def sync(self, policy):
         pass
 
-    def rest(self):
+    def sleep(self):
         pass

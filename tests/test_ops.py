@@ -37,7 +37,7 @@ def test_those_of_sampling_are_the_same_numbers_in_fewer_passes(temperature):
     logits[:, 0] += torch.tensor([0.0, 5.0, 15.0, 25.0, 30.0, 1e4])  # to where 1e-12 is left for all the others
     logits[1, 7] = -torch.inf
     given, ids = logits.clone(), torch.tensor([3, 0, 9, 0, 49, 0])
-    logprobs, entropy = ops.logprobs_and_entropy(given, ids, temperature)
+    logprobs, entropy = ops.sampled_logprobs_and_entropy(given, ids, temperature)
     torch.testing.assert_close(logprobs, ops.token_logprobs(logits[None], ids[None], temperature)[0])
     torch.testing.assert_close(entropy, ops.entropy(logits, temperature), atol=1e-14, rtol=1e-6)
     assert torch.equal(given, logits)  # transformers samples from them next
@@ -82,6 +82,6 @@ def test_a_ratio_to_the_next_to_impossible_stays_finite():
     new = torch.tensor([[-1.5, -1.0, -9999.0, -2.0]], requires_grad=True)
     ratio = ops.log_ratio(new, old, torch.tensor([[True, True, True, False]]))
     torch.testing.assert_close(ratio.detach(), torch.tensor([[-0.5, 20.0, -20.0, 0.0]]))
-    # Behind a clip an infinite ratio would be multiplied by a gradient of 0.
+    # LogitTransform a clip an infinite ratio would be multiplied by a gradient of 0.
     ratio.exp().clamp(max=1.2).sum().backward()
     torch.testing.assert_close(new.grad, torch.tensor([[0.6065307, 0.0, 0.0, 0.0]]))

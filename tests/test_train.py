@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
-from rlmod.module import RLModule
-from tests.commands import SHORT, refused, run_train
+from rlmod.training.module import RLModule
+from tests.command_line import SHORT, refused, run_train
 from tests.runs import QUICK, metrics, weights
 
 
@@ -35,7 +35,7 @@ def test_a_run_leaves_what_a_person_looks_for(run):
     assert len(trained) == 4
     assert result["tokens"] == sum(float(row["completions/tokens"]) for row in trained)
     for row in trained:
-        shares = [float(row[f"prompts/{kind}"]) for kind in ("all_right", "mixed", "all_wrong")]
+        shares = [float(row[f"prompts/{kind}"]) for kind in ("all_correct", "mixed", "all_incorrect")]
         assert sum(shares) == pytest.approx(1)
         assert float(row["train/ratio"]) == pytest.approx(1, abs=1e-5)
         assert float(row["train/grad_norm"]) > 0
@@ -43,7 +43,7 @@ def test_a_run_leaves_what_a_person_looks_for(run):
 
 def test_the_saved_policy_loads_in_transformers_and_is_the_trained_one(run):
     saved = weights(run)
-    start = AutoModelForCausalLM.from_pretrained("rlmod/policies/tiny").state_dict()
+    start = AutoModelForCausalLM.from_pretrained("rlmod/model/policies/tiny").state_dict()
     assert any(not torch.equal(saved[name], start[name]) for name in start)
     state = torch.load(run / "checkpoints" / "step-000004" / "trainer.ckpt", weights_only=False)["state_dict"]
     for name, value in saved.items():
@@ -75,7 +75,7 @@ def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypa
     monkeypatch.setattr(
         RLModule, "on_train_epoch_start", lambda self: (module.clear(), module.append(self), setup(self))[-1]
     )
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "batch.updates=2", "optimizer.lr=1e-3")
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "batch.minibatches=2", "optimizer.lr=1e-3")
     firsts = [differences[step] for step in (0, 2, 4, 6)]
     assert max(firsts) < 1e-4, differences
     # The second update is not: if it were, the collection would be repeated or the optimizer idle.
@@ -91,7 +91,7 @@ def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_pat
         "trainer.max_epochs=2",
         "optimizer.weight_decay=0.1",
     )
-    start = AutoModelForCausalLM.from_pretrained("rlmod/policies/tiny").state_dict()
+    start = AutoModelForCausalLM.from_pretrained("rlmod/model/policies/tiny").state_dict()
     assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "a").items())
     assert "None of the 8 groups of this collection has signal" in (tmp_path / "a" / "train.log").read_text()
 
@@ -99,9 +99,9 @@ def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_pat
 def test_dynamic_sampling_trains_on_groups_with_signal_only(tmp_path, monkeypatch):
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "filter.dynamic_sampling=true")
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
-    assert any(float(row["prompts/drawn"]) > 8 for row in rows)
+    assert any(float(row["prompts/seen"]) > 8 for row in rows)
     for row in rows:
-        drawn, dropped = float(row["prompts/drawn"]), float(row["prompts/dropped"])
+        drawn, dropped = float(row["prompts/seen"]), float(row["prompts/dropped"])
         assert drawn * (1 - dropped) + float(row["prompts/unfilled"]) == pytest.approx(8)
 
 
@@ -129,8 +129,8 @@ def test_a_reward_that_fails_is_named_and_never_a_silent_zero(body, expected, tm
         "reward=exact_match",
         "reward._target_=my_rewards.bad",
         "~reward.pattern",
-        "~reward.right",
-        "~reward.wrong",
+        "~reward.correct",
+        "~reward.incorrect",
     )
     message = refused(monkeypatch, tmp_path, *QUICK, *reward, "data.validation=null")
     assert all(part in message for part in expected), message

@@ -1,6 +1,6 @@
 """Writes docs/algorithms.md, the index of the algorithms, from the docstrings and the configs: ``make docs``.
 
-tests/test_algorithms.py fails when the page is stale.
+tests/tools/test_algorithms.py fails when the page is stale.
 """
 
 import inspect
@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod import cli
+from rlmod.config import cli
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "algorithms.md"
-STAGES = ["guide", "reward", "reference", "shaper", "correction", "weighting", "loss", "penalty"]
+STAGES = ["guide", "reward", "reference", "shaper", "correction", "aggregation", "loss", "regularizer"]
 SECTIONS = ("Source", "Differs", "Degenerate", "Needs")
-NODES = {"filter": "rlmod.collect.Filter", "zero_reward": "rlmod.collect.ZeroReward"}
+NODES = {"filter": "rlmod.rollout.collect.Filter", "zero_reward": "rlmod.rollout.collect.ZeroReward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def page() -> str:
         if part.stage != stage:
             stage = part.stage
             lines += ["", f"## {stage}"]
-        key = f"[{part.name}]" if part.stage in ("correction", "penalty") else part.name
+        key = f"[{part.name}]" if part.stage in ("correction", "regularizer") else part.name
         title = part.stage if part.stage in NODES else f"{part.stage}={key}"
         lines += ["", f"### `{title}` {part.marks}", ""]
         equation, _, rest = part.formula.partition("\n\n")

@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rlmod.module import RLModule
-from rlmod.prompts import EncodedProblems
+from rlmod.rollout.prompts import EncodedProblems
+from rlmod.training.module import RLModule
 from rlmod.types import Problem
 from tools.bench.setting import data_of, module_of, parts_of, quiet
 

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from rlmod import cli
-from rlmod.plan import memory
-from rlmod.plan.read import run_of
+from rlmod.commands.plan import memory
+from rlmod.commands.plan.read import run_of
+from rlmod.config import cli
 from rlmod.sampler.hf import HF
 from rlmod.types import Prompts, Rollouts, Texts
 
@@ -93,8 +93,8 @@ COMMON = (
     "sampler.completions_per_prompt=8",
     "reward._target_=tools.bench_plan.every_other",
     "~reward.pattern",
-    "~reward.right",
-    "~reward.wrong",
+    "~reward.correct",
+    "~reward.incorrect",
     "batch.prompts=4",
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",

@@ -119,7 +119,7 @@ def read(folder: Path) -> Curve:
         for row in csv.DictReader(file):
             if row.get("reward/mean"):
                 tokens += int(float(row["completions/tokens"])) + int(float(row.get("guide/tokens") or 0))
-                shares.append(float(row["prompts/all_wrong"]))
+                shares.append(float(row["prompts/all_incorrect"]))
             if row.get("val/mean@1"):
                 points[tokens] = float(row["val/mean@1"])
     return Curve(tokens=list(points), accuracy=list(points.values()), all_wrong=shares[0])

@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlmod.data.arithmetic import Arithmetic, solve
-from rlmod.policy import SHIPPED
+from rlmod.model.policy import SHIPPED
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 RECIPES = {
@@ -107,7 +107,7 @@ def train(
     model: Qwen2ForCausalLM,
     tokenizer: Any,
     problems: Arithmetic,
-    updates: int,
+    minibatches: int,
     lesson: Callable[[str, random.Random], Lesson],
     seed: int,
     lr: float = 2e-3,

@@ -13,7 +13,7 @@ from rlmod.types import Problem
 log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.1
-PATIENCE = 50
+MOST_DRAWS_PER_PROBLEM = 50
 """Questions drawn for each one that is wanted, before the task is called too small."""
 
 
@@ -50,12 +50,14 @@ class ReasoningGym:
                 f"data.task={self.task}: reasoning-gym has no such task among its {len(DATASETS)}; did you mean {', '.join(close)}?"
             )
         try:
-            drawn = reasoning_gym.create_dataset(self.task, seed=self.seed, size=PATIENCE * self.size, **self.options)
+            drawn = reasoning_gym.create_dataset(
+                self.task, seed=self.seed, size=MOST_DRAWS_PER_PROBLEM * self.size, **self.options
+            )
         except (TypeError, AssertionError, ValueError) as error:
             raise ValueError(f"data.options of {self.task}: {error}") from error
         log.info("drawing %d %s problems of %s", self.size, self.split, self.task)
         problems: dict[str, Problem] = {}
-        for number in range(PATIENCE * self.size):
+        for number in range(MOST_DRAWS_PER_PROBLEM * self.size):
             entry = drawn[number]
             question = entry["question"].strip()
             if is_held_out(question) == (self.split == "held_out") and question not in problems:
@@ -66,7 +68,7 @@ class ReasoningGym:
             if len(problems) == self.size:
                 return list(problems.values())
         raise ValueError(
-            f"data.*.size is {self.size}, but {PATIENCE * self.size} draws of {self.task} gave only {len(problems)} distinct "
+            f"data.*.size is {self.size}, but {MOST_DRAWS_PER_PROBLEM * self.size} draws of {self.task} gave only {len(problems)} distinct "
             f"{self.split} problems: ask for fewer, or widen the task by data.options"
         )
 

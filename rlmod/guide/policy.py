@@ -11,7 +11,8 @@ from torch import nn
 
 from rlmod.guide._fields import check_completions
 from rlmod.interfaces import Sampler
-from rlmod.policy import HFPolicy, completion_logprobs
+from rlmod.model.logprobs import completion_logprobs
+from rlmod.model.policy import HFPolicy
 from rlmod.types import Problem, Prompts, Rollouts
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ class SequenceSurrogate:
         arithmetic  W_i = (1/|o_i|) sum_t w_{i,t}
         geometric   W_i = (prod_t w_{i,t})^(1/|o_i|)
 
-    with w_{i,t} = exp(log pi_theta - log pi_old). With weighting=rollout_mean the step's loss is the mean over completions.
+    with w_{i,t} = exp(log pi_theta - log pi_old). With aggregation=rollout_mean the step's loss is the mean over completions.
 
     Source: GRPO-S, arXiv:2508.04349, eq. 10, 11; geometric: App. C, and GSPO, arXiv:2507.18071, eq. 5, 7.
     Differs: the two clip bounds may differ, as in DAPO.

@@ -6,7 +6,7 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlmod.policy import completion_logprobs
+from rlmod.model.logprobs import completion_logprobs
 from rlmod.types import Rollouts
 
 

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlmod.policy import HFPolicy, completion_logprobs
+from rlmod.model.logprobs import completion_logprobs
+from rlmod.model.policy import HFPolicy
 from rlmod.types import Problem, Rollouts
 
 

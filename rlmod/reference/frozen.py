@@ -7,7 +7,8 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlmod.policy import HFPolicy, completion_logprobs
+from rlmod.model.logprobs import completion_logprobs
+from rlmod.model.policy import HFPolicy
 from rlmod.types import Problem, Rollouts
 
 

@@ -9,7 +9,7 @@ from rlmod.types import Texts
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """reward_i = right if extracted(completion_i) = answer_i, else wrong
+    """reward_i = correct if extracted(completion_i) = answer_i, else incorrect
 
     as strings, white space around them removed. Extracted is the last match of ``pattern``: its group 1, or the whole
     match where it has no group. Without a pattern it is the whole completion.
@@ -19,11 +19,11 @@ class ExactMatch:
     Needs: completions, answers.
     """
 
-    beside_sampling: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     pattern: str | None = None
     """A Python regular expression; null: the whole completion. Flags go inside: ``(?m)^#### (.*)$``."""
-    right: float = 1.0
-    wrong: float = 0.0
+    correct: float = 1.0
+    incorrect: float = 0.0
 
     def __post_init__(self) -> None:
         try:
@@ -33,7 +33,7 @@ class ExactMatch:
 
     def __call__(self, texts: Texts) -> list[float]:
         return [
-            self.right if self._extracted(completion) == answer.strip() else self.wrong
+            self.correct if self._extracted(completion) == answer.strip() else self.incorrect
             for completion, answer in zip(texts.completions, texts.answers, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from rlmod.types import Texts
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    r"""reward_i = right if ``pattern`` matches the whole of completion_i, else wrong
+    r"""reward_i = correct if ``pattern`` matches the whole of completion_i, else incorrect
 
     The dot matches line ends too. The whole completion has to match, and not some part of it: a search would also
     reward the right form with anything before and after it. Where that is wanted, the pattern says so:
@@ -20,11 +20,11 @@ class Format:
     Needs: completions.
     """
 
-    beside_sampling: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     pattern: str
     """A Python regular expression."""
-    right: float = 1.0
-    wrong: float = 0.0
+    correct: float = 1.0
+    incorrect: float = 0.0
 
     def __post_init__(self) -> None:
         try:
@@ -34,4 +34,4 @@ class Format:
 
     def __call__(self, texts: Texts) -> list[float]:
         form = re.compile(self.pattern, re.DOTALL)
-        return [self.right if form.fullmatch(completion) else self.wrong for completion in texts.completions]
+        return [self.correct if form.fullmatch(completion) else self.incorrect for completion in texts.completions]

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.interfaces import Prepares, Reward, function_of
+from rlmod.interfaces import Reward, SupportsPrepare, function_of
+from rlmod.reward._compute import compute_rewards
 from rlmod.reward.overlong import Overlong
-from rlmod.scoring import score
 from rlmod.types import Problem, Texts
 
 
@@ -48,15 +48,15 @@ class Grop:
             Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
 
     @property
-    def beside_sampling(self) -> bool:
-        return getattr(function_of(self.reward), "beside_sampling", False)
+    def pointwise(self) -> bool:
+        return getattr(function_of(self.reward), "pointwise", False)
 
     @property
     def penalties(self) -> tuple[str, ...]:
         return ("grop", *getattr(self.reward, "penalties", ()))
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
-        if isinstance(self.reward, Prepares):
+        if isinstance(self.reward, SupportsPrepare):
             self.reward.prepare(problems, tokenizer)
 
     def __call__(self, texts: Texts) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class Grop:
                 "the reward Grop compares the lengths of a group's completions in tokens; recorded completions have neither: "
                 "score them by its base reward"
             )
-        base = score(self.reward, texts)
+        base = compute_rewards(self.reward, texts)
         correct = base.outcomes > self.threshold
         lengths, group = torch.tensor(texts.lengths, dtype=torch.float32), torch.tensor(texts.group)
         penalty = torch.zeros_like(base.rewards)

@@ -43,7 +43,7 @@ class MathVerify:
     Needs: completions, answers.
     """
 
-    beside_sampling: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     timeout_seconds: float = 5.0
     """Of one row, by the wall clock."""
 

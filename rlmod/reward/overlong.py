@@ -21,7 +21,7 @@ class Overlong:
     Needs: lengths.
     """
 
-    beside_sampling: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     is_penalty: ClassVar[bool] = True
 
     max_tokens: int

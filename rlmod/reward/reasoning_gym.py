@@ -20,7 +20,7 @@ class ReasoningGym:
     Needs: completions, problems of data=reasoning_gym.
     """
 
-    beside_sampling: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     pattern: str | None = r"<answer>\s*(.*?)\s*</answer>"
     """Regular expression: group 1 of its last match; null: the whole completion."""
 

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from rlmod.interfaces import Prepares, function_of
-from rlmod.scoring import RewardError, score
+from rlmod.interfaces import SupportsPrepare, function_of
+from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.types import Problem, Texts
 
 
@@ -55,8 +55,8 @@ class Weighted:
                 raise ValueError(f"{key}.reward must have a _target_, got {term['reward']!r}")
 
     @property
-    def beside_sampling(self) -> bool:
-        return all(getattr(function_of(term["reward"]), "beside_sampling", False) for term in self.terms.values())
+    def pointwise(self) -> bool:
+        return all(getattr(function_of(term["reward"]), "pointwise", False) for term in self.terms.values())
 
     @property
     def penalties(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Weighted:
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
         for name, term in self.terms.items():
-            if isinstance(term["reward"], Prepares):
+            if isinstance(term["reward"], SupportsPrepare):
                 with _named(name):
                     term["reward"].prepare(problems, tokenizer)
 
@@ -81,7 +81,7 @@ class Weighted:
         values: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             with _named(name):
-                scores = score(term["reward"], texts)
+                scores = compute_rewards(term["reward"], texts)
             values[name] = term["weight"] * scores.outcomes
             values |= {f"{name}/{inner}": term["weight"] * scores.terms[inner] for inner in self._inner(name)}
         return values

@@ -6,11 +6,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlmod.sampler._sampling import ROOM
+from rlmod.sampler._sampling import CACHE_GROWTH
 
 
-class RoomyLayer(DynamicLayer):
-    """As its base, which copies all that it holds for every token that comes; this one copies it for every ``ROOM`` tokens.
+class PreallocatedCacheLayer(DynamicLayer):
+    """As its base, which copies all that it holds for every token that comes; this one copies it for every ``CACHE_GROWTH`` tokens.
 
     ``keys`` and ``values`` are what is held, as with the base: the first places of two buffers. Without gradients. Under autocast values
     stay in 16 bits, which the base widens to the keys' 32.
@@ -35,7 +35,7 @@ class RoomyLayer(DynamicLayer):
         length, buffer = held + new.shape[-2], self.buffers.pop(name, None)
         # What is kept lies elsewhere where the base has put another tensor in the buffer's stead.
         if buffer is None or buffer.data_ptr() != kept.data_ptr() or buffer.shape[-2] < length:
-            buffer = new.new_empty(*new.shape[:-2], length + ROOM, new.shape[-1])
+            buffer = new.new_empty(*new.shape[:-2], length + CACHE_GROWTH, new.shape[-1])
             if held:
                 buffer[..., :held, :] = kept
         buffer[..., held:length, :] = new
@@ -47,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
 
 
-def roomy(cache: DynamicCache) -> DynamicCache:
+def preallocated(cache: DynamicCache) -> DynamicCache:
     """The cache with its layers of full attention replaced, before anything is in it."""
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedCacheLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

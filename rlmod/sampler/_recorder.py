@@ -31,7 +31,7 @@ class Recorder(StoppingCriteria):
         self, input_ids: Int[Tensor, "R length"], scores: object, **_: object
     ) -> Bool[Tensor, " R"]:
         chosen = input_ids[:, -1]
-        logprobs, entropy = ops.logprobs_and_entropy(self.last.logits, chosen, self.temperature)
+        logprobs, entropy = ops.sampled_logprobs_and_entropy(self.last.logits, chosen, self.temperature)
         self.logprobs.append(logprobs)
         self.entropy.append(entropy)
         ended = (chosen[:, None] == self.eos).any(-1)

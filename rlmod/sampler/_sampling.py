@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ROOM = 64
+CACHE_GROWTH = 64
 """Tokens that sampler=hf makes room for at once in its key-value cache."""
 
 

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 T = TypeVar("T")
 
-BEAT = 5.0
+HEALTH_CHECK_SECONDS = 5.0
 """Seconds between two looks at the server's health, and the longest that one may take."""
 
 
@@ -64,7 +64,7 @@ class Server:
     def _next(self, done: "SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
         while True:
             try:
-                return done.get(timeout=BEAT)
+                return done.get(timeout=HEALTH_CHECK_SECONDS)
             except Empty:
                 self.wait_until_awake()
 
@@ -73,7 +73,7 @@ class Server:
         started = time.monotonic()
         while True:
             try:
-                with urlopen(f"{self.url}/health", timeout=BEAT):
+                with urlopen(f"{self.url}/health", timeout=HEALTH_CHECK_SECONDS):
                     return
             except (OSError, HTTPException) as error:
                 if time.monotonic() - started > self.patience:

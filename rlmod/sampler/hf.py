@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlmod.forward import uncompiled
-from rlmod.interfaces import Finished
+from rlmod.interfaces import OnFinished
+from rlmod.model.shared_prompts import uncompiled
 from rlmod.sampler._sampling import check, ends_of
 from rlmod.types import Prompts, Rollouts, concatenate
 
@@ -45,14 +45,14 @@ class HF:
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, on_finished: OnFinished | None = None
     ) -> Rollouts:
         group = torch.arange(len(prompts), device=prompts.ids.device).repeat_interleave(self.completions_per_prompt)
         device = prompts.ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             batches = torch.arange(len(group), device=device).split(self.rows_per_batch or len(group))
-            parts = [self._sample(policy, prompts, group[places], places, finished) for places in batches]
+            parts = [self._sample(policy, prompts, group[places], places, on_finished) for places in batches]
         return concatenate(parts)
 
     def _sample(
@@ -61,12 +61,12 @@ class HF:
         prompts: Prompts,
         group: Int[Tensor, " R"],
         places: Int[Tensor, " R"],
-        finished: Finished | None,
+        on_finished: OnFinished | None,
     ) -> Rollouts:
         # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
         from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-        from rlmod.sampler._cache import roomy
+        from rlmod.sampler._cache import preallocated
         from rlmod.sampler._recorder import LastLogits, Recorder
 
         if getattr(policy, "_is_stateful", False):
@@ -80,11 +80,11 @@ class HF:
         record = _Record(prompts, group, self.max_new_tokens, padding)
 
         def tell(rows: Int[Tensor, " n"]) -> None:
-            if finished is not None and len(rows):
-                finished(record.rollouts().rows(rows), places[rows])
+            if on_finished is not None and len(rows):
+                on_finished(record.rollouts().rows(rows), places[rows])
 
         running = torch.arange(len(ids), device=ids.device)
-        cache = roomy(DynamicCache(config=policy.config))
+        cache = preallocated(DynamicCache(config=policy.config))
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)

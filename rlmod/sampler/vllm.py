@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rlmod.interfaces import Finished
+from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import (
     Completion,
     as_many,
@@ -66,7 +66,7 @@ class VLLM:
     """The engine's share of a GPU: its weights and its key-value cache."""
     tensor_parallel_size: int = 1
     """GPUs that one engine's weights are split over; above 1 with one rank alone."""
-    sleep: bool = False
+    sleep_while_training: bool = False
     """Give the engine's memory back while the policy trains; on a GPU."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Anything else that vllm.LLM takes."""
@@ -80,8 +80,8 @@ class VLLM:
         for name in ("max_model_len", "tensor_parallel_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"sampler.{name} must be at least 1, got {value}")
-        if self.sleep and not torch.cuda.is_available():
-            raise ValueError("sampler.sleep=true needs a GPU: there is no memory to give back on a CPU")
+        if self.sleep_while_training and not torch.cuda.is_available():
+            raise ValueError("sampler.sleep_while_training=true needs a GPU: there is no memory to give back on a CPU")
         if find_spec("vllm") is None:
             raise ValueError(not_installed("sampler=vllm"))
 
@@ -95,7 +95,7 @@ class VLLM:
             self._hand_over(policy, self._llm(policy))
 
     def _hand_over(self, policy: "PreTrainedModel", llm: Any) -> None:
-        if self.sleep:
+        if self.sleep_while_training:
             llm.wake_up()
         weights = named_weights(policy)
         llm.start_weight_update()
@@ -108,15 +108,15 @@ class VLLM:
         llm.finish_weight_update()
         llm.reset_prefix_cache()
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing is sampled for a while."""
-        if self.sleep:
+        if self.sleep_while_training:
             for llm in _ENGINES.values():
                 llm.sleep(level=2)  # the weights come anew with the next sync
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, on_finished: OnFinished | None = None
     ) -> Rollouts:
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
@@ -141,8 +141,8 @@ class VLLM:
                     for answer in engine.step():
                         i = names.index(answer.request_id)
                         answers[i] = [*map(self._completion, as_many(answer.outputs, g))]
-                        if finished is not None:
-                            finished(*rows_of(prompts, i, answers[i], padding))
+                        if on_finished is not None:
+                            on_finished(*rows_of(prompts, i, answers[i], padding))
             finally:
                 engine.abort_request([name for i, name in enumerate(names) if i not in answers])
         return rollouts_of(prompts, [row for i in range(len(prompts)) for row in answers[i]], padding)
@@ -161,7 +161,7 @@ class VLLM:
             str(computes_in(policy, self.dtype)),
             self.gpu_memory_utilization,
             self.tensor_parallel_size,
-            self.sleep,
+            self.sleep_while_training,
             repr(sorted(self.engine.items())),
         )
         if key not in _ENGINES:
@@ -197,7 +197,7 @@ class VLLM:
                     "gpu_memory_utilization": self.gpu_memory_utilization,
                     "tensor_parallel_size": self.tensor_parallel_size,
                     "distributed_executor_backend": "external_launcher" if ranks > 1 else None,
-                    "enable_sleep_mode": self.sleep,
+                    "enable_sleep_mode": self.sleep_while_training,
                     "enforce_eager": not torch.cuda.is_available(),
                     "weight_transfer_config": {"backend": BACKEND},
                     **self.engine,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from rlmod.interfaces import Finished
+from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import (
     Completion,
     as_many,
@@ -105,12 +105,12 @@ class VLLMServer:
             dist.barrier()
         _VERSIONS[self.url] = self._server.get("weight_info")["weight_version"]
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """The server has its own memory."""
 
     @torch.no_grad()
     def __call__(
-        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, finished: Finished | None = None
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int, on_finished: OnFinished | None = None
     ) -> Rollouts:
         ends, padding = ends_of(policy), cast(int, policy.generation_config.pad_token_id)
         asked = {
@@ -129,8 +129,8 @@ class VLLMServer:
                 "v1/completions", {i: asked[i] for i in asked.keys() - answers.keys()}
             ):
                 answers[i] = self._completions(answer)
-                if finished is not None:
-                    finished(*rows_of(prompts, i, answers[i], padding))
+                if on_finished is not None:
+                    on_finished(*rows_of(prompts, i, answers[i], padding))
             if self._check_undisturbed() == FRESH:
                 raise ValueError(
                     f"sampler.url={self.url}: the server was started anew while it was sampled from, and some completions may be of other "

@@ -21,7 +21,7 @@ class GroupBaseline:
     Source: REINFORCE++, arXiv:2501.03262, the variant with a group-mean baseline.
     Differs: nothing from verl's and OpenRLHF's: the statistics of the batch run over its tokens, so long completions count more in
     them, with ddof 1; eps 1e-8 is added to the std (in verl to the variance, which comes to the same within 1e-6). The KL term is a
-    penalty of its own (penalty=[kl]).
+    penalty of its own (regularizer=[kl]).
     Degenerate: a batch whose groups all have equal rewards gives exactly 0; in a mixed batch such a group gets minus the batch's
     mean, which is 0 where all completions have the same length.
     Needs: rewards, group, mask.

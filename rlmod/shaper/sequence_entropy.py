@@ -20,7 +20,7 @@ class SequenceEntropy:
         r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k wrong} (1/Hbar_k)
 
     n and m count the two classes. A as in GRPO over the group, from the statistics that ``normalization`` names (see TokenEntropy),
-    the same for every token of a completion. Goes with loss=sequence_surrogate and weighting=rollout_mean.
+    the same for every token of a completion. Goes with loss=sequence_surrogate and aggregation=rollout_mean.
 
     Source: GTPO, arXiv:2508.04349 (v6), eq. 8, 9; ``mean="geometric"``: App. C, Hbar_i = (prod_t H_{i,t})^(1/|o_i|) and
     denominators (prod Hbar)^(1/n). Defaults b1 = 1, b2 = 0.1: sec. 3.1 (0.2 hurts).
@@ -60,7 +60,7 @@ class SequenceEntropy:
         assert rollouts.rewards is not None and rollouts.group is not None
         assert rollouts.mask is not None and rollouts.entropy is not None
         counted = rollouts.mask.any(1, keepdim=True)
-        classes = _entropy.Classes.of(rollouts.judged, rollouts.group, counted, self.threshold)
+        classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, counted, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
         if self.mean == "arithmetic":
             of_row = masked_mean(entropy, rollouts.mask, dim=1)

@@ -75,7 +75,7 @@ class TokenEntropy:
         """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
         assert rollouts.rewards is not None and rollouts.group is not None
         assert rollouts.mask is not None and rollouts.entropy is not None
-        classes = _entropy.Classes.of(rollouts.judged, rollouts.group, rollouts.mask, self.threshold)
+        classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, rollouts.mask, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
         positive, negative = _entropy.shaped_rewards(
             rollouts.rewards, entropy, classes, base=self.alpha1, bonus=self.alpha2, mean=self.mean

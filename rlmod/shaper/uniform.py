@@ -41,7 +41,7 @@ class Uniform:
         assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None
         index, groups = group_index(rollouts.group)
         # A row that is masked out whole belongs to nobody's statistics.
-        judged = counted = rollouts.mask.any(1, keepdim=True)
+        rows = counted = rollouts.mask.any(1, keepdim=True)
         if self.pool == "own" and rollouts.from_guide is not None:
             counted = counted & ~rollouts.from_guide[:, None]
         advantages = standardize(
@@ -51,6 +51,6 @@ class Uniform:
             groups,
             eps=self.eps,
             divide_by_std=self.divide_by_std,
-            judged=judged,
+            also_normalize=rows,
         )
         return advantages * rollouts.mask

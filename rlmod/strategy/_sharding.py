@@ -15,15 +15,15 @@ class Sharding(Protocol):
         """The policy with its weights shared out among the ranks; one that is already comes back as it is."""
         ...
 
-    def whole(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+    def gather_full_parameters(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """The policy with all its weights on every rank, so that ranks may take different numbers of forward passes."""
         ...
 
-    def exact(self, policy: nn.Module) -> nn.Module:
+    def full_precision_policy(self, policy: nn.Module) -> nn.Module:
         """A policy with the weights as they are trained, whatever the layers compute in: whole, or DTensors. Every rank calls this."""
         ...
 
-    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """What rank 0 saves: a policy, and all its weights where it has but a share of them itself. Every rank calls this."""
         ...
 
@@ -33,16 +33,16 @@ class Sharding(Protocol):
 
 
 @contextmanager
-def whole(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
+def gather_full_parameters(strategy: object, policy: nn.Module) -> Iterator[nn.Module]:
     if isinstance(strategy, Sharding):
-        with strategy.whole(policy) as unsharded:
+        with strategy.gather_full_parameters(policy) as unsharded:
             yield unsharded
     else:
         yield policy
 
 
-def exact(strategy: object, policy: nn.Module) -> nn.Module:
-    return strategy.exact(policy) if isinstance(strategy, Sharding) else policy
+def full_precision_policy(strategy: object, policy: nn.Module) -> nn.Module:
+    return strategy.full_precision_policy(policy) if isinstance(strategy, Sharding) else policy
 
 
 def gradient_norm(strategy: object, policy: nn.Module) -> Tensor:

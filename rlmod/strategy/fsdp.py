@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-from rlmod.forward import layers
+from rlmod.model.shared_prompts import layers
 
 
 class FSDP(FSDPStrategy):
@@ -65,13 +65,13 @@ class FSDP(FSDPStrategy):
             vars(self.precision_plugin)["forward_context"] = here
 
     @contextmanager
-    def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def gather_full_parameters(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._copied(policy, self.reduced_precision)
 
-    def exact(self, policy: nn.Module) -> nn.Module:
+    def full_precision_policy(self, policy: nn.Module) -> nn.Module:
         return self._copied(policy)
 
-    def saved(self, policy: nn.Module) -> tuple[nn.Module, None]:
+    def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, None]:
         # Its modules have their plain names, by which peft finds an adapter's weights.
         return self._copied(policy), None
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlmod.forward import layers
+from rlmod.model.shared_prompts import layers
 
 
 class FSDP2(ModelParallelStrategy):
@@ -65,7 +65,7 @@ class FSDP2(ModelParallelStrategy):
         return policy
 
     @contextmanager
-    def whole(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def gather_full_parameters(self, policy: nn.Module) -> Iterator[nn.Module]:
         # The first forward pass makes its module the root, and sampling does not go through a policy's adapter.
         cast(Any, policy)._get_fsdp_state()._lazy_init()
         sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
@@ -81,10 +81,10 @@ class FSDP2(ModelParallelStrategy):
                 module.reshard()
                 module.set_reshard_after_forward(module is not policy, recurse=False)
 
-    def exact(self, policy: nn.Module) -> nn.Module:
+    def full_precision_policy(self, policy: nn.Module) -> nn.Module:
         return policy
 
-    def saved(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return policy, cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
 

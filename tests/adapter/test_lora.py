@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlmod.adapter.lora import LoRA
-from rlmod.policy import HFPolicy, completion_logits, save_policy
+from rlmod.model.logprobs import completion_logits
+from rlmod.model.policy import HFPolicy, save_policy
 from rlmod.reference.base import Base
 from rlmod.types import Rollouts
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlmod.aggregation.rollout_mean import RolloutMean
+from rlmod.aggregation.token_mean import TokenMean
 from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.correction.overlong_filtering import OverlongFiltering
 from rlmod.correction.truncated_importance import TruncatedImportance
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts
-from rlmod.weighting.rollout_mean import RolloutMean
-from rlmod.weighting.token_mean import TokenMean
 from tests.rollouts import ragged
 
 
@@ -29,8 +29,8 @@ def test_a_truncated_row_leaves_numerator_and_normaliser():
     assert (out.advantages[truncated] == 0).all()
     # The others keep the advantages that the whole group gave them, and share the weight among themselves.
     assert torch.equal(out.advantages[~truncated], rows.advantages[~truncated])
-    for weighting in (TokenMean(), RolloutMean()):
-        weights = weighting(out)
+    for aggregation in (TokenMean(), RolloutMean()):
+        weights = aggregation(out)
         assert weights.sum().item() == pytest.approx(1, abs=1e-6)
         assert (weights[truncated] == 0).all()
     nothing = OverlongFiltering()(replace(rows, truncated=torch.zeros_like(truncated)))

@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rlmod.prompts import PromptEncoder
+from rlmod.rollout.prompts import PromptEncoder
 
 FOLDER = Path(__file__).parents[2] / "conf" / "data"
 

@@ -3,8 +3,8 @@
 import pytest
 
 from rlmod.data.reasoning_gym import ReasoningGym as Problems
+from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward.reasoning_gym import ReasoningGym as Scorer
-from rlmod.scoring import RewardError, score
 from rlmod.types import Texts
 
 
@@ -16,11 +16,11 @@ def test_the_gold_answer_scores_1_and_nonsense_does_not(task):
     wrong = ["<answer>none of it</answer>"] * 12
     for completions, expected in ((gold, 1), (wrong, 0)):
         texts = Texts(completions=completions, answers=[p.answer for p in problems], problems=problems)
-        rewards = score(Scorer(), texts).rewards
+        rewards = compute_rewards(Scorer(), texts).rewards
         assert (rewards == 1).all() if expected else (rewards < 0.5).all()
     bare = Texts(completions=[p.answer for p in problems], answers=[""] * 12, problems=problems)
-    assert (score(Scorer(), bare).rewards == 0).all()
-    assert (score(Scorer(pattern=None), bare).rewards == 1).all()
+    assert (compute_rewards(Scorer(), bare).rewards == 0).all()
+    assert (compute_rewards(Scorer(pattern=None), bare).rewards == 1).all()
 
 
 def test_train_and_held_out_are_disjoint_and_repeat():
@@ -67,4 +67,4 @@ def test_bad_patterns_are_named(pattern, message):
 
 def test_other_problems_cannot_be_scored():
     with pytest.raises(RewardError, match="data=reasoning_gym"):
-        score(Scorer(), Texts(completions=["1"], answers=["1"]))
+        compute_rewards(Scorer(), Texts(completions=["1"], answers=["1"]))

@@ -11,8 +11,9 @@ from rlmod import ops
 from rlmod.data.arithmetic import Arithmetic
 from rlmod.guide.demonstrations import Demonstrations
 from rlmod.guide.policy import Policy
-from rlmod.policy import HFPolicy, completion_logits, completion_texts
-from rlmod.prompts import PromptEncoder
+from rlmod.model.logprobs import completion_logits
+from rlmod.model.policy import HFPolicy, completion_texts
+from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
 
 STRONG = HFPolicy(path="strong")

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlmod.aggregation.rollout_mean import RolloutMean
+from rlmod.aggregation.token_mean import TokenMean
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts
-from rlmod.weighting.rollout_mean import RolloutMean
-from rlmod.weighting.token_mean import TokenMean
 from tests.rollouts import measured
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -31,7 +31,7 @@ def agreed() -> tuple[torch.Tensor, Rollouts]:
 
 
 @pytest.mark.parametrize(
-    ("loss", "weighting", "value", "norm"),
+    ("loss", "aggregation", "value", "norm"),
     [
         (ClippedSurrogate(**CLIP), TokenMean(), -0.12679430, 0.09469501),
         (ClippedSurrogate(**CLIP), RolloutMean(), 0.02001147, 0.12781295),
@@ -39,12 +39,12 @@ def agreed() -> tuple[torch.Tensor, Rollouts]:
     ],
     ids=["token-mean", "rollout-mean", "gspo"],
 )
-def test_the_numbers_that_others_agree_on(loss, weighting, value, norm):
+def test_the_numbers_that_others_agree_on(loss, aggregation, value, norm):
     lp, rows = agreed()
     lengths = rows.mask.sum(1, keepdim=True).double()
-    # In float64: the weightings' float32 would cost the eighth digit.
-    weights = rows.mask / (lengths.sum() if isinstance(weighting, TokenMean) else len(rows) * lengths)
-    torch.testing.assert_close(weights.float(), weighting(rows))
+    # In float64: the aggregations' float32 would cost the eighth digit.
+    weights = rows.mask / (lengths.sum() if isinstance(aggregation, TokenMean) else len(rows) * lengths)
+    torch.testing.assert_close(weights.float(), aggregation(rows))
     total = (loss(lp, rows)[0] * weights).sum()
     total.backward()
     assert total.item() == pytest.approx(value, abs=1e-8)

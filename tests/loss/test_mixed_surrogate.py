@@ -13,10 +13,10 @@ OF_GUIDE = torch.tensor([False, True])
 
 
 def gradient(
-    loss: MixedSurrogate | ClippedSurrogate, advantage: float, ratios=RATIOS, of_guide=OF_GUIDE
+    loss: MixedSurrogate | ClippedSurrogate, advantage: float, ratios=RATIOS, guide_metrics=OF_GUIDE
 ) -> list[list[float]]:
     lp, rows = rows_with(ratios, [[advantage] * 2] * 2, [[1, 1], [1, 1]])
-    loss(lp, replace(rows, from_guide=of_guide))[0].sum().backward()
+    loss(lp, replace(rows, from_guide=guide_metrics))[0].sum().backward()
     return lp.grad.tolist()
 
 
@@ -41,10 +41,10 @@ def test_saturating_shaping_by_hand():
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-@pytest.mark.parametrize("of_guide", [OF_GUIDE, torch.tensor([False, False])])
-def test_with_the_defaults_it_is_the_clipped_surrogate(advantage, of_guide):
+@pytest.mark.parametrize("guide_metrics", [OF_GUIDE, torch.tensor([False, False])])
+def test_with_the_defaults_it_is_the_clipped_surrogate(advantage, guide_metrics):
     plain = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.28), advantage)
-    assert gradient(MixedSurrogate(), advantage, of_guide=of_guide) == plain
+    assert gradient(MixedSurrogate(), advantage, guide_metrics=guide_metrics) == plain
 
 
 def test_without_guide_rows_the_record_need_not_say_so():

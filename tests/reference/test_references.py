@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlmod.policy import HFPolicy, completion_logits
+from rlmod.model.logprobs import completion_logits
+from rlmod.model.policy import HFPolicy
 from rlmod.reference.ema import EMA
 from rlmod.reference.frozen import Frozen
 from rlmod.types import Rollouts

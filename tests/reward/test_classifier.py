@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from rlmod.policy import HFPolicy
+from rlmod.model.policy import HFPolicy
+from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward.classifier import Classifier
-from rlmod.scoring import RewardError, score
 from rlmod.types import Problem, Texts
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -43,15 +43,15 @@ def directly(reward: Classifier, rows: list[str]) -> list[float]:
 def test_a_batch_scores_what_each_row_scores_alone(tmp_path):
     path = saved(tmp_path)
     reward = Classifier(path=path)
-    rewards = score(reward, texts()).rewards
+    rewards = compute_rewards(reward, texts()).rewards
     expected = directly(reward, ["2+2?" + completion for completion in texts().completions])
     assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
     assert len({round(x, 6) for x in expected}) == 5
     for size in (1, 2, 3):
-        assert score(Classifier(path=path, batch_size=size), texts()).rewards.tolist() == pytest.approx(
+        assert compute_rewards(Classifier(path=path, batch_size=size), texts()).rewards.tolist() == pytest.approx(
             expected, abs=1e-5
         )
-    assert score(Classifier(path=path, scale=-2.0), texts()).rewards.tolist() == pytest.approx(
+    assert compute_rewards(Classifier(path=path, scale=-2.0), texts()).rewards.tolist() == pytest.approx(
         [-2 * x for x in expected], abs=1e-5
     )
 
@@ -60,10 +60,10 @@ def test_its_own_chat_template_is_used_where_it_has_one(tmp_path):
     path = saved(tmp_path, chat=CHAT)
     reward = Classifier(path=path)
     chats = [f"[user]2+2?[assistant]{completion}" for completion in texts().completions]
-    assert score(reward, texts()).rewards.tolist() == pytest.approx(directly(reward, chats), abs=1e-5)
+    assert compute_rewards(reward, texts()).rewards.tolist() == pytest.approx(directly(reward, chats), abs=1e-5)
     plain = Classifier(path=path, chat=False)
     rows = ["2+2?" + completion for completion in texts().completions]
-    assert score(plain, texts()).rewards.tolist() == pytest.approx(directly(reward, rows), abs=1e-5)
+    assert compute_rewards(plain, texts()).rewards.tolist() == pytest.approx(directly(reward, rows), abs=1e-5)
     with pytest.raises(ValueError, match=r"reward\.chat=true, but the tokenizer .* has no chat template"):
         Classifier(path=saved(tmp_path / "plain"), chat=True).prepare([], None)
 
@@ -71,7 +71,7 @@ def test_its_own_chat_template_is_used_where_it_has_one(tmp_path):
 def test_long_texts_lose_their_beginning_and_are_counted(tmp_path, caplog):
     reward = Classifier(path=saved(tmp_path), max_tokens=5)
     with caplog.at_level(logging.WARNING):
-        rewards = score(reward, texts()).rewards
+        rewards = compute_rewards(reward, texts()).rewards
     assert "3 of 5 texts are longer than reward.max_tokens=5 (the longest: 17)" in caplog.text
     assert rewards[1].item() == pytest.approx(directly(reward, ["itis4"])[0], abs=1e-5)
 
@@ -85,7 +85,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"reward\.path=/nowhere"):
         Classifier(path="/nowhere").prepare([], None)
     with pytest.raises(RewardError, match="recorded completions have none"):
-        score(Classifier(path="unused"), Texts(completions=["4"], answers=["4"]))
+        compute_rewards(Classifier(path="unused"), Texts(completions=["4"], answers=["4"]))
 
 
 @pytest.mark.parametrize(("field", "value"), [("batch_size", 0), ("max_tokens", 0), ("dtype", "int8")])

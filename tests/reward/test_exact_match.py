@@ -29,7 +29,7 @@ def test_no_match_is_wrong_even_for_an_empty_answer():
 
 
 def test_right_and_wrong_are_the_rewards():
-    assert rewards(ExactMatch(right=2.0, wrong=-1.0), ["a", "b"], ["a", "a"]) == [2.0, -1.0]
+    assert rewards(ExactMatch(correct=2.0, incorrect=-1.0), ["a", "b"], ["a", "a"]) == [2.0, -1.0]
 
 
 def test_equality_is_of_strings():

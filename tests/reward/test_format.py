@@ -26,7 +26,7 @@ def test_a_trailing_line_end_counts():
 
 
 def test_right_and_wrong_are_the_rewards():
-    assert rewards(Format(pattern="a", right=0.5, wrong=-0.25), "a", "b") == [0.5, -0.25]
+    assert rewards(Format(pattern="a", correct=0.5, incorrect=-0.25), "a", "b") == [0.5, -0.25]
 
 
 def test_a_broken_pattern_names_its_key():

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.reward.grop import Grop
 from rlmod.reward.overlong import Overlong
 from rlmod.reward.weighted import Weighted
-from rlmod.scoring import RewardError, score
 from rlmod.types import Texts
 
 SETTINGS = {"reward": ExactMatch(), "max_tokens": 100, "buffer": 50}
@@ -17,7 +17,7 @@ def texts(right: list[int], lengths: list[int], group: list[int] | None = None) 
 
 
 def penalties(right: list[int], lengths: list[int], **settings: object) -> list[float]:
-    return score(Grop(**{**SETTINGS, **settings}), texts(right, lengths)).terms["grop"].tolist()
+    return compute_rewards(Grop(**{**SETTINGS, **settings}), texts(right, lengths)).terms["grop"].tolist()
 
 
 def test_easy_groups_by_hand():
@@ -53,7 +53,7 @@ def test_hard_groups_are_left_alone_or_get_daposs_penalty():
 def test_a_right_answer_stays_one_and_groups_know_nothing_of_each_other():
     reward = Grop(**SETTINGS)
     both = texts([1, 1, 1, 1, 0, 0], [10, 20, 30, 60, 5, 500], group=[7, 7, 7, 7, 3, 3])
-    scores = score(reward, both)
+    scores = compute_rewards(reward, both)
     assert scores.outcomes.tolist() == [1, 1, 1, 1, 0, 0]
     assert scores.terms["base"].tolist() == [1, 1, 1, 1, 0, 0]
     assert scores.rewards.tolist() == pytest.approx([1, 1, 1, 1 - 25 / 70, 0, 0])
@@ -61,7 +61,7 @@ def test_a_right_answer_stays_one_and_groups_know_nothing_of_each_other():
     picked = Texts(
         **{n: [getattr(both, n)[i] for i in shuffled] for n in ("completions", "answers", "lengths", "group")}
     )
-    assert torch.equal(score(reward, picked).rewards, scores.rewards[shuffled])
+    assert torch.equal(compute_rewards(reward, picked).rewards, scores.rewards[shuffled])
 
 
 @pytest.mark.parametrize("right", [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
@@ -74,7 +74,7 @@ def test_the_base_may_have_terms_and_penalties_of_its_own():
         "right": {"weight": 1, "reward": ExactMatch()},
         "overlong": {"weight": 1, "reward": Overlong(max_tokens=100, buffer=50)},
     })  # fmt: skip
-    scores = score(Grop(**{**SETTINGS, "reward": base}), texts([1, 1, 1, 1], [10, 20, 30, 60]))
+    scores = compute_rewards(Grop(**{**SETTINGS, "reward": base}), texts([1, 1, 1, 1], [10, 20, 30, 60]))
     assert set(scores.terms) == {"right", "overlong", "grop"}
     assert scores.outcomes.tolist() == [1, 1, 1, 1]
     assert scores.rewards[3].item() == pytest.approx(1 - 0.2 - 25 / 70)
@@ -83,7 +83,7 @@ def test_the_base_may_have_terms_and_penalties_of_its_own():
 def test_as_a_term_of_a_sum_its_penalty_stays_one():
     """One right of eight, 100 tokens long: DAPO's penalty of -1 must not make its group all-wrong."""
     sum_of_one = Weighted(terms={"correct": {"weight": 2.0, "reward": Grop(**{**SETTINGS, "hard": "dapo"})}})
-    scores = score(sum_of_one, texts([1] + [0] * 7, [100] + [10] * 7))
+    scores = compute_rewards(sum_of_one, texts([1] + [0] * 7, [100] + [10] * 7))
     assert sum_of_one.penalties == ("correct/grop",)
     assert scores.outcomes.tolist() == [2] + [0] * 7
     assert scores.rewards.tolist() == [0] * 8
@@ -92,7 +92,7 @@ def test_as_a_term_of_a_sum_its_penalty_stays_one():
 
 def test_recorded_completions_have_no_lengths():
     with pytest.raises(RewardError, match="lengths of a group's completions"):
-        score(Grop(**SETTINGS), Texts(completions=["1"], answers=["1"]))
+        compute_rewards(Grop(**SETTINGS), Texts(completions=["1"], answers=["1"]))
 
 
 @pytest.mark.parametrize(("field", "value"), [("easy", 0.5), ("easy", 1.1), ("buffer", 0)])

@@ -5,11 +5,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from rlmod.config.build import build_reward
+from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.reward.math_verify import MathVerify
 from rlmod.reward.overlong import Overlong
 from rlmod.reward.weighted import Weighted
-from rlmod.scoring import RewardError, build, score
 from rlmod.types import Problem, Texts
 
 TEXTS = Texts(completions=["6", "7", "6"], answers=["6", "6", "6"], lengths=[10, 8, 4])
@@ -28,7 +29,7 @@ def test_the_weighted_terms_add_up_to_the_reward():
             "overlong": {"weight": 0.5, "reward": Overlong(max_tokens=10, buffer=4)},
         }
     )
-    total, terms, outcomes = score(reward, TEXTS)
+    total, terms, outcomes = compute_rewards(reward, TEXTS)
     # overlong: (6 - 10)/4 = -1, (6 - 8)/4 = -0.5, 0; halved
     assert {name: term.tolist() for name, term in terms.items()} == {"correct": [2, 0, 2], "overlong": [-0.5, -0.25, 0]}
     assert total.tolist() == [1.5, -0.25, 2]
@@ -38,7 +39,7 @@ def test_the_weighted_terms_add_up_to_the_reward():
 
 def test_a_reward_of_nothing_but_penalties_judges_nothing_right():
     reward = Weighted(terms={"overlong": {"weight": 1, "reward": Overlong(max_tokens=10, buffer=4)}})
-    assert score(reward, TEXTS).outcomes.tolist() == [0, 0, 0]
+    assert compute_rewards(reward, TEXTS).outcomes.tolist() == [0, 0, 0]
 
 
 def test_what_a_term_finds_wrong_with_the_problems_is_told_by_its_name():
@@ -51,7 +52,7 @@ def test_what_a_term_finds_wrong_with_the_problems_is_told_by_its_name():
 
 def test_a_term_may_be_weighted_itself():
     inner = Weighted(terms={"a": {"weight": 3, "reward": ExactMatch()}, "b": {"weight": 1, "reward": ExactMatch()}})
-    total, terms, _ = score(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
+    total, terms, _ = compute_rewards(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
     assert terms["both"].tolist() == total.tolist() == [2, 0, 2]
 
 
@@ -64,10 +65,10 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("make", [build, hydra.utils.instantiate], ids=["build", "hydra"])
+@pytest.mark.parametrize("make", [build_reward, hydra.utils.instantiate], ids=["build", "hydra"])
 def test_it_is_built_from_a_configuration_with_overrides(make):
     config = OmegaConf.merge(OmegaConf.create(CONFIG), OmegaConf.from_dotlist(["terms.overlong.weight=0.5"]))
-    assert score(make(config), TEXTS)[0].tolist() == [0.5, -0.25, 1]
+    assert compute_rewards(make(config), TEXTS)[0].tolist() == [0.5, -0.25, 1]
 
 
 def test_the_yaml_composes_with_the_samplers_limit():
@@ -75,7 +76,7 @@ def test_the_yaml_composes_with_the_samplers_limit():
     config = OmegaConf.create(
         {"sampler": {"max_new_tokens": 2000}, "reward": OmegaConf.load(folder / "reward" / "weighted.yaml")}
     )
-    reward = build(config.reward)
+    reward = build_reward(config.reward)
     assert reward.terms["overlong"]["reward"] == Overlong(max_tokens=2000, buffer=16)
     assert list(reward.terms) == ["correct", "overlong"]
 
@@ -100,10 +101,10 @@ def test_a_wrong_term_names_its_key(terms, message):
 def test_an_error_inside_a_term_names_the_term_and_its_cause():
     reward = Weighted(terms={"mine": {"weight": 1.0, "reward": fail}})
     with pytest.raises(RewardError, match=r"^reward\.terms\.mine: the reward fail raised KeyError: 'no such field'"):
-        score(reward, TEXTS)
+        compute_rewards(reward, TEXTS)
 
 
 def test_a_nan_inside_a_term_is_found_even_under_a_weight_of_zero():
     reward = Weighted(terms={"mine": {"weight": 0.0, "reward": lambda texts: torch.tensor([0.0, torch.nan, 0.0])}})
     with pytest.raises(RewardError, match=r"^reward\.terms\.mine: .* nan for row 1; its completion begins '7'"):
-        score(reward, TEXTS)
+        compute_rewards(reward, TEXTS)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config
 
 from rlmod.sampler import _cache
-from rlmod.sampler._cache import RoomyLayer, roomy
+from rlmod.sampler._cache import PreallocatedCacheLayer, preallocated
 
 
 def config(**settings) -> Qwen2Config:
@@ -15,9 +15,9 @@ def config(**settings) -> Qwen2Config:
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("inference", [False, True])
 def test_it_holds_the_same_whatever_comes_and_goes(inference, dtypes, monkeypatch):
-    monkeypatch.setattr(_cache, "ROOM", 3)
+    monkeypatch.setattr(_cache, "CACHE_GROWTH", 3)
     draw = torch.Generator().manual_seed(0)
-    mine, plain = roomy(DynamicCache(config=config())), DynamicCache(config=config())
+    mine, plain = preallocated(DynamicCache(config=config())), DynamicCache(config=config())
     with torch.inference_mode(inference), torch.no_grad():
         for kept, tokens in ((range(5), (4, 1, 1, 1, 1, 1)), ((0, 3, 4), (2, 1, 1)), ((2,), (1,) * 9), ((), ())):
             for cache in (mine, plain):
@@ -33,8 +33,8 @@ def test_it_holds_the_same_whatever_comes_and_goes(inference, dtypes, monkeypatc
 
 
 def test_it_copies_what_it_holds_only_when_there_is_no_room(monkeypatch):
-    monkeypatch.setattr(_cache, "ROOM", 10)
-    cache, places = roomy(DynamicCache(config=config())), []
+    monkeypatch.setattr(_cache, "CACHE_GROWTH", 10)
+    cache, places = preallocated(DynamicCache(config=config())), []
     for _ in range(33):
         keys, _ = cache.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0)
         places.append(keys.data_ptr())
@@ -43,6 +43,6 @@ def test_it_copies_what_it_holds_only_when_there_is_no_room(monkeypatch):
 
 def test_a_layer_that_forgets_stays_as_it_is():
     sliding = config(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    first, second = roomy(DynamicCache(config=sliding)).layers
-    assert isinstance(first, RoomyLayer)
-    assert not isinstance(second, RoomyLayer)
+    first, second = preallocated(DynamicCache(config=sliding)).layers
+    assert isinstance(first, PreallocatedCacheLayer)
+    assert not isinstance(second, PreallocatedCacheLayer)

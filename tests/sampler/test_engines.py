@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from rlmod.adapter.lora import LoRA
-from rlmod.counts import agreement, check_agreement, over_ranks
-from rlmod.policy import HFPolicy
+from rlmod.model.policy import HFPolicy
+from rlmod.rollout.metrics import agreement, check_agreement, reduce_across_ranks
 from rlmod.sampler import _surroundings, vllm
 from rlmod.sampler._sampling import Completion, rollouts_of, seed_of
 from rlmod.sampler._weights import Publisher, fetched, named_weights
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts, Rollouts
-from tests.commands import SHORT, refused
+from tests.command_line import SHORT, refused
 
 TINY = HFPolicy(path="tiny")
 
@@ -138,7 +138,7 @@ def test_agreement_by_hand():
     assert found["sampler/ratio_min"] == pytest.approx(0.7408182, abs=1e-6)
     assert found["sampler/ratio_max"] == pytest.approx(1.1051709, abs=1e-6)
     assert found["sampler/ratio"] == pytest.approx((0.7408182 + 1.1051709 + 1) / 3, abs=1e-6)
-    assert over_ranks(found) == found
+    assert reduce_across_ranks(found) == found
     server = VLLMServer(max_difference=0.13)
     with pytest.raises(
         ValueError, match=r"0\.1333 nats from the policy's in the mean, more than sampler\.max_difference=0\.13"

@@ -7,8 +7,9 @@ import torch
 
 from rlmod import ops
 from rlmod.data.arithmetic import Arithmetic
-from rlmod.policy import HFPolicy, completion_logits, completion_texts
-from rlmod.prompts import PromptEncoder
+from rlmod.model.logprobs import completion_logits
+from rlmod.model.policy import HFPolicy, completion_texts
+from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler._recorder import LastLogits, Recorder
 from rlmod.sampler.hf import HF
 

@@ -18,13 +18,12 @@ import pytest
 import torch
 
 from rlmod.adapter.lora import LoRA
-from rlmod.counts import agreement, check_agreement
 from rlmod.data.arithmetic import Arithmetic
-from rlmod.policy import HFPolicy
-from rlmod.prompts import PromptEncoder
+from rlmod.model.logprob_pass import logprob_pass
+from rlmod.model.policy import HFPolicy
+from rlmod.rollout.metrics import agreement, check_agreement
+from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
-from rlmod.scores import scored
-from rlmod.settings import Batch
 from rlmod.types import Rollouts
 
 pytestmark = [
@@ -59,7 +58,7 @@ def sampler(**settings):
 
 def apart(policy, rollouts, temperature=1.0):
     with torch.no_grad():
-        return agreement(scored(policy, rollouts, Batch(), temperature))
+        return agreement(logprob_pass(policy, rollouts, temperature, rows=64))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -153,9 +152,9 @@ def test_what_a_failed_collection_left_in_the_engine_does_not_reach_the_next(pol
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine(policy, prompts, 1, finished=fails)
+        engine(policy, prompts, 1, on_finished=fails)
     told: list[tuple[Rollouts, torch.Tensor]] = []
-    again = engine(policy, prompts, 0, finished=lambda *rows: told.append(rows))
+    again = engine(policy, prompts, 0, on_finished=lambda *rows: told.append(rows))
     assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
     assert sorted(torch.cat([places for _, places in told]).tolist()) == list(range(len(again)))
     for rows, places in told:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlmod.policy import HFPolicy
+from rlmod.model.policy import HFPolicy
 from rlmod.sampler import _server, vllm_server
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts
@@ -71,7 +71,7 @@ class StandIn(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[StandIn]:
-    monkeypatch.setattr(_server, "BEAT", 0.2)
+    monkeypatch.setattr(_server, "HEALTH_CHECK_SECONDS", 0.2)
     server = StandIn()
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -145,7 +145,7 @@ def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
     engine.sync(policy)
     server.fails_at = "v1/completions"
     prompts, told = PROMPTS.pick([0, 1] * 15), []
-    rows = engine(policy, prompts, 0, finished=lambda *rows: told.append(rows))
+    rows = engine(policy, prompts, 0, on_finished=lambda *rows: told.append(rows))
     assert rows.completion_ids is not None
     assert rows.completion_ids[:, 0].tolist() == [5, 5, 7, 7] * 15
     assert sorted(int(place) for _, places in told for place in places) == list(range(60))

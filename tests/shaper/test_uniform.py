@@ -57,8 +57,8 @@ def test_a_row_masked_out_whole_is_in_nobodys_statistics():
     assert (a[3] == 0).all()
 
 
-def guided(rewards: list[float], of_guide: list[bool]) -> Rollouts:
-    return replace(four(rewards), from_guide=torch.tensor(of_guide))
+def guided(rewards: list[float], from_guide: list[bool]) -> Rollouts:
+    return replace(four(rewards), from_guide=torch.tensor(from_guide))
 
 
 def test_with_the_pool_own_the_guide_is_judged_by_the_policys_own_rewards():

@@ -41,9 +41,9 @@ def nothing_on_the_first_rank(texts):
 # Adam's eps is large, or it would make steps as long as any other of gradients that are no more than rounding.
 SETTINGS = (
     "debug=short", "sampler._target_=parts.Scripted", "sampler.max_new_tokens=12", "reward._target_=parts.parity",
-    "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null", "shaper=token_entropy",
-    "trainer.max_epochs=3", "optimizer.lr=1e-3", "optimizer.eps=1e-2", "batch.updates=1", "callbacks.completions.every=0",
-    "trainer.accelerator=cpu", "callbacks.checkpoints.every=1", "reference=frozen", "penalty=[kl]", "penalty.kl.weight=0.1",
+    "~reward.pattern", "~reward.correct", "~reward.incorrect", "data.validation=null", "shaper=token_entropy",
+    "trainer.max_epochs=3", "optimizer.lr=1e-3", "optimizer.eps=1e-2", "batch.minibatches=1", "callbacks.completions.every=0",
+    "trainer.accelerator=cpu", "callbacks.checkpoints.every=1", "reference=frozen", "regularizer=[kl]", "regularizer.kl.weight=0.1",
 )  # fmt: skip
 
 

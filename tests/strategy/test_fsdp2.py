@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlmod.policy import HFPolicy
+from rlmod.model.policy import HFPolicy
 from rlmod.strategy.fsdp2 import FSDP2
 
 
@@ -34,7 +34,7 @@ def test_weights_gathered_in_inference_mode_can_be_trained_with(strategy):
     """On one GPU, PyTorch 2.11 stopped at the first validation: "Inference tensors do not track version counter"."""
     sharding = strategy()
     policy = sharding.shard(tiny())
-    with torch.inference_mode(), sharding.whole(policy) as whole:
+    with torch.inference_mode(), sharding.gather_full_parameters(policy) as whole:
         assert not any(weight.is_inference() for weight in whole.parameters())
     policy(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
     assert all(weight.grad is not None for weight in policy.parameters())

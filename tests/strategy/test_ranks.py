@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.commands import SHORT
+from tests.command_line import SHORT
 from tests.processes import ended, kill, started, wait_until
 from tests.runs import metrics
 
@@ -25,7 +25,7 @@ TWO = (
     "shaper=token_entropy",
     "optimizer.lr=1e-3",
 )
-OWN_REWARD = (*TWO, "~reward.pattern", "~reward.right", "~reward.wrong", "data.validation=null")
+OWN_REWARD = (*TWO, "~reward.pattern", "~reward.correct", "~reward.incorrect", "data.validation=null")
 
 
 def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_path):

@@ -42,7 +42,7 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
 def test_two_ranks_leave_out_the_rows_without_signal_as_one_does(name, tmp_path):
     """Fewer micro-batches than are planned for a step, on every rank as many."""
     folder_of_runs(tmp_path)
-    own = tuple(word for word in SETTINGS if not word.startswith(("penalty", "reference", "reward")))
+    own = tuple(word for word in SETTINGS if not word.startswith(("regularizer", "reference", "reward")))
     settings = (*own, "reward._target_=parts.parity_of_some", "batch.micro_batch=4")
     for run, where in (("one", ()), ("two", STRATEGIES[name])):
         ended(started(*settings, *where, f"output={run}", cwd=tmp_path))
@@ -58,10 +58,10 @@ def test_a_rank_may_score_where_another_does_not(tmp_path):
         "reward=exact_match",
         "reward._target_=parts.nothing_on_the_first_rank",
         "~reward.pattern",
-        "~reward.right",
+        "~reward.correct",
     )
     run = ("debug=short", "trainer.accelerator=cpu", "data.validation=null", "trainer.max_epochs=2", "output=run")
-    overrides = (*guide, *reward, "~reward.wrong", *run, *STRATEGIES["fsdp2"])
+    overrides = (*guide, *reward, "~reward.incorrect", *run, *STRATEGIES["fsdp2"])
     ended(started(*overrides, cwd=folder_of_runs(tmp_path)), seconds=200)
     assert [row["zero_reward/prompts"] > 0 for row in measured(tmp_path / "run")] == [True, True]
 
@@ -137,11 +137,11 @@ def other_policies(tmp_path_factory) -> Path:
         "wordy": {"vocab_size": 120},
     }
     for name, changed in changes.items():
-        config = AutoConfig.from_pretrained("rlmod/policies/tiny")
+        config = AutoConfig.from_pretrained("rlmod/model/policies/tiny")
         for key, value in changed.items():
             setattr(config, key, value)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained("rlmod/policies/tiny").save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained("rlmod/model/policies/tiny").save_pretrained(folder / name)
     return folder
 
 

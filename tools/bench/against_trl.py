@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlmod.policy import SHIPPED, HFPolicy
+from rlmod.model.policy import SHIPPED, HFPolicy
 from tools.bench.setting import parts_of, small_model
 from tools.bench.workload import LONGEST
 

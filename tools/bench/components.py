@@ -1,4 +1,4 @@
-"""What each shaper, weighting, correction, loss and penalty costs at one size: CPU time of a call, and the most memory it holds."""
+"""What each shaper, aggregation, correction, loss and penalty costs at one size: CPU time of a call, and the most memory it holds."""
 
 import statistics
 import time
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmod import cli
+from rlmod.config import cli
 from rlmod.types import Rollouts
 from tools.bench import peak
 from tools.bench.setting import parts_of
 
 G = 8
-STAGES = ("shaper", "correction", "weighting", "loss", "penalty")
+STAGES = ("shaper", "correction", "aggregation", "loss", "regularizer")
 
 
 def ready(rows: int, length: int, seed: int = 0) -> Rollouts:
@@ -41,14 +41,14 @@ def options(stage: str) -> list[str]:
 
 
 def component(stage: str, option: str) -> Any:
-    listed = stage in ("correction", "penalty")
+    listed = stage in ("correction", "regularizer")
     parts = parts_of(f"{stage}=[{option}]" if listed else f"{stage}={option}")
     return next(iter(getattr(parts, stage).values())) if listed else getattr(parts, stage)
 
 
 def call(stage: str, made: Any, rollouts: Rollouts) -> Callable[[], object]:
     """What a step asks of it; of a loss or a penalty the backward pass too."""
-    if stage in ("shaper", "weighting", "correction"):
+    if stage in ("shaper", "aggregation", "correction"):
         return lambda: made(rollouts)
     assert rollouts.logprobs is not None and rollouts.weights is not None
     logprobs = rollouts.logprobs.clone().requires_grad_()

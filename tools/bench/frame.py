@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from rlmod.loader import RLData
-from rlmod.module import RLModule
+from rlmod.training.datamodule import RLData
+from rlmod.training.module import RLModule
 from tools.bench.setting import data_of, module_of, parts_of, small_model, trainer_of
 
 TOKENS = 32

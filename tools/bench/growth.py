@@ -1,4 +1,4 @@
-"""Growth in tokens: shaper, weighting, and what a collection does after sampling. The sampler here hands over rollouts that are ready."""
+"""Growth in tokens: shaper, aggregation, and what a collection does after sampling. The sampler here hands over rollouts that are ready."""
 
 import statistics
 import time
@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from rlmod.collect import Filter, Stages, ZeroReward, collect
-from rlmod.policy import HFPolicy, completion_texts
+from rlmod.aggregation.rollout_mean import RolloutMean
+from rlmod.model.policy import HFPolicy, completion_texts
+from rlmod.rollout.collect import Filter, Stages, ZeroReward, collect
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.types import Problem, Prompts, Rollouts, Texts
-from rlmod.weighting.rollout_mean import RolloutMean
 from tools.bench import peak
 from tools.bench.components import G, ready
 
@@ -50,7 +50,7 @@ def collection(rollouts: Rollouts, decode: Callable[[Rollouts], list[str]]) -> i
         return [float(row % 2 and group % 2 == 0) for row, group in enumerate(texts.group)]
 
     stages = Stages(
-        policy=nn.Identity(), decode=decode, scored=lambda rows: rows, draw=draw, sampler=Ready(rollouts), guide=None,
+        policy=nn.Identity(), decode=decode, logprob_pass=lambda rows: rows, draw=draw, sampler=Ready(rollouts), guide=None,
         reward=reward, filter=Filter(dynamic_sampling=True), zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
     return len(collect(stages, prompts=groups // 2, room=0).rollouts)
@@ -63,7 +63,7 @@ def no_text(rollouts: Rollouts) -> list[str]:
 def table(repetitions: int, tokens: tuple[int, ...] = TOKENS) -> list[str]:
     tokenizer = HFPolicy(path="tiny").tokenizer()
     peak.kept_pages()
-    names = ("shaper `token_entropy`", "weighting `rollout_mean`", "collection after sampling", "decoding to text")
+    names = ("shaper `token_entropy`", "aggregation `rollout_mean`", "collection after sampling", "decoding to text")
     lines = ["| tokens | " + " | ".join(f"{name}, s | ns a token" for name in names) + " |", "|---" * 9 + "|"]
     for number in tokens:
         rows = max(number // LENGTH // (2 * G), 1) * 2 * G  # at least two groups: one of them has signal

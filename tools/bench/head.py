@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmod import ops
-from rlmod.head import logprobs_and_entropy
+from rlmod.model.logprobs import chunked_logprobs_and_entropy
 from tools.bench import peak
 
 Way = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ def row(vocabulary: int, width: int, tokens: int, repetitions: int, *, entropy: 
     ids, upstream = torch.randint(vocabulary, (tokens,)), torch.randn(1 + entropy, tokens)
 
     def in_chunks(h: Tensor) -> Tensor:
-        return torch.stack([s for s in logprobs_and_entropy(h, head, ids, entropy=entropy) if s is not None])
+        return torch.stack([s for s in chunked_logprobs_and_entropy(h, head, ids, entropy=entropy) if s is not None])
 
     def whole(h: Tensor) -> Tensor:
         logits = head(h)[None]

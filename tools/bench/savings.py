@@ -12,13 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod import beside, forward, loader
-from rlmod.collect import Filter, Stages, ZeroReward, collect
-from rlmod.packing import packs
-from rlmod.policy import completion_logprobs, completion_texts
+from rlmod.model import shared_prompts as prompt_sharing
+from rlmod.model.logprobs import completion_logprobs
+from rlmod.model.packing import pack_by_length
+from rlmod.model.policy import completion_texts
 from rlmod.reward.math_verify import MathVerify
+from rlmod.rollout import async_rewards
+from rlmod.rollout.collect import Filter, Stages, ZeroReward, collect
 from rlmod.sampler import _cache, _recorder
 from rlmod.sampler.hf import HF
+from rlmod.training import datamodule
 from rlmod.types import Problem, Prompts, Rollouts, Texts
 from tools.bench.frame import MODELS, built, compared
 from tools.bench.growth import Ready, taken
@@ -85,7 +88,7 @@ class Step:
         rollouts = self.rollouts
         with torch.no_grad(), self.module.evaluating() as policy:
             for sweep in sweeps:
-                rollouts = self.module.scored(policy, rollouts, **sweep)
+                rollouts = self.module.logprob_pass(policy, rollouts, **sweep)
         scores = (rollouts.logprobs, rollouts.entropy, rollouts.reference_logprobs)
         return torch.cat([score.flatten() for score in scores if score is not None])
 
@@ -114,7 +117,7 @@ def shared_prompts(model: str, prompts: int, shrink: int) -> Iterator[Saving]:
         step = Step(even(prompts // 2, completion), model, prompt)
         setting = f"prompts {prompt}, completions {completion}"
         for what, work in (("training", step), ("scoring", partial(step.scored, {}))):
-            alone = off(work, forward, "can_share", lambda policy: False)
+            alone = off(work, prompt_sharing, "can_share", lambda policy: False)
             yield Saving("prompt gone through once a group", f"{what}; {setting}", work, alone)
 
 
@@ -129,10 +132,12 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     always = replace(step.module.batch, score="always")
     scoring = off(step, step.module, "batch", always)
     yield Saving("pi_old's scores not taken", f"collection and training; {ragged}", step, scoring)
-    yield Saving("rows sorted by length", f"training; {ragged}", step, off(step, loader, "packs", shuffled))
+    yield Saving(
+        "rows sorted by length", f"training; {ragged}", step, off(step, datamodule, "pack_by_length", shuffled)
+    )
     lengths = torch.tensor(half.lengths)
-    largest = max(len(pack) * (prompt + int(lengths[pack].max())) for pack in packs(step.rollouts, G))
-    numbers = [len(list(packs(step.rollouts, *limits))) for limits in ((G * prompts, largest), (G,))]
+    largest = max(len(pack) * (prompt + int(lengths[pack].max())) for pack in pack_by_length(step.rollouts, G))
+    numbers = [len(list(pack_by_length(step.rollouts, *limits))) for limits in ((G * prompts, largest), (G,))]
     by_tokens = replace(step.data.batch, micro_batch=G * prompts, micro_batch_tokens=largest)
     cut = f"training; {ragged}, {numbers[0]} packs of at most {largest} tokens against {numbers[1]} of {G} rows"
     yield Saving("packs by tokens", cut, off(step, step.data, "batch", by_tokens), step)
@@ -144,7 +149,7 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
 def compiled(model: str, prompts: int, longest: int, prompt: int) -> Saving:
     workload = Workload.of("ragged", prompts, G, longest)
     step = Step(replace(workload, rewards=even(prompts, 1).rewards), model, prompt)
-    forward.compile_layers(step.module.policy)
+    prompt_sharing.compile_layers(step.module.policy)
 
     def plain() -> Tensor:
         with torch.compiler.set_stance("force_eager"):
@@ -165,7 +170,7 @@ def one_sweep(model: str, prompts: int, longest: int, prompt: int) -> Saving:
         "policy and reference in one sweep",
         f"scoring; completions {min(workload.lengths)} to {longest}",
         partial(step.scored, {"reference": reference}),
-        partial(step.scored, {}, {"own": False, "reference": reference}),
+        partial(step.scored, {}, {"pi_old": False, "reference": reference}),
     )
 
 
@@ -204,7 +209,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     ids = torch.randint(policy.config.vocab_size, (prompts, prompt), generator=torch.Generator().manual_seed(0))
     problems = (Problem(prompt="", answer="7", source="random tokens"),) * prompts
     stages = Stages(
-        policy=policy, decode=partial(completion_texts, module.tokenizer), scored=lambda rows: rows, guide=None,
+        policy=policy, decode=partial(completion_texts, module.tokenizer), logprob_pass=lambda rows: rows, guide=None,
         draw=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
         sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=Verified(), filter=Filter(),
         zero_reward=ZeroReward(), seed=lambda *_: 0,
@@ -223,12 +228,12 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     setting = f"completions {min(workload.lengths)} to {longest}"
     until_the_last = off(sampled, _recorder, "Recorder", UntilTheLast)
     yield Saving("ended rows left out", f"sampling; {setting}", sampled, until_the_last)
-    copied = off(sampled, _cache, "roomy", lambda cache: cache)
+    copied = off(sampled, _cache, "preallocated", lambda cache: cache)
     yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
     judge = f"`math_verify` and a judge of {JUDGE_SECONDS * 1000:.0f} ms a text"
     for what, reward in (("`math_verify`", stages.reward), (judge, Judge())):
         at_once = partial(rewarded, cast(Any, reward))
-        afterwards = off(at_once, beside, "possible", lambda *_: False)
+        afterwards = off(at_once, async_rewards, "supports_async_rewards", lambda *_: False)
         timed = f"sampling, {what}, by the clock; {setting}"
         yield Saving("reward beside sampling", timed, at_once, afterwards, time.perf_counter)
 

@@ -8,11 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from rlmod import cli
+from rlmod.config import cli
+from rlmod.config.build import Components
 from rlmod.interfaces import Reward
-from rlmod.loader import RLData
-from rlmod.module import RLModule
-from rlmod.parts import Parts
+from rlmod.training.datamodule import RLData
+from rlmod.training.module import RLModule
 
 
 def quiet() -> None:
@@ -21,9 +21,9 @@ def quiet() -> None:
     cli.quiet()
 
 
-def parts_of(*overrides: str) -> Parts:
+def parts_of(*overrides: str) -> Components:
     with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        return Parts.of(compose("train", overrides=["output=unused", "optimizer.lr=1e-5", *overrides]))
+        return Components.of(compose("train", overrides=["output=unused", "optimizer.lr=1e-5", *overrides]))
 
 
 def small_model(tokenizer: Any) -> Qwen2ForCausalLM:
@@ -38,18 +38,18 @@ def small_model(tokenizer: Any) -> Qwen2ForCausalLM:
     )  # fmt: skip
 
 
-def module_of(parts: Parts, policy: Any, tokenizer: PreTrainedTokenizerBase, reward: Reward) -> RLModule:
+def module_of(parts: Components, policy: Any, tokenizer: PreTrainedTokenizerBase, reward: Reward) -> RLModule:
     return RLModule(
         policy=policy, tokenizer=tokenizer, sampler=parts.sampler, guide=None, reward=reward, filter=parts.filter,
         zero_reward=parts.zero_reward, reference=None, shaper=parts.shaper, correction={}, loss=parts.loss,
-        penalty={}, optimizer=parts.optimizer, schedule=None, validation=parts.validation, batch=parts.batch, seed=0,
+        regularizer={}, optimizer=parts.optimizer, schedule=None, validation=parts.validation, batch=parts.batch, seed=0,
     )  # fmt: skip
 
 
-def data_of(parts: Parts, tokenizer: PreTrainedTokenizerBase, problems: int) -> RLData:
+def data_of(parts: Components, tokenizer: PreTrainedTokenizerBase, problems: int) -> RLData:
     return RLData(
         train=parts.encoder.encode(parts.train()[:problems], tokenizer), held_out=None, batch=parts.batch,
-        weighting=parts.weighting, rows_per_prompt=parts.rows_per_prompt, zero_reward=parts.zero_reward,
+        aggregation=parts.aggregation, rows_per_prompt=parts.rows_per_prompt, zero_reward=parts.zero_reward,
         every_row=False, validation_prompts=64, seed=0,
     )  # fmt: skip
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from rlmod.module import RLModule
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.shaper.uniform import Uniform
+from rlmod.training.module import RLModule
 from tools.bench import peak
 from tools.bench.frame import MODELS, TOKENS, built
 from tools.bench.setting import trainer_of

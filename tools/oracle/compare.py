@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from rlmod.aggregation.constant import Constant
+from rlmod.aggregation.rollout_mean import RolloutMean
+from rlmod.aggregation.token_mean import TokenMean
 from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.correction.truncated_importance import TruncatedImportance
-from rlmod.interfaces import Correction, Loss, Penalty, Shaper, Weighting
+from rlmod.interfaces import Aggregation, Correction, Loss, Regularizer, Shaper
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
-from rlmod.penalty.entropy_bonus import EntropyBonus
-from rlmod.penalty.kl import KL
-from rlmod.policy import SHIPPED
+from rlmod.model.policy import SHIPPED
+from rlmod.regularizer.entropy_bonus import EntropyBonus
+from rlmod.regularizer.kl import KL
 from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.leave_one_out import LeaveOneOut
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts
-from rlmod.weighting.constant import Constant
-from rlmod.weighting.rollout_mean import RolloutMean
-from rlmod.weighting.token_mean import TokenMean
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "oracle.md"
@@ -85,9 +85,9 @@ def inputs(seed: int) -> Answer:
 
 def ours(
     loss: Loss,
-    weighting: Weighting,
+    aggregation: Aggregation,
     correction: Correction | None = None,
-    penalty: Penalty | None = None,
+    penalty: Regularizer | None = None,
     masked_row: bool = False,
 ) -> Callable[[Answer], Answer]:
     def answer(case: Answer) -> Answer:
@@ -103,9 +103,9 @@ def ours(
         per_token = loss(logprobs, rollouts)[0]
         if penalty is not None:
             per_token = per_token + penalty(logprobs, rollouts)[0]
-        # The weightings are exact up to float32; here they are to be exact.
-        weights = weighting(rollouts).double()
-        weights = torch.where(mask, weights / weights.sum() * exact_sum(weighting, mask), 0)
+        # The aggregations are exact up to float32; here they are to be exact.
+        weights = aggregation(rollouts).double()
+        weights = torch.where(mask, weights / weights.sum() * exact_sum(aggregation, mask), 0)
         value = (torch.where(mask, per_token, 0) * weights).sum()
         value.backward()
         assert logprobs.grad is not None
@@ -115,10 +115,10 @@ def ours(
     return answer
 
 
-def exact_sum(weighting: Weighting, mask: torch.Tensor) -> float:
+def exact_sum(aggregation: Aggregation, mask: torch.Tensor) -> float:
     """What the weights sum to: 1, but for the constant length."""
-    if isinstance(weighting, Constant):
-        return float(mask.sum()) / (int(mask.any(1).sum()) * weighting.length)
+    if isinstance(aggregation, Constant):
+        return float(mask.sum()) / (int(mask.any(1).sum()) * aggregation.length)
     return 1.0
 
 

@@ -1,0 +1,36 @@
+"""Every token counts the same, by a number that no completion's length enters."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import all_sum
+from rlmod.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """w_{i,t} = 1 / (R ``length``), over the R completions of the optimizer step and all ranks.
+
+    The loss neither favours short right answers nor long wrong ones, and does not change with the other completions' lengths.
+    The weights sum to mean |o| / length, at most 1 when ``length`` is the sampler's limit.
+
+    Source: Dr. GRPO, arXiv:2503.20783, sec. 3.2.
+    Differs: a row that is masked out whole does not count in R.
+    Degenerate: a step without a counted token has all weights 0.
+    Needs: mask.
+    """
+
+    length: int
+    """Tokens; usually ${sampler.max_new_tokens}."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"aggregation.length must be at least 1 token, got {self.length}")
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        assert rollouts.mask is not None
+        rows = all_sum(rollouts.mask.any(1).sum())
+        return rollouts.mask / (torch.clamp(rows, min=1) * self.length)

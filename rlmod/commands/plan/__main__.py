@@ -1,0 +1,3 @@
+from rlmod.commands.plan import main
+
+main()

@@ -1,0 +1,254 @@
+"""From the composed config of a run to its sizes."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rlmod.adapter.lora import LoRA
+from rlmod.commands.plan.hardware import Hardware
+from rlmod.commands.plan.run import Adapter, Model, Run, Sampling
+from rlmod.commands.plan.shape import Shape, shape_of
+from rlmod.config.validation import check_arguments, check_types, given
+from rlmod.model.policy import HFPolicy
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+STRATEGIES = {
+    "auto": "single",
+    "ddp": "ddp",
+    "lightning.pytorch.strategies.DDPStrategy": "ddp",
+    "rlmod.strategy.fsdp.FSDP": "fsdp",
+    "rlmod.strategy.fsdp2.FSDP2": "fsdp2",
+}
+STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adagrad": 1, "RMSprop": 1, "Lion": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """What a plan asks beside the run's own config."""
+
+    prompt_tokens: int | None = None
+    """Of the longest prompt; null: data.encoder.max_tokens."""
+    mean_prompt_tokens: float | None = None
+    """For the times alone, as the two below; null: as long as the longest."""
+    mean_completion_tokens: float | None = None
+    held_out_problems: int | None = None
+    """Over all ranks; null: so many that each rank fills validation.prompts_per_batch."""
+    draws: float = 1.0
+    """Prompts sampled for each that trains: 1 / share of groups with signal, with dynamic sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "mean_prompt_tokens", "mean_completion_tokens", "held_out_problems"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"plan.{name} must be null or at least 1, got {value}")
+        if self.draws < 1:
+            raise ValueError(f"plan.draws must be at least 1, got {self.draws}")
+
+
+def run_of(cfg: DictConfig) -> Run:
+    """Raises: ValueError that names the key of what is wrong, or of what the plan does not know."""
+    policy, batch, zero_reward = (made(cfg, key) for key in ("policy", "batch", "zero_reward"))
+    hardware: Hardware = made(cfg, "hardware")
+    lengths: Lengths = made(cfg, "plan")
+    ranks = _count(cfg, "trainer.devices") * _count(cfg, "trainer.num_nodes")
+    per_prompt = positive(cfg, "sampler.completions_per_prompt")
+    guided = positive(cfg, "guide.completions_per_prompt", least=0) if cfg.guide else 0
+    if zero_reward.active and not cfg.guide:
+        raise ValueError(
+            f"zero_reward.weight={zero_reward.weight} without a guide: give guide=policy or guide=demonstrations"
+        )
+    extra = zero_reward.rows(batch.prompts // ranks, ranks, per_prompt + guided)
+    batch.micro_batches(per_prompt + guided, ranks, extra)
+    prompts = batch.prompts // ranks
+    rescued = zero_reward.room(prompts, ranks)
+    prompt, completion = _longest_prompt(cfg, lengths), positive(cfg, "sampler.max_new_tokens")
+    strategy, settings = _strategy(cfg, ranks)
+    own, width, autocast = _precision(cfg, policy)
+    joining, leading = prompts * guided, rescued * zero_reward.completions_per_prompt
+    return Run(
+        shape=own,
+        weight=width,
+        autocast=autocast,
+        attention=policy.attention,
+        checkpointing=policy.gradient_checkpointing,
+        adapter=_adapter(policy, own),
+        strategy=strategy,
+        ranks=ranks,
+        reduced=strategy.startswith("fsdp") and settings.get("reduced_precision") is not None,
+        offload=bool(settings.get("cpu_offload", False)),
+        sharded_checkpoints=strategy == "fsdp" or bool(settings.get("sharded_checkpoints", False)),
+        optimizer_states=_states(cfg),
+        prompt=prompt,
+        completion=completion,
+        mean_prompt=min(lengths.mean_prompt_tokens or prompt, prompt),
+        mean_completion=min(lengths.mean_completion_tokens or completion, completion),
+        draws=lengths.draws,
+        prompts=prompts,
+        own_rows=prompts * per_prompt,
+        guide_rows=joining + leading,
+        collected_rows=prompts * per_prompt + joining + extra,
+        validation_rows=_validation_rows(cfg, ranks, lengths),
+        minibatches=batch.minibatches,
+        epochs=batch.epochs,
+        micro_batch=batch.micro_batch,
+        micro_batch_tokens=batch.micro_batch_tokens,
+        entropy="entropy_bonus" in (cfg.get("regularizer") or {}),
+        sampling=_sampling(cfg, prompts * per_prompt),
+        guide=_held(cfg.guide, "guide", max(joining, leading)),
+        reference=_held(cfg.reference, "reference"),
+        hardware=hardware,
+    )
+
+
+def made(cfg: DictConfig, key: str) -> Any:
+    node = OmegaConf.select(cfg, key)
+    check_types(node, key)
+    return instantiate(node, _convert_="all")
+
+
+def positive(cfg: DictConfig, key: str, least: int = 1) -> int:
+    """A whole number of the config; ValueError for anything else."""
+    parent, _, name = key.rpartition(".")
+    value = given(OmegaConf.select(cfg, parent), name, parent)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} must be a whole number, at least {least}, got {value!r}")
+    return value
+
+
+def _count(cfg: DictConfig, key: str) -> int:
+    value = OmegaConf.select(cfg, key)
+    if OmegaConf.is_list(value):
+        return len(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} must be a whole number for a plan, as in {key}=8, got {value!r}")
+    return value
+
+
+def _longest_prompt(cfg: DictConfig, lengths: Lengths) -> int:
+    longest = lengths.prompt_tokens or OmegaConf.select(cfg, "data.encoder.max_tokens")
+    if longest is None:
+        raise ValueError(
+            "data.encoder.max_tokens is null, so prompts may have any length: give plan.prompt_tokens=N, the longest that there are"
+        )
+    if not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"data.encoder.max_tokens must be null or a whole number, at least 1, got {longest!r}")
+    return longest
+
+
+def _strategy(cfg: DictConfig, ranks: int) -> tuple[str, DictConfig]:
+    node = cfg.trainer.get("strategy", "auto")
+    settings = node if isinstance(node, DictConfig) else OmegaConf.create({})
+    name = settings.get("_target_", node)
+    if name not in STRATEGIES:
+        raise ValueError(f"trainer.strategy={name}: the plan knows strategy=single, ddp, fsdp and fsdp2")
+    known = STRATEGIES[name]
+    return "ddp" if known == "single" and ranks > 1 else known, settings  # Lightning's "auto" does so too
+
+
+def _precision(cfg: DictConfig, policy: HFPolicy) -> tuple[Shape, int, bool]:
+    """The policy's shape, the width of its weights, and whether products are taken in 16 bits of their own."""
+    precision = str(cfg.trainer.precision)
+    known = {"32-true": None, "bf16-mixed": None, "16-mixed": None, "bf16-true": 2, "16-true": 2}
+    if precision not in known:
+        raise ValueError(f"trainer.precision={precision}: the plan knows {', '.join(known)}")
+    return _shape(policy, "policy"), known[precision] or WIDTHS[policy.dtype], precision.endswith("-mixed")
+
+
+def _shape(policy: HFPolicy, key: str) -> Shape:
+    return shape_of(str(_adapter_config(policy).get("base_model_name_or_path", policy.location)), f"{key}.path")
+
+
+def _adapter_config(policy: HFPolicy) -> dict[str, Any]:
+    return json.loads((Path(policy.location) / "adapter_config.json").read_text()) if policy.is_adapter else {}
+
+
+def _adapter(policy: HFPolicy, shape: Shape) -> Adapter | None:
+    if policy.is_adapter:
+        saved = _adapter_config(policy)
+        rank, targets = saved["r"], saved["target_modules"]
+    elif policy.adapter is None:
+        return None
+    elif isinstance(policy.adapter, LoRA):
+        rank, targets = policy.adapter.rank, policy.adapter.targets
+    else:
+        raise ValueError(
+            f"policy.adapter={type(policy.adapter).__name__}: the plan knows adapter=none and adapter=lora"
+        )
+    named = list(shape.linears) if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
+    if unknown := [name for name in named if name not in shape.linears]:
+        raise ValueError(
+            f"policy.adapter.targets holds {unknown[0]!r}: a layer of this model has {', '.join(shape.linears)}"
+        )
+    return Adapter(rank=rank, targets=tuple(named))
+
+
+def _sampling(cfg: DictConfig, rows: int) -> Sampling:
+    """An engine is told by the share of memory that it takes; one that runs elsewhere takes none."""
+    node = cfg.sampler
+    if not str(node.get("_target_", "")).startswith("rlmod.sampler.vllm"):
+        entries_per_chunk = node.get("rows_per_batch")
+        return Sampling(
+            rows_at_once=None if entries_per_chunk is None else min(positive(cfg, "sampler.rows_per_batch"), rows)
+        )
+    elsewhere = bool(node.get("url"))
+    share = node.get("gpu_memory_utilization")
+    share = 0.0 if elsewhere else share
+    if not isinstance(share, float | int) or not 0 <= share < 1:
+        raise ValueError(f"sampler.gpu_memory_utilization must be a share below 1, got {share!r}")
+    return Sampling(engine=True, share=float(share), sleeps=bool(node.get("sleep_while_training", False)))
+
+
+def _validation_rows(cfg: DictConfig, ranks: int, lengths: Lengths) -> int:
+    if cfg.data.get("validation") is None:
+        return 0
+    prompts = positive(cfg, "validation.prompts_per_batch")
+    if lengths.held_out_problems is not None:
+        prompts = min(prompts, math.ceil(lengths.held_out_problems / ranks))
+    rows = prompts * positive(cfg, "validation.sampler.completions_per_prompt")
+    key = "validation.sampler" if "rows_per_batch" in cfg.validation.sampler else "sampler"
+    if OmegaConf.select(cfg, f"{key}.rows_per_batch") is None:
+        return rows
+    return min(positive(cfg, f"{key}.rows_per_batch"), rows)
+
+
+def _held(node: DictConfig | None, key: str, rows: int = 0) -> Model | None:
+    """The model of a guide or a reference that has one of its own; an average is kept in float32."""
+    if not node or "policy" not in node:
+        return None
+    check_types(node.policy, f"{key}.policy")
+    policy = instantiate(node.policy, _convert_="all")
+    entries_per_chunk = OmegaConf.select(node, "sampler.rows_per_batch")
+    average = str(node.get("_target_", "")).endswith(".EMA")
+    return Model(
+        shape=_shape(policy, f"{key}.policy"),
+        width=4 if average else WIDTHS[policy.dtype],
+        rows=min(rows, entries_per_chunk or rows),
+    )
+
+
+def _states(cfg: DictConfig) -> int:
+    """Numbers kept for each trained one: known for torch's optimizers, else found by one step on a vector of nobody's."""
+    check_types(cfg.optimizer, "optimizer")
+    name, settings = str(cfg.optimizer._target_).rpartition(".")[2], cfg.optimizer
+    build = instantiate(settings, _convert_="all")
+    assert isinstance(build, partial)
+    check_arguments(build, "optimizer")
+    if get_object(settings._target_).__module__.startswith("torch.optim"):
+        if name == "SGD":
+            return int(bool(settings.get("momentum", 0)))
+        if name in STATES:
+            return STATES[name] + int(bool(settings.get("amsgrad", False)))
+    vector = torch.nn.Parameter(torch.zeros(4096))
+    vector.grad = torch.ones_like(vector)
+    optimizer = build([vector])
+    optimizer.step()
+    return round(
+        sum(v.numel() for v in optimizer.state[vector].values() if isinstance(v, torch.Tensor)) / vector.numel()
+    )

@@ -1,0 +1,273 @@
+"""A run folder, read: whatever of it is there.
+
+It holds metrics.csv, and, where the run got that far, config.yaml, samples.jsonl and result.json. Only metrics.csv is
+required: a run that was killed is reported too, and ``notes`` say what is missing.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+
+from rlmod.commands.report.curves import Curves
+
+RIGHT = 0.5
+"""A sample is marked right when its reward is above this, as in the shapers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl. The tuples are empty where the line had no values by token."""
+
+    step: int
+    when: str
+    prompt: str
+    answer: str
+    completion: str
+    reward: float
+    truncated: bool = False
+    length: int | None = None
+    tokens: tuple[str, ...] = ()
+    entropy: tuple[float, ...] = ()
+    advantages: tuple[float, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        return self.reward > RIGHT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder, read. What is missing is empty, and ``notes`` say so."""
+
+    folder: Path
+    curves: Curves
+    result: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    overrides: tuple[str, ...] = ()
+    """As given on the command line."""
+    samples: tuple[Sample, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> list[str]:
+        """The columns of the validation, mean@K before pass@K and small K first."""
+        order = {"mean": 0, "pass": 1}
+        names = [name for name in self.curves if re.fullmatch(r"val/(mean|pass)@\d+", name)]
+        return sorted(names, key=lambda name: (order[name[4:8]], int(name.split("@")[1])))
+
+    @property
+    def metric(self) -> str | None:
+        """The column of the headline: the one that result.json names, else the first."""
+        named = _mapping(self.result, "held_out").get("metric")
+        return named if isinstance(named, str) and named in self.curves else next(iter(self.held_out), None)
+
+    @property
+    def before(self) -> float | None:
+        return self._accuracy("before")
+
+    @property
+    def after(self) -> float | None:
+        return self._accuracy("after")
+
+    def _accuracy(self, when: str) -> float | None:
+        """result.json has it; of a killed run the validations in metrics.csv do, if there were two."""
+        held_out = _mapping(self.result, "held_out")
+        if _is_number(held_out.get(when)) and self.metric in (None, held_out.get("metric", self.metric)):
+            return float(held_out[when])
+        curve = self.curves[self.metric] if self.metric else {}
+        if when == "before":
+            return curve.get(0)
+        return curve[max(curve)] if curve and max(curve) > 0 else None
+
+    @property
+    def problems(self) -> int | None:
+        value = _mapping(self.result, "held_out").get("problems")
+        return int(value) if _is_number(value) else None
+
+    @property
+    def steps(self) -> int:
+        logged = max((max(curve) for curve in self.curves.values()), default=0)
+        steps = self.result.get("steps")
+        return int(steps) if _is_number(steps) else logged
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training."""
+        value = _mapping(self.result, "seconds").get("training")
+        return float(value) if _is_number(value) else None
+
+    @property
+    def seed(self) -> object:
+        return self.result.get("seed", self.config.get("seed"))
+
+    @property
+    def completed(self) -> bool:
+        return self.result.get("completed") is True
+
+
+def read_run(folder: Path) -> Run:
+    if not (folder / "metrics.csv").is_file():
+        raise ValueError(
+            f"{folder} is not a run folder: it has no metrics.csv. A run folder is what rlmod-train writes: "
+            "metrics.csv, config.yaml, samples.jsonl and result.json; a Hydra multirun's folder holds several of them"
+        )
+    notes: list[str] = []
+    curves = _read_curves(folder / "metrics.csv", notes)
+    config_text = _read_text(folder / "config.yaml", "the composition is not known", notes)
+    samples = _read_samples(folder / "samples.jsonl", notes)
+    result = _read_result(folder / "result.json", notes)
+    return Run(
+        folder=folder,
+        curves=curves,
+        result=result,
+        config=_parsed_yaml(config_text, notes),
+        config_text=config_text,
+        overrides=_read_overrides(folder / ".hydra" / "overrides.yaml"),
+        samples=samples,
+        notes=tuple(notes),
+    )
+
+
+def _read_curves(path: Path, notes: list[str]) -> Curves:
+    """A cell is empty where its metric was not logged at that step; a resumed run's later row replaces the earlier."""
+    curves: dict[str, dict[int, float]] = {}
+    unreadable = 0
+    strange: dict[str, list[int]] = {}
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(line.replace("\0", "") for line in file):
+            step = _number(row.pop("step", None))
+            row.pop("epoch", None)
+            if step is None or not math.isfinite(step):
+                unreadable += 1
+                continue
+            for name, cell in row.items():
+                value = _number(cell)
+                if value is None:
+                    unreadable += bool(cell)
+                elif not math.isfinite(value):
+                    strange.setdefault(name, []).append(int(step))
+                else:
+                    curves.setdefault(name, {})[int(step)] = value
+    if not curves:
+        notes.append("metrics.csv holds no values yet: there is nothing to draw.")
+    if unreadable:
+        notes.append(
+            f"metrics.csv: {unreadable} {_plural(unreadable, 'cell or row', 'cells or rows')} could not be read."
+        )
+    for name, steps in strange.items():
+        times = f"{len(steps)} {_plural(len(steps), 'value', 'values')}"
+        notes.append(f"{name}: {times} not finite (NaN or infinite), the first at step {steps[0]}; not drawn.")
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def _read_samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
+    if not path.is_file():
+        notes.append("samples.jsonl is missing: no samples to show.")
+        return ()
+    samples, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        if line.strip():
+            try:
+                samples.append(_sample(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                broken += 1
+    if broken:
+        lines = _plural(broken, "line is", "lines are")
+        notes.append(
+            f"samples.jsonl: {broken} {lines} broken and left out (a run killed while it writes leaves half a line)."
+        )
+    return tuple(samples)
+
+
+def _sample(record: Mapping[str, Any]) -> Sample:
+    if not isinstance(record, dict) or not isinstance(record["completion"], str):
+        raise TypeError("a sample is a mapping with a completion")
+    tokens, entropy, advantages = (record.get(name) or () for name in ("tokens", "entropy", "advantages"))
+    by_token = bool(tokens) and len(tokens) == len(entropy) == len(advantages)
+    return Sample(
+        step=int(record["step"]),
+        when=str(record["when"]),
+        prompt=str(record["prompt"]),
+        answer=str(record.get("answer", "")),
+        completion=record["completion"],
+        reward=float(record["reward"]),
+        truncated=bool(record.get("truncated", False)),
+        length=int(record["length"]) if _is_number(record.get("length")) else None,
+        tokens=tuple(map(str, tokens)) if by_token else (),
+        entropy=tuple(map(_finite, entropy)) if by_token else (),
+        advantages=tuple(map(_finite, advantages)) if by_token else (),
+    )
+
+
+def _read_overrides(path: Path) -> tuple[str, ...]:
+    try:
+        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ()  # a run that was not started on the command line has none
+    return tuple(map(str, overrides)) if isinstance(overrides, list) else ()
+
+
+def _read_text(path: Path, consequence: str, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append(f"{path.name} is missing: {consequence}.")
+        return ""
+
+
+def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    consequence = "the run was stopped before its end, and the numbers are the last that metrics.csv has"
+    text = _read_text(path, consequence, notes)
+    if not text:
+        return {}
+    try:
+        result = json.loads(text)
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        notes.append(f"{path.name} is broken: {consequence}.")
+        return {}
+    if result.get("completed") is not True:
+        notes.append("The run did not complete (result.json): the last numbers are those of where it stopped.")
+    return result
+
+
+def _parsed_yaml(text: str, notes: list[str]) -> Mapping[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        notes.append("config.yaml is broken: the composition is not known.")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(cell: object) -> float | None:
+    try:
+        return float(cell) if isinstance(cell, str) and cell.strip() else None
+    except ValueError:
+        return None
+
+
+def _finite(value: object) -> float:
+    return float(value) if _is_number(value) else 0.0
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = parent.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many

@@ -1,0 +1,97 @@
+"""The sizes of an iteration, and how held-out problems are sampled and judged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlmod.interfaces import Reward, Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The sizes of one iteration."""
+
+    prompts: int = 32
+    """A collection holds so many groups, over all ranks."""
+    minibatches: int = 1
+    """Optimizer steps that one pass over the collection is split into."""
+    epochs: int = 1
+    """Times that the collection is gone through."""
+    micro_batch: int = 64
+    """Rows of one forward and backward pass on one rank; a matter of memory alone, the result does not depend on it."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward and backward pass, padding included, besides; a longer row goes alone. null: as many as there are."""
+    logprob_pass: Literal["needed", "always"] = "needed"
+    """Whether pi_old's log-probabilities and entropies are computed even where no part reads them before the training step, which then
+    has them for nothing; only then is ``completions/entropy`` there to be looked at. A sampler that hands them over makes no difference."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "minibatches", "epochs", "micro_batch", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"batch.{name} must be at least 1, got {value}")
+
+    def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
+        """The most micro-batches of one optimizer step on one rank. ValueError where they do not come out even.
+
+        With ``extra_rows``, which a collection may or may not have, they cannot: then a micro-batch has at most ``micro_batch`` rows. By
+        tokens, each row may need one of its own.
+        """
+        if self.prompts % ranks:
+            raise ValueError(f"batch.prompts={self.prompts} cannot be shared out among {ranks} ranks: give a multiple")
+        rows = self.prompts // ranks * completions_per_prompt
+        if rows % self.minibatches:
+            raise ValueError(
+                f"batch.minibatches={self.minibatches} does not divide the {rows} rows of a collection ({self.prompts // ranks} prompts "
+                f"x {completions_per_prompt} completions a rank): give one of {_divisors(rows)}"
+            )
+        step = rows // self.minibatches
+        if self.micro_batch_tokens is not None:
+            return step + math.ceil(extra_rows / self.minibatches)
+        if extra_rows:
+            return math.ceil((step + math.ceil(extra_rows / self.minibatches)) / self.micro_batch)
+        if step % min(self.micro_batch, step):
+            raise ValueError(
+                f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows a collection "
+                f"/ batch.minibatches={self.minibatches}): give one of {_divisors(step)}"
+            )
+        return step // min(self.micro_batch, step)
+
+
+def check_seed(seed: object, key: str) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"{key} must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How held-out problems are sampled and judged: mean@n over the sampler's n completions, and pass@k for each k."""
+
+    sampler: Sampler
+    reward: Reward
+    threshold: float = 0.5
+    """A completion is correct when its reward, without penalties, is above this."""
+    pass_at: Sequence[int] = ()
+    prompts_per_batch: int = 512
+    """Sampled at once; a matter of memory alone."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "validation.seed")
+        if self.prompts_per_batch < 1:
+            raise ValueError(f"validation.prompts_per_batch must be at least 1, got {self.prompts_per_batch}")
+        n = self.sampler.completions_per_prompt
+        for k in self.pass_at:
+            if not 1 <= k <= n:
+                raise ValueError(
+                    f"validation.pass_at holds {k}, but k must be between 1 and validation.sampler.completions_per_prompt = {n}"
+                )
+
+    @property
+    def objective(self) -> str:
+        return f"val/mean@{self.sampler.completions_per_prompt}"

@@ -1,3 +1,0 @@
-from rlmod.plan import main
-
-main()

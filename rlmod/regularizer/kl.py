@@ -1,0 +1,69 @@
+"""A price on leaving the reference policy."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlmod.ops import log_ratio
+from rlmod.types import Rollouts
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """weight * k(d) a token, with d = log pi_theta - log pi_ref at the sampled token:
+
+        k1 = d          unbiased for KL(pi_theta || pi_ref), may be negative
+        k2 = d^2 / 2    biased, never negative
+        k3 = exp(-d) - 1 + d    unbiased, never negative
+
+    Value and gradient are two things. On tokens drawn from pi_theta, grad KL(pi_theta || pi_ref) = E[d grad log pi_theta], which is the
+    expectation of grad k2; grad k1 has expectation 0, and grad k3 = (1 - exp(-d)) grad log pi_theta that of the other
+    direction, KL(pi_ref || pi_theta). So ``value`` says what is logged and added to the loss, ``gradient`` what is followed.
+
+    ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a collection, whose tokens pi_old
+    drew; of a guide's tokens pi_old is whoever the guide says drew them.
+
+    Source: the estimators: J. Schulman, "Approximating KL divergence" (2020); as a loss: GRPO, arXiv:2402.03300, eq. 4 (k3 for both).
+    Differs: [D] the gradient is k2's; GRPO, TRL and verl (``low_var_kl``) follow k3's: gradient=k3 is theirs. TRL 1.16
+    multiplies by the ratio with its gradient.
+    Degenerate: pi_theta = pi_ref gives value and gradient 0 (k1: gradient grad log pi_theta). weight 0 measures and changes nothing.
+    Needs: reference_logprobs, mask; logprobs, with ``importance``.
+    """
+
+    needs_reference: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+
+    weight: float = 0.001
+    value: Estimator = "k3"
+    gradient: Estimator = "k2"
+    importance: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < inf:
+            raise ValueError(f"regularizer.kl.weight must be finite and not negative, got {self.weight}")
+
+    def __call__(
+        self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
+    ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
+        assert rollouts.reference_logprobs is not None and rollouts.mask is not None
+        d = torch.where(rollouts.mask, logprobs - rollouts.reference_logprobs, 0)
+        value, followed = estimate(d.detach(), self.value), estimate(d, self.gradient)
+        # The value of one estimator with the gradient of the other.
+        kl = value + followed - followed.detach()
+        if self.importance:
+            assert rollouts.logprobs is not None
+            kl = kl * log_ratio(logprobs.detach(), rollouts.logprobs, rollouts.mask).exp()
+        return self.weight * kl, {"kl": value}
+
+
+def estimate(d: Float[Tensor, "R T"], estimator: Estimator) -> Float[Tensor, "R T"]:
+    """k3's exponent stops at 20: a token that the policy has all but given up would make it infinite."""
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else torch.expm1((-d).clamp(max=20)) + d

@@ -1,0 +1,94 @@
+"""Completions to read: a table on the console every so often, and samples.jsonl for the report."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlmod.rollout.collect import RolloutBatch
+from rlmod.training.module import RLModule
+
+TOKENS_SHOWN = 512
+
+
+class Completions(L.Callback):
+    """Shows ``rows`` completions of a collection every ``every`` collections (0: never), and records ``recorded`` of each validation."""
+
+    def __init__(self, *, folder: str, every: int = 20, rows: int = 4, recorded: int = 16) -> None:
+        if every < 0 or rows < 1 or recorded < 1:
+            raise ValueError(
+                "callbacks.completions.every must not be negative, .rows and .recorded at least 1, "
+                f"got {every}, {rows}, {recorded}"
+            )
+        self.file, self.every, self.rows, self.recorded = Path(folder) / "samples.jsonl", every, rows, recorded
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RLModule) and pl_module.collected is not None
+        done = trainer.current_epoch + 1
+        if not trainer.is_global_zero or not (
+            done in (1, trainer.max_epochs) or (self.every and done % self.every == 0)
+        ):
+            return
+        samples = list(records(pl_module.collected, self.rows, pl_module, trainer.global_step, "train"))
+        self._append(samples)
+        if self.every and done % self.every == 0:
+            Console().print(_table(samples, f"completions of collection {done}"))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RLModule)
+        if trainer.is_global_zero and not trainer.sanity_checking and pl_module.validated:
+            first = pl_module.validated[0]
+            self._append(list(records(first, self.recorded, pl_module, trainer.global_step, "validation")))
+
+    def _append(self, samples: list[dict[str, Any]]) -> None:
+        with self.file.open("a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def records(collected: RolloutBatch, number: int, module: RLModule, step: int, when: str) -> Iterator[dict[str, Any]]:
+    """The first completion of each of the first groups; of training also the tokens, with their entropy and advantage."""
+    texts, rollouts = collected.texts, collected.rollouts
+    assert texts.group is not None and texts.problems is not None and texts.lengths is not None
+    assert rollouts.completion_ids is not None and rollouts.rewards is not None and rollouts.truncated is not None
+    firsts = {group: row for row, group in reversed(list(enumerate(texts.group)))}
+    for row in sorted(firsts.values())[:number]:
+        prompt = texts.problems[row].prompt
+        sample = {
+            "step": step,
+            "when": when,
+            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "answer": texts.answers[row],
+            "completion": texts.completions[row],
+            "reward": float(rollouts.rewards[row]),
+            "truncated": bool(rollouts.truncated[row]),
+            "length": texts.lengths[row],
+        }
+        if rollouts.advantages is not None and rollouts.entropy is not None:
+            shown = min(texts.lengths[row], TOKENS_SHOWN)
+            ids = rollouts.completion_ids[row, :shown].tolist()
+            sample["tokens"] = [module.tokenizer.decode([token]) for token in ids]
+            sample["entropy"] = rollouts.entropy[row, :shown].tolist()
+            sample["advantages"] = rollouts.advantages[row, :shown].tolist()
+        yield sample
+
+
+def _table(samples: list[dict[str, Any]], title: str) -> Table:
+    table = Table("prompt", "completion", "answer", "reward", title=title, title_justify="left", show_lines=True)
+    for sample in samples:
+        table.add_row(
+            Text(_end(sample["prompt"])),
+            Text(_end(sample["completion"])),
+            Text(_end(sample["answer"])),
+            f"{sample['reward']:.2f}",
+        )
+    return table
+
+
+def _end(text: str, characters: int = 300) -> str:
+    """The end of a long text: where the answer stands."""
+    return text if len(text) <= characters else "…" + text[-characters:]

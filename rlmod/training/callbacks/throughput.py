@@ -1,0 +1,41 @@
+"""Where the time of an iteration goes."""
+
+import time
+from typing import Any
+
+import lightning as L
+
+from rlmod.training.module import RLModule
+
+
+class Throughput(L.Callback):
+    """Logs seconds of collecting and of training, and sampled completion tokens per second of both (this rank's)."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started, self.collected, self.validating = time.perf_counter(), None, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.collected is None:
+            self.collected = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.training:
+            self.validating += time.perf_counter() - self.validation_started
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RLModule) and pl_module.collected is not None and self.collected is not None
+        collect = self.collected - self.started
+        train = time.perf_counter() - self.collected - self.validating
+        pl_module.log_dict(
+            {
+                "time/collect": collect,
+                "time/train": train,
+                "speed/tokens_per_second": pl_module.collected.metrics["completions/tokens"] / (collect + train),
+            },
+            batch_size=1,
+        )

@@ -1,0 +1,66 @@
+"""What the comparison of several runs says."""
+
+from rlmod.commands import report
+from rlmod.commands.report import comparison, pictures, plots, runs
+from tests.commands.report.folders import RESULT, text_of, write_run
+
+
+def result(after: float, seed: int = 7) -> dict[str, object]:
+    return RESULT | {"held_out": {**RESULT["held_out"], "after": after}, "seed": seed}
+
+
+def test_multirun_folder_is_compared(tmp_path):
+    for number, shaper, seed, after in ((0, "uniform", 1, 0.90), (1, "uniform", 2, 0.94), (2, "gtpo", 1, 0.97)):
+        overrides = ["loss=cispo", f"shaper={shaper}", f"seed={seed}"]
+        write_run(tmp_path / str(number), result=result(after, seed), overrides=overrides)
+    path = report.write_report(tmp_path)
+    page = path.read_text()
+    text = text_of(page)
+    assert path == tmp_path / "comparison.html"
+    assert "3 runs compared by held-out mean@1 All of them: loss=cispo" in text
+    assert "shaper=uniform, seed=1 0.420 0.900 +0.480 0.970 3 3 min 20 s 1" in text
+    assert "shaper=gtpo, seed=1 0.420 0.970 +0.550 0.970 3 3 min 20 s 1" in text
+    assert '<td class="most">0.970</td>' in page
+    assert "what differs runs mean after lowest highest shaper=uniform 2 0.920 0.900 0.940" in text
+    pictures = {file.name for file in (tmp_path / "report").glob("*[!k].png")}
+    assert pictures == {
+        "comparison-val-mean-at-1.png",
+        "comparison-reward-mean.png",
+        "comparison-completions-entropy.png",
+    }
+
+
+def test_named_runs_are_compared_in_the_first_folder(tmp_path, capsys):
+    write_run(tmp_path / "a<b", result=result(0.9))
+    write_run(tmp_path / "killed", result=None)
+    report.main([str(tmp_path / "a<b"), str(tmp_path / "killed")])
+    path = tmp_path / "a<b" / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    text = text_of(path.read_text())
+    assert "a&lt;b 0.420 0.900" in text
+    assert "killed (not completed) 0.420 0.950" in text
+    assert "killed: result.json is missing" in text
+
+
+def test_runs_of_a_multirun_are_in_natural_order(tmp_path):
+    for name in ("10", "9", "2"):
+        write_run(tmp_path / name)
+    assert [folder.name for folder in comparison.run_folders(tmp_path)] == ["2", "9", "10"]
+
+
+def test_labels_say_what_differs_and_are_distinct(tmp_path):
+    def read(name: str, overrides: list[str] | None) -> runs.Run:
+        return runs.read_run(write_run(tmp_path / name, overrides=overrides))
+
+    same = [read("a", ["x=1"]), read("b", ["x=1"])]
+    assert comparison.labels(same) == ["a", "b"]
+    mixed = [read("c", ["x=1", "y=2"]), read("d", ["x=1", "y=3"]), read("e", ["x=1", "y=3"])]
+    assert comparison.labels(mixed) == ["y=2", "y=3 [d]", "y=3 [e]"]
+    seeds = [read("f", ["x=1", "seed=1"]), read("g", ["x=1", "seed=2"])]
+    assert comparison.without_seed(seeds) == comparison.labels(seeds) == ["seed=1", "seed=2"]
+
+
+def test_a_legend_holds_any_label():
+    groups = {"_target_=$x$": [{1: 0.1, 2: 0.2}], "b": [{1: 0.3}]}
+    figure = plots.overlaid(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_target_=$x$", "b"]

@@ -1,0 +1,209 @@
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+import rlmod
+from rlmod.rollout.prompts import PromptEncoder
+from rlmod.sampler.hf import HF
+from rlmod.types import Problem
+from tests.command_line import refused, refused_eval
+
+TINY = Path(rlmod.__file__).parent / "model" / "policies" / "tiny"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role[0] }}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}a<{% endif %}"
+)
+CHAT = ({"role": "user", "content": "1+1"},)
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def problem(prompt, line: int = 1) -> Problem:
+    return Problem(prompt=prompt, answer="2", source=f"a.jsonl:{line}")
+
+
+def problems(*prompts) -> list[Problem]:
+    return [problem(prompt, line) for line, prompt in enumerate(prompts, 1)]
+
+
+def text(encoded, tokenizer) -> list[str]:
+    return [tokenizer.decode(row) for row in encoded.ids]
+
+
+def test_plain_text(tokenizer):
+    encoded = PromptEncoder().encode(problems("3+5:", "1-"), tokenizer)
+    assert encoded.ids == ((23, 15, 25, 30), (21, 17))
+    assert (len(encoded), encoded.dropped, encoded.pad_id) == (2, 0, tokenizer.pad_token_id)
+
+
+def test_a_batch_is_padded_on_the_left(tokenizer):
+    encoded = PromptEncoder().encode(problems("3+5:", "1-", "1"), tokenizer)
+    batch = encoded.batch([1, 0])
+    assert batch.ids.tolist() == [[0, 0, 21, 17], [23, 15, 25, 30]]
+    assert batch.mask.tolist() == [[False, False, True, True], [True] * 4]
+    assert batch.ids.dtype == torch.long
+    assert batch.mask.dtype == torch.bool
+    assert [p.source for p in batch.problems] == ["a.jsonl:2", "a.jsonl:1"]
+    assert encoded.batch([2, 1]).ids.shape == (2, 2)  # as wide as its own longest
+
+
+def test_the_pad_token_is_the_tokenizers(tokenizer):
+    tokenizer.pad_token = "#"
+    assert PromptEncoder().encode(problems("11", "1"), tokenizer).batch([0, 1]).ids[1].tolist() == [7, 21]
+    tokenizer.pad_token = None
+    assert PromptEncoder().encode(problems("11", "1"), tokenizer).batch([0, 1]).mask.tolist() == [
+        [True] * 2,
+        [False, True],
+    ]
+
+
+def test_messages_go_through_the_chat_template(chatty):
+    encoded = PromptEncoder().encode(problems(CHAT, "plain", CHAT), chatty)
+    assert text(encoded, chatty) == ["u<1+1>a<", "plain", "u<1+1>a<"]
+
+
+def test_plain_text_as_a_user_message(chatty):
+    encoder = PromptEncoder(chat=True, system="Add.")
+    assert text(encoder.encode(problems("1+1", CHAT), chatty), chatty) == ["s<Add.>u<1+1>a<"] * 2
+
+
+def test_a_system_message_of_the_prompts_own(chatty):
+    own = ({"role": "system", "content": "Own."}, *CHAT)
+    assert text(PromptEncoder().encode(problems(own), chatty), chatty) == ["s<Own.>u<1+1>a<"]
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1: .* system message of its own; set data\.encoder\.system to null"
+    ):
+        PromptEncoder(system="Add.").encode(problems(own), chatty)
+
+
+def test_a_system_message_needs_a_chat(chatty):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.encoder\.system .* data\.encoder\.chat=true"):
+        PromptEncoder(system="Add.").encode(problems("1+1"), chatty)
+
+
+def test_messages_where_chat_is_off(chatty):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .* data\.encoder\.chat is false; set it to null"):
+        PromptEncoder(chat=False).encode(problems("1+1", CHAT), chatty)
+
+
+@pytest.mark.parametrize(("chat", "prompt"), [(None, CHAT), (True, "1+1")])
+def test_a_tokenizer_without_a_chat_template(tokenizer, chat, prompt):
+    with pytest.raises(ValueError, match=r"data\.encoder\.chat: .* no chat template; take an instruction-tuned"):
+        PromptEncoder(chat=chat).encode(problems(prompt), tokenizer)
+
+
+def test_a_chat_template_that_refuses(chatty):
+    with pytest.raises(ValueError, match=r"data\.encoder: .* refuses the messages: no tools here"):
+        PromptEncoder().encode(problems(({"role": "tool", "content": "x"},)), chatty)
+
+
+def test_special_tokens_in_front_stay_and_an_eos_at_the_end_goes(chatty):
+    special = [("#", chatty.convert_tokens_to_ids("#")), ("<eos>", chatty.eos_token_id)]
+    processor = TemplateProcessing(single="# $A <eos>", pair="# $A $B <eos>", special_tokens=special)
+    chatty.backend_tokenizer.post_processor = processor
+    assert chatty("1+1")["input_ids"][-1] == chatty.eos_token_id
+    encoded = PromptEncoder().encode(problems("1+1", CHAT), chatty)
+    assert text(encoded, chatty) == ["#1+1", "u<1+1>a<"]
+
+
+def test_an_eos_that_a_chat_template_ends_with_stays(chatty):
+    chatty.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    assert text(PromptEncoder().encode(problems(CHAT), chatty), chatty) == ["1+1<eos>"]
+
+
+def test_a_prompt_without_tokens(tokenizer):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: the tokenizer makes no tokens of the prompt ''"):
+        PromptEncoder().encode(problems("1", ""), tokenizer)
+
+
+def test_prompts_that_are_too_long_are_left_out(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        encoded = PromptEncoder(max_tokens=3).encode(problems("123", "1234", "12345", "1"), tokenizer)
+    assert [p.prompt for p in encoded.problems] == ["123", "1"]
+    assert text(encoded, tokenizer) == ["123", "1"]
+    assert encoded.dropped == 2
+    assert "2 of 4 prompts are longer than data.encoder.max_tokens=3" in caplog.text
+    assert "a.jsonl:2" in caplog.text
+
+
+def test_no_warning_without_a_loss(tokenizer, caplog):
+    assert PromptEncoder(max_tokens=3).encode(problems("123"), tokenizer).dropped == 0
+    assert not caplog.records
+
+
+def test_all_prompts_are_too_long(tokenizer):
+    with pytest.raises(ValueError, match=r"all 2 prompts are longer than data\.encoder\.max_tokens=1 .*shortest: 2"):
+        PromptEncoder(max_tokens=1).encode(problems("12", "123"), tokenizer)
+
+
+def test_prompt_and_completion_must_fit_an_engines_length(tokenizer):
+    encoded = PromptEncoder().encode(
+        [Problem(prompt=p, answer="", source=f"a.jsonl:{len(p)}") for p in ("1+1=", "12")], tokenizer
+    )
+    longest = max(map(len, encoded.ids))
+    encoded.check_max_model_len(SimpleNamespace(max_model_len=longest + 5, max_new_tokens=5), "sampler")
+    encoded.check_max_model_len(SimpleNamespace(max_model_len=None, max_new_tokens=5), "sampler")
+    given = {"max_model_len": longest + 5}
+    encoded.check_max_model_len(
+        SimpleNamespace(max_model_len=1, max_new_tokens=5, engine=given), "sampler"
+    )  # it has the last word
+    message = rf"validation.sampler.max_model_len={longest + 4}: the longest prompt has {longest} tokens \(a.jsonl:4\).*{longest + 5}"
+    with pytest.raises(ValueError, match=message):
+        encoded.check_max_model_len(SimpleNamespace(max_model_len=longest + 4, max_new_tokens=5), "validation.sampler")
+
+
+def test_too_long_as_an_error(tokenizer):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: the prompt has 4 tokens, more than data\.encoder\.max_tokens=3"):
+        PromptEncoder(max_tokens=3, too_long="error").encode(problems("123", "1234"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, r"data\.encoder\.max_tokens"),
+        ({"too_long": "cut"}, "too_long"),
+        ({"chat": False, "system": "Add."}, r"data\.encoder\.system needs a chat"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises((ValueError, TypeCheckError), match=message):
+        PromptEncoder(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(HF):
+    max_model_len: int | None = None
+
+
+@pytest.mark.parametrize(("key", "without"), [("sampler", ("data.validation=null",)), ("validation.sampler", ())])
+def test_a_run_whose_prompts_do_not_fit_does_not_begin(key, without, tmp_path, monkeypatch):
+    limited = (f"{key}._target_=tests.rollout.test_prompts.Limited", f"+{key}.max_model_len=41")
+    message = refused(monkeypatch, tmp_path, "debug=short", *limited, *without)
+    assert f"{key}.max_model_len=41: the longest prompt has" in message
+    assert f"{key}.max_new_tokens=40" in message
+
+
+def test_nor_does_an_evaluation(tmp_path, monkeypatch):
+    limited = (
+        "sampler._target_=tests.rollout.test_prompts.Limited",
+        "+sampler.max_model_len=41",
+        "sampler.max_new_tokens=40",
+    )
+    message = refused_eval(monkeypatch, "policy=tiny", f"output={tmp_path / 'a'}", "data.validation.size=16", *limited)
+    assert "sampler.max_model_len=41: the longest prompt has" in message

@@ -1,0 +1,167 @@
+"""Going on: from which checkpoint, with which files, and what becomes of those that are broken or abandoned."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from rlmod.training import checkpoint as checkpoints
+from tests.command_line import SHORT, answer, run_train
+
+QUICK = (*SHORT, "shaper=token_entropy", "optimizer.lr=1e-3", "trainer.max_epochs=4", "callbacks.checkpoints.every=1")
+
+
+def steps(run: Path) -> list[int]:
+    """The steps whose metrics a run has, in the order of its file."""
+    with (run / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["reward/mean"]]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(checkpoint / "policy").state_dict()
+
+
+def same(checkpoint: Path, other: Path) -> bool:
+    theirs = weights(other)
+    return all(torch.equal(value, theirs[name]) for name, value in weights(checkpoint).items())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Four collections, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_train(monkeypatch, *QUICK, "callbacks.checkpoints.keep=9", f"output={folder}")
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """As if it had been killed at its end, and moved."""
+    folder = tmp_path / "a"
+    shutil.copytree(finished, folder)
+    (folder / "result.json").unlink()
+    return folder
+
+
+def command(run: Path, keep: int = 9) -> tuple[str, ...]:
+    return *QUICK, f"callbacks.checkpoints.keep={keep}", f"output={run}"
+
+
+def test_newer_checkpoints_are_set_aside_when_a_run_goes_on_from_an_older_one(finished, run, monkeypatch):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step-000003", folder / "passed-over-step-000003")  # of an earlier time
+    run_train(monkeypatch, *command(run), f"resume={folder / 'step-000002'}", "trainer.max_epochs=3")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "passed-over-step-000003", "passed-over-step-000003-2", "passed-over-step-000004",
+        "step-000001", "step-000002", "step-000003",
+    ]  # fmt: skip
+    assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001", "step-000002", "step-000003"]
+    assert steps(run) == steps(finished)[:3]  # those of the steps that were taken back are gone
+    assert same(folder / "step-000003", folder / "passed-over-step-000003-2")  # the same steps again, bit for bit
+
+
+def test_a_broken_checkpoint_is_set_aside_and_does_not_count_among_those_that_are_kept(finished, run, monkeypatch):
+    folder = run / "checkpoints"
+    for step in ("step-000001", "step-000003", "step-000004"):
+        os.truncate(folder / step / "trainer.ckpt", 1000)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("keep: 9", "keep: 1"))
+    run_train(monkeypatch, *command(run, keep=1))
+    log = (run / "train.log").read_text()
+    for step in ("step-000003", "step-000004"):
+        assert f"{folder / step} is broken and is passed over: trainer.ckpt has 1,000 of" in log
+    assert f"going on from {folder / 'step-000002'}" in log
+    # The older broken one stays, and the new one is the one that is kept.
+    assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001", "step-000004"]
+    assert sorted(path.name for path in folder.glob("passed-over-*")) == [
+        "passed-over-step-000003",
+        "passed-over-step-000004",
+    ]
+    assert same(folder / "step-000004", finished / "checkpoints" / "step-000004")
+    assert steps(run) == steps(finished)
+
+
+def test_with_broken_checkpoints_alone_the_same_command_says_so_in_its_own_words(run, monkeypatch):
+    for checkpoint in checkpoints.checkpoints(run):
+        (checkpoint / "complete.json").unlink()
+    message = answer(lambda: run_train(monkeypatch, *command(run)))
+    assert f"output={run}: every checkpoint of this run is broken" in message
+    assert "resume=" not in message
+
+
+def test_a_checkpoint_copied_elsewhere_under_another_name_begins_a_run(run, finished, tmp_path, monkeypatch):
+    best = tmp_path / "best"
+    shutil.copytree(run / "checkpoints" / "step-000003", best)
+    other = tmp_path / "other"
+    run_train(monkeypatch, *command(other), f"resume={best}")
+    assert steps(other) == steps(finished)[3:]
+    assert same(other / "checkpoints" / "step-000004", finished / "checkpoints" / "step-000004")
+    # Begun from another's checkpoint and killed, the same command goes on from its own.
+    (other / "result.json").unlink()
+    run_train(monkeypatch, *command(other), f"resume={best}")
+    assert f"going on from {other / 'checkpoints' / 'step-000004'}" in (other / "train.log").read_text()
+    assert json.loads((other / "result.json").read_text())["completed"]
+    assert steps(other) == steps(finished)[3:]
+
+
+def test_a_renamed_checkpoint_in_the_runs_own_folder_is_refused(run, monkeypatch):
+    shutil.move(run / "checkpoints" / "step-000003", run / "checkpoints" / "best")
+    message = answer(lambda: run_train(monkeypatch, *command(run), f"resume={run / 'checkpoints' / 'best'}"))
+    assert "in the run's own folder, but not one of its checkpoints/step-N" in message
+    assert "output=FOLDER" in message
+
+
+def test_an_earlier_end_does_not_outlive_the_steps_that_are_taken_back(finished, tmp_path, monkeypatch):
+    """Going on from an older checkpoint and killed at once, the same command does not claim to be finished."""
+    folder = tmp_path / "a"
+    shutil.copytree(finished, folder)
+    checkpoints.rewind(folder, folder / "checkpoints" / "step-000002")
+    assert not (folder / "result.json").exists()
+    assert steps(folder) == steps(finished)[:2]
+
+
+def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    checkpoints.note_config(tmp_path, OmegaConf.create({"a": 1}))
+
+    def full(cfg, path, resolve):
+        Path(path).write_text("a: ")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.note_config(tmp_path, OmegaConf.create({"a": 2}))
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize("content", [bytes, os.urandom], ids=["zeros", "noise"])
+def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, monkeypatch, caplog, content):
+    """As a power cut may leave it."""
+    state = run / "checkpoints" / "step-000004" / "trainer.ckpt"
+    state.write_bytes(content(state.stat().st_size))
+    assert checkpoints.newest_whole(run) == run / "checkpoints" / "step-000003"
+    assert "step-000004 is broken and is passed over: trainer.ckpt cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", "3", '{"trainer.ckpt": "x"}'])
+def test_a_manifest_that_is_none_makes_a_checkpoint_broken(run, manifest):
+    checkpoint = run / "checkpoints" / "step-000004"
+    (checkpoint / checkpoints.MANIFEST).write_text(manifest)
+    assert checkpoints.MANIFEST in str(checkpoints.damage(checkpoint))
+    assert checkpoints.newest_whole(run) == run / "checkpoints" / "step-000003"
+
+
+def test_what_differs_is_named_and_where_it_is_written_is_no_difference(run, tmp_path):
+    before = OmegaConf.load(run / "config.yaml")
+    now = OmegaConf.create(OmegaConf.to_yaml(before).replace(before.output, str(tmp_path / "elsewhere")))
+    now.optimizer.lr = 1e-5
+    assert checkpoints.changed(run / "checkpoints" / "step-000004", now) == ["optimizer.lr was 0.001, now 1e-05"]

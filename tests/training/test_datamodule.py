@@ -1,0 +1,212 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlmod.aggregation.token_mean import TokenMean
+from rlmod.config.sizes import Batch
+from rlmod.model.policy import HFPolicy
+from rlmod.rollout.collect import ZeroReward
+from rlmod.rollout.prompts import EncodedProblems
+from rlmod.training.datamodule import PromptLoader, RLData, RolloutLoader, parts
+from rlmod.types import Problem, Rollouts
+from tests.command_line import SHORT, refused
+from tests.rollouts import ragged
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not fill an optimizer step of 16 rows"),
+        (Batch(prompts=4, minibatches=3), "batch.minibatches=3 does not divide the 16 rows"),
+        (Batch(prompts=3), "batch.prompts=3 cannot be shared out among 2 ranks"),
+    ],
+)
+def test_sizes_that_do_not_come_out_even(batch, message):
+    with pytest.raises(ValueError, match=message):
+        batch.micro_batches(4, ranks=2 if batch.prompts == 3 else 1)
+
+
+@pytest.mark.parametrize("field", ["prompts", "minibatches", "epochs", "micro_batch"])
+def test_sizes_must_be_positive(field):
+    with pytest.raises(ValueError, match=rf"batch\.{field}"):
+        Batch(**{field: 0})
+
+
+def test_micro_batches_by_hand():
+    # 8 prompts x 4 / 2 updates = 16 rows a step, 8 at once
+    assert Batch(prompts=8, minibatches=2, micro_batch=8).micro_batches(4) == 2
+    assert Batch(prompts=8, minibatches=2, micro_batch=8).micro_batches(4, ranks=2) == 1
+    assert Batch(prompts=2, micro_batch=64).micro_batches(4) == 1
+
+
+def shaped(rows: Rollouts) -> Rollouts:
+    """As the module hands them over."""
+    prompts = torch.ones(len(rows), 2).bool()
+    return replace(rows, prompt_ids=prompts.long(), prompt_mask=prompts, advantages=rows.mask.double())
+
+
+def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
+    made: list[Rollouts] = []
+
+    def collect() -> Rollouts:
+        made.append(shaped(ragged(len(made))))
+        return made[-1]
+
+    batch = Batch(prompts=4, minibatches=2, epochs=3, micro_batch=4)
+    loader = RolloutLoader(collect, TokenMean(), batch, batch.micro_batches(6))
+    assert len(loader) == 3 * 2 * 3
+    assert made == []
+    batches = list(loader)
+    assert len(made) == 1
+    assert len(batches) == len(loader)
+    first_pass = batches[: 2 * 3]
+    for step in range(2):
+        of_step = torch.cat([b.rewards for b in first_pass[3 * step : 3 * step + 3]])
+        assert of_step.sort().values.tolist() == made[0].rewards[12 * step : 12 * step + 12].sort().values.tolist()
+        # The long with the long: there is no more padding than the spread within a micro-batch.
+        widths = [b.mask.shape[1] for b in first_pass[3 * step : 3 * step + 3]]
+        assert widths == sorted(widths, reverse=True)
+        # The weights span the optimizer step, not the micro-batch.
+        total = sum(float(b.weights.sum()) for b in first_pass[3 * step : 3 * step + 3])
+        assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_parts_are_equal_and_in_order():
+    rows = ragged(0)
+    pieces = list(parts(rows, 4))
+    assert [len(piece) for piece in pieces] == [6] * 4
+    assert torch.equal(torch.cat([piece.mask for piece in pieces]), rows.mask)
+
+
+def test_fewer_rows_than_parts_leave_masked_out_rows_that_weigh_nothing():
+    rows = replace(ragged(0).rows(slice(0, 3)), weights=torch.ones(3, 9))
+    pieces = list(parts(rows, 5))
+    assert [len(piece) for piece in pieces] == [1] * 5
+    counted = [piece for piece in pieces if piece.mask.any()]
+    assert torch.equal(torch.cat([piece.mask for piece in counted]), rows.mask)
+    assert all((piece.weights == 0).all() for piece in pieces if not piece.mask.any())
+
+
+def test_the_zero_reward_batch_has_a_normaliser_of_its_own_and_a_share_in_every_step():
+    rows = ragged(0, groups=4, g=6)
+    rows = shaped(replace(rows, zero_reward=rows.group >= 2))
+    batch = Batch(prompts=2, minibatches=2, micro_batch=4)
+    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6, extra_rows=24), 0.25)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2 * 5  # (6 + 12 rows a step) / 4, rounded up
+    for step in range(2):
+        of_step = batches[5 * step : 5 * step + 5]
+        for extra, total in ((False, 1.0), (True, 0.25)):
+            weights = [float(b.weights[b.zero_reward == extra].sum()) for b in of_step]
+            assert sum(weights) == pytest.approx(total, abs=1e-6)
+    seen = [int(b.group[row]) for b in batches for row in range(len(b)) if b.mask[row].any()]
+    assert sorted(seen) == sorted(rows.group.tolist())
+
+
+def test_rows_that_can_change_nothing_are_left_out_and_the_rest_is_packed_closely():
+    rows = shaped(ragged(0))
+    advantages = rows.advantages.clone()
+    advantages[:18] = 0  # three of four groups without signal
+    rows = replace(rows, advantages=advantages)
+    batch = Batch(prompts=4, micro_batch=4)
+    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6))
+    batches = list(loader)
+    assert [len(b) for b in batches] == [0, 0, 0, 0, 4, 2]  # always six of them: the Trainer counts
+    assert all(int(g) == 3 for b in batches for g in b.group)
+    # The weights are still those of the whole step: what is left out counts in the normaliser.
+    assert sum(float(b.weights.sum()) for b in batches) == pytest.approx(float(TokenMean()(rows)[18:].sum()))
+    every = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6), every_row=True)
+    assert sum(len(b) for b in every) == 24
+    nothing = replace(rows, advantages=torch.zeros_like(advantages))
+    batches = list(RolloutLoader(lambda: nothing, TokenMean(), batch, batch.micro_batches(6)))
+    assert [len(b) for b in batches] == [0] * 5 + [1]
+    assert not batches[-1].mask.any()
+
+
+def test_micro_batches_by_tokens():
+    rows = shaped(ragged(0))
+    batch = Batch(prompts=4, micro_batch=24, micro_batch_tokens=30)
+    batches = [b for b in RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6)) if len(b)]
+    assert sum(len(b) for b in batches) == 24
+    assert all(len(b) * (2 + b.mask.shape[1]) <= 30 for b in batches)
+    assert len(batches) < 24
+
+
+def data(rank: int = 0, ranks: int = 1, size: int = 6) -> RLData:
+    problems = tuple(Problem(prompt=str(i), answer="", source="") for i in range(size))
+    encoded = EncodedProblems(problems=problems, ids=tuple((i,) for i in range(size)), pad_id=0, dropped=0)
+    made = RLData(
+        train=encoded, held_out=encoded, batch=Batch(), aggregation=TokenMean(), rows_per_prompt=2,
+        zero_reward=ZeroReward(), every_row=False, validation_prompts=4, seed=0,
+    )  # fmt: skip
+    made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)  # pyright: ignore
+    return made
+
+
+def names(prompts) -> list[str]:
+    return [problem.prompt for problem in prompts.problems]
+
+
+def test_each_round_holds_every_problem_once_in_a_new_order():
+    one = data()
+    rounds = [names(one.draw(4)) + names(one.draw(2)) for _ in range(3)]
+    assert all(sorted(r) == [str(i) for i in range(6)] for r in rounds)
+    assert rounds[0] != rounds[1]
+    assert names(data().draw(6)) == rounds[0]
+    assert sorted(names(data().draw(12))) == sorted(rounds[0] + rounds[1])
+
+
+def test_ranks_draw_different_problems():
+    drawn = [names(data(rank, ranks=2).draw(3)) for rank in range(2)]
+    assert sorted(drawn[0] + drawn[1]) == [str(i) for i in range(6)]
+
+
+def test_the_position_survives_a_checkpoint():
+    whole, first, second = data(), data(), data()
+    expected = names(whole.draw(4)) + names(whole.draw(7))
+    start = names(first.draw(4))
+    second.load_state_dict(first.state_dict())
+    assert start + names(second.draw(7)) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_number_of_ranks_goes_on_behind_the_furthest(ranks):
+    """Of two ranks one has drawn 2 prompts, as others were dropped, and one 1: the first 4 places are passed, whoever had them."""
+    first, second = data(0, 2), data(1, 2)
+    first.draw(2)
+    second.draw(1)
+    saved = {"ranks": [first.state_dict()["ranks"][0], second.state_dict()["ranks"][0]]}
+    order = names(data().draw(24))
+    drawn = []
+    for rank in range(ranks):
+        now = data(rank, ranks)
+        now.load_state_dict(saved)
+        drawn.append(names(now.draw(2)))
+    if ranks == 2:  # as many as before: each where it was
+        assert drawn == [[order[4], order[6]], [order[3], order[5]]]
+    else:
+        start = {1: 4, 3: 6}[ranks]  # 4 places are 2 rounds of three ranks
+        assert drawn == [[order[start + rank + ranks * i] for i in range(2)] for rank in range(ranks)]
+
+
+def test_held_out_problems_come_whole_in_order_over_ranks():
+    loader = data().val_dataloader()
+    assert isinstance(loader, PromptLoader)
+    assert [names(batch) for batch in loader] == [["0", "1", "2", "3"], ["4", "5"]]
+    assert len(loader) == 2
+    shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader() for name in names(batch)]
+    assert sorted(shared) == [str(i) for i in range(6)]
+
+
+@pytest.mark.parametrize("two", [("trainer.devices=2",), ("trainer.devices=[0,1]",), ("trainer.num_nodes=2",)])
+def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_loaded(two, tmp_path, monkeypatch):
+    two = ("strategy=ddp", *two)
+    monkeypatch.setattr(HFPolicy, "tokenizer", lambda *_: pytest.fail("something was loaded"))
+    message = refused(monkeypatch, tmp_path, *SHORT, *two, "batch.prompts=7")
+    assert "batch.prompts=7 cannot be shared out among 2 ranks" in message
+    # 8 prompts x 4 completions: 16 rows on each of two ranks, which is less than a micro-batch; 32 on one.
+    with pytest.raises(pytest.fail.Exception, match="something was loaded"):
+        refused(monkeypatch, tmp_path, *SHORT, *two, "batch.micro_batch=24")
+    assert "batch.micro_batch=24 does not fill" in refused(monkeypatch, tmp_path, *SHORT, "batch.micro_batch=24")

@@ -1,0 +1,85 @@
+"""The optimizer's settings are the config's, also where a run goes on from a checkpoint that was made with others."""
+
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
+from tests.command_line import refused, run_train
+from tests.runs import QUICK, weights
+
+
+def state(run: Path, step: int) -> tuple[dict, list[dict]]:
+    """Of a checkpoint: the settings of its one group of weights, and where its schedule stands."""
+    saved = torch.load(run / "checkpoints" / f"step-{step:06d}" / "trainer.ckpt", weights_only=False)
+    return saved["optimizer_states"][0]["param_groups"][0], saved["lr_schedulers"]
+
+
+def test_by_hand():
+    def optimizer(weights, lr, decay):
+        return torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
+
+    def cosine(optimizer, num_training_steps):
+        return get_cosine_schedule_with_warmup(optimizer, 0, num_training_steps)
+
+    weight = nn.Parameter(torch.ones(2))
+    restored, schedule = build_optimizer(lambda w: optimizer(w, 0.3, 0.0), cosine, [weight], 4)
+    weight.grad = torch.ones(2)
+    for _ in range(2):
+        restored.step()
+        schedule.step()
+    moments = restored.state[weight]["exp_avg"].clone()
+    trainer = SimpleNamespace(
+        global_step=2, optimizers=[restored], lr_scheduler_configs=[SimpleNamespace(scheduler=schedule)]
+    )
+    fresh = build_optimizer(lambda w: optimizer(w, 2.0, 0.1), cosine, [nn.Parameter(torch.zeros(1))], 4)
+    apply_new_hyperparameters(trainer, *fresh)  # pyright: ignore[reportArgumentType]
+    (group,) = restored.param_groups
+    assert group["lr"] == pytest.approx(1.0)  # 2 (1 + cos(pi 2 / 4)) / 2
+    assert group["weight_decay"] == 0.1
+    assert group["params"][0] is weight
+    assert torch.equal(restored.state[weight]["exp_avg"], moments)
+    restored.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [group["lr"]] == pytest.approx([1 + math.cos(math.pi * 3 / 4)])
+
+
+def test_a_run_that_goes_on_takes_the_new_learning_rate(run, tmp_path, monkeypatch):
+    """Of 0 here: nothing moves any more, and it did before."""
+    changes = ("optimizer.lr=0.0", "optimizer.weight_decay=0.3", "trainer.max_epochs=6")
+    run_train(monkeypatch, *QUICK, *changes, f"resume={run}", f"output={tmp_path / 'b'}")
+    group, _ = state(tmp_path / "b", 6)
+    assert (group["lr"], group["weight_decay"]) == (0.0, 0.3)
+    stayed = weights(tmp_path / "b")
+    assert all(torch.equal(value, stayed[name]) for name, value in weights(run).items())
+    steps = [row["step"] for row in csv.DictReader((tmp_path / "b" / "metrics.csv").open()) if row["reward/mean"]]
+    assert len(steps) == 2
+
+
+def test_a_schedule_goes_on_where_the_run_is_at_the_new_height(run, tmp_path, monkeypatch):
+    changes = ("optimizer.lr=0.004", "schedule=cosine", "trainer.max_epochs=6", "callbacks.checkpoints.every=1")
+    run_train(monkeypatch, *QUICK, *changes, f"resume={run}", f"output={tmp_path / 'b'}")
+    group, (schedule,) = state(tmp_path / "b", 5)
+    assert group["lr"] == pytest.approx(0.004 * (1 + math.cos(math.pi * 5 / 6)) / 2)
+    assert schedule["base_lrs"] == [0.004]
+    assert schedule["last_epoch"] == 5
+    assert state(run, 4)[0]["lr"] == 1e-4
+
+
+def test_another_optimizer_is_refused_before_weights_are_loaded(run, tmp_path, monkeypatch):
+    other = ("optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps")
+    message = refused(monkeypatch, tmp_path, *QUICK, *other, f"resume={run}")
+    assert "optimizer._target_=torch.optim.SGD" in message
+    assert "holds the state of torch.optim.AdamW" in message
+    assert "policy.path=" in message
+
+
+def test_fewer_collections_than_there_are_is_a_sentence(run, tmp_path, monkeypatch):
+    message = refused(monkeypatch, tmp_path, *QUICK, "trainer.max_epochs=2", f"resume={run}")
+    assert "trainer.max_epochs=2: the checkpoint to go on from comes after 4 collections" in message
