@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> float | None:
     folder = _folder(cfg)
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
-    parts = Components.of(cfg)
+    parts = Components.from_config(cfg)
     compatibility.check(parts, _ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
@@ -80,7 +80,6 @@ def train(cfg: DictConfig) -> float | None:
     module = _module(cfg, parts, tokenizer)
     module.own_checkpoint = checkpoint is not None and checkpoints.is_own(folder, checkpoint, cfg)
     data = _data(cfg, parts, problems, held_out)
-    trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fitted(trainer, module, data, checkpoint, folder, started)
 
@@ -171,6 +170,7 @@ def _module(cfg: DictConfig, parts: "Components", tokenizer: Any) -> "RLModule":
         reward=parts.reward,
         filter=parts.filter,
         zero_reward=parts.zero_reward,
+        threshold=parts.threshold,
         reference=parts.reference,
         shaper=parts.shaper,
         correction=parts.correction,
@@ -187,17 +187,7 @@ def _module(cfg: DictConfig, parts: "Components", tokenizer: Any) -> "RLModule":
 def _data(cfg: DictConfig, parts: "Components", problems: Any, held_out: Any) -> "RLData":
     from rlmod.training.datamodule import RLData
 
-    return RLData(
-        train=problems,
-        held_out=held_out,
-        batch=parts.batch,
-        aggregation=parts.aggregation,
-        rows_per_prompt=parts.rows_per_prompt,
-        zero_reward=parts.zero_reward,
-        every_row=bool(parts.regularizer) or not getattr(parts.loss, "proportional_to_advantage", False),
-        validation_prompts=parts.validation.prompts_per_batch,
-        seed=cfg.seed,
-    )
+    return RLData(train=problems, held_out=held_out, aggregation=parts.aggregation)
 
 
 def _fitted(
@@ -214,8 +204,6 @@ def _fitted(
         if isinstance(trainer.strategy, Sharding):  # PyTorch would stumble over other shapes in the middle of loading
             saved = saved_weights(checkpoint / "policy")
             check_same_policy(saved, trained_weights(module.policy, saved))
-    if data.held_out is None:
-        trainer.limit_val_batches = 0
     if checkpoint is None:
         module.history["before"] = _held_out(trainer, module, data)
     module.fit_started = time.perf_counter()

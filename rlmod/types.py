@@ -2,18 +2,19 @@
 
     Problem -> Prompts -> Rollouts (filled stage by stage), with Texts as the reward's view of them
 
-Axes, as they stand in every shape of this package:
+Axes, the same in every shape of this package:
 
-    R  rollouts (rows): one completion each; the rows of a prompt stand together and share a ``group`` index
+    R  rows, one completion each; the completions of a prompt stand together and share a ``group`` index
     P  prompt tokens, left-padded
-    T  completion tokens, right-padded; ``logprobs[i, t]`` scores ``completion_ids[i, t]``
+    T  completion tokens, right-padded; ``logprobs[i, t]`` belongs to ``completion_ids[i, t]``
+    V  vocabulary
 
 Units: log-probabilities and entropies in nats; lengths in tokens, EOS included, padding not.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,19 +26,19 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt and the answer that is right."""
+    """A prompt and its correct answer."""
 
     prompt: str | tuple[Message, ...]
     answer: str
     source: str
-    """Where it was read, for messages: ``train.jsonl:12``."""
+    """File and line it was read from, for error messages: ``train.jsonl:12``."""
     entry: Mapping[str, Any] | None = None
-    """What a task's own scorer needs besides the answer."""
+    """What a task's own scorer needs beyond the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """A batch of problems, tokenized. Here R counts prompts, one row each."""
+    """A batch of tokenized problems. Here R counts prompts, one row each."""
 
     ids: Int[Tensor, "R P"]
     mask: Bool[Tensor, "R P"]
@@ -52,7 +53,7 @@ class Prompts:
         return Prompts(ids=self.ids[chosen], mask=self.mask[chosen], problems=problems)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Prompts":
-        """Lightning moves a batch with this."""
+        """Move to a device; Lightning calls this."""
         return replace(
             self,
             ids=self.ids.to(device, non_blocking=non_blocking),
@@ -62,9 +63,9 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What a reward reads. All sequences have one entry a rollout; what is None was not recorded.
+    """The reward's view of rollouts: one entry per completion in each sequence. None means not recorded.
 
-    Scoring recorded completions knows only ``completions`` and ``answers``.
+    Recorded completions (``rlmod-eval completions=FILE``) have only ``completions`` and ``answers``.
     """
 
     completions: Sequence[str]
@@ -82,104 +83,144 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Completions and all that is known of them. A field is None until its stage has filled it.
+    """Completions and everything known about them.
 
-    Masks are explicit: True = counts. The first EOS counts, nothing after it does; a row that is masked out whole (a dropped
-    group in a batch that could not be filled) has no weight anywhere.
+    Every sampler fills the six required fields. The other fields are None until their stage has filled them.
+    Masks are explicit: True means that a token counts. The first EOS counts, nothing after it does. A row whose mask is False
+    everywhere (a dropped group in a rollout batch that could not be filled) has no weight anywhere.
     """
 
-    prompt_ids: Int[Tensor, "R P"] | None = None
-    prompt_mask: Bool[Tensor, "R P"] | None = None
-    completion_ids: Int[Tensor, "R T"] | None = None
-    mask: Bool[Tensor, "R T"] | None = None
-    group: Int[Tensor, " R"] | None = None
-    """Index of the prompt within the collection; a group's rows share it."""
+    prompt_ids: Int[Tensor, "R P"]
+    prompt_mask: Bool[Tensor, "R P"]
+    completion_ids: Int[Tensor, "R T"]
+    mask: Bool[Tensor, "R T"]
+    group: Int[Tensor, " R"]
+    """Index of the prompt within the rollout batch; the completions of a group share it."""
+    truncated: Bool[Tensor, " R"]
+    """Whether the completion hit the token limit before an EOS."""
     rewards: Float[Tensor, " R"] | None = None
-    """After all reward terms."""
+    """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None
-    """The rewards without penalties for length and the like: what decides whether a completion is correct."""
+    """The sum of the reward terms that count for correctness: without penalties for length and the like."""
     logprobs: Float[Tensor, "R T"] | None = None
-    """Of the policy that sampled the row (pi_old, or the guide), at the sampling temperature."""
+    """Log-probabilities of the policy that sampled the row (pi_old, or the guide), at the sampling temperature."""
     entropy: Float[Tensor, "R T"] | None = None
-    """Over the full vocabulary, of pi_old at the sampling temperature; never with a gradient."""
+    """Entropy of pi_old over the full vocabulary, at the sampling temperature; never with a gradient."""
     sampler_logprobs: Float[Tensor, "R T"] | None = None
-    """As the sampling engine reported them."""
+    """Log-probabilities that the sampling engine reported."""
     reference_logprobs: Float[Tensor, "R T"] | None = None
-    """Of the reference policy, at the sampling temperature."""
+    """Log-probabilities of the reference policy, at the sampling temperature."""
     policy_entropy: Float[Tensor, "R T"] | None = None
-    """Of the policy as it is being trained, with its gradient; only in a training step, and only if a penalty needs it."""
-    truncated: Bool[Tensor, " R"] | None = None
-    """Hit the token limit before an EOS."""
+    """Entropy of the policy in training, with its gradient; only in a training step, and only if a component reads it."""
     from_guide: Bool[Tensor, " R"] | None = None
-    zero_reward: Bool[Tensor, " R"] | None = None
-    """In the batch of its own of prompts that the policy alone failed on."""
+    """Whether the guide sampled the row: an off-policy sample."""
+    sub_batch: Int[Tensor, " R"] | None = None
+    """Which sub-batch the row is in. Each one is shaped and normalized apart; 0 is the main one. None: there is only one."""
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None
     """Filled by the aggregation; they sum to 1 over one optimizer step and all ranks (see rlmod/aggregation)."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of a component of one's own, by name: one entry per row, ``[R]`` or ``[R T]``."""
 
     def __len__(self) -> int:
-        return next(len(value) for value in self._filled().values())
+        return len(self.mask)
 
     @property
     def correctness_score(self) -> Float[Tensor, " R"]:
-        """What is compared with a threshold to tell right from wrong: the outcomes, or the rewards where there are none."""
-        correctness_score = self.rewards if self.outcomes is None else self.outcomes
-        assert correctness_score is not None
-        return correctness_score
+        """The number that is compared with a threshold to tell correct from incorrect: the outcomes, or without them the rewards."""
+        return require(self.rewards, "rewards") if self.outcomes is None else self.outcomes
 
     def _filled(self) -> dict[str, Tensor]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Rollouts":
+        extra = {name: change(value) for name, value in self.extra.items()}
+        return replace(self, **{name: change(value) for name, value in self._filled().items()}, extra=extra)
 
     @property
     def device(self) -> torch.device:
-        return next(value.device for value in self._filled().values())
+        return self.mask.device
 
     def rows(self, index: slice | Tensor) -> "Rollouts":
-        """The rows that a slice, an index or a boolean tensor picks, in every field."""
-        return replace(self, **{name: value[index] for name, value in self._filled().items()})
+        """Select rows by a slice, an index or a boolean tensor, in every field."""
+        return self._changed(lambda value: value[index])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Rollouts":
-        """Lightning moves a batch with this."""
-        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in self._filled().items()})
+        """Move to a device; Lightning calls this."""
+        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
 
     def trimmed(self) -> "Rollouts":
-        """Without the columns that are padding in every row. A column that only masked-out tokens use goes too."""
-        changes: dict[str, Tensor] = {}
-        if self.mask is not None:
-            length = int(self.mask.any(0).nonzero().max()) + 1 if bool(self.mask.any()) else 1
-            changes |= {n: v[:, :length] for n, v in self._filled().items() if n in TOKEN_FIELDS}
-        if self.prompt_ids is not None and self.prompt_mask is not None:
-            width = int(self.prompt_mask.sum(1).max())
-            changes |= {"prompt_ids": self.prompt_ids[:, -width:], "prompt_mask": self.prompt_mask[:, -width:]}
-        return replace(self, **changes)
+        """Drop the columns that are padding in every row, and those that only masked-out tokens use."""
+        length = int(self.mask.any(0).nonzero().max()) + 1 if bool(self.mask.any()) else 1
+        changes: dict[str, Tensor] = {n: v[:, :length] for n, v in self._filled().items() if n in TOKEN_FIELDS}
+        width = int(self.prompt_mask.sum(1).max()) if len(self) else 1
+        changes |= {"prompt_ids": self.prompt_ids[:, -width:], "prompt_mask": self.prompt_mask[:, -width:]}
+        extra = {name: value[:, :length] if value.ndim == 2 else value for name, value in self.extra.items()}
+        return replace(self, **changes, extra=extra)
+
+
+def require(value: Tensor | None, name: str) -> Tensor:
+    """Return a field of the record that its stage must have filled; ValueError that names it if it is None."""
+    if value is None:
+        raise ValueError(
+            f"rollouts.{name} is not there: no stage before this one fills it. A component that looks at it names it in `reads`"
+        )
+    return value
 
 
 PROMPT_FIELDS = frozenset({"prompt_ids", "prompt_mask"})
-ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "from_guide", "zero_reward"})
-TOKEN_FIELDS = frozenset(f.name for f in fields(Rollouts)) - PROMPT_FIELDS - ROW_FIELDS
+ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "from_guide", "sub_batch"})
+TENSOR_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name != "extra")
+TOKEN_FIELDS = frozenset(TENSOR_FIELDS) - PROMPT_FIELDS - ROW_FIELDS
 PADDING = {**dict.fromkeys(PROMPT_FIELDS, "left"), **dict.fromkeys(TOKEN_FIELDS, "right")}
 
 
+def build_rollouts(**given: Any) -> Rollouts:
+    """Build a small record for a test or a benchmark: required fields that are not given are filled with placeholders.
+
+    One prompt token per row, completion ids of 0, every token counts, each row is a group of its own, nothing is truncated.
+    """
+    shapes = [value.shape for name, value in given.items() if name in TOKEN_FIELDS and value is not None]
+    rows, length = shapes[0] if shapes else (len(next(iter(given.values()))), 1)
+    device = next(iter(given.values())).device
+    placeholders = {
+        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long, device=device),
+        "prompt_mask": torch.ones(rows, 1, dtype=torch.bool, device=device),
+        "completion_ids": torch.zeros(rows, length, dtype=torch.long, device=device),
+        "mask": torch.ones(rows, length, dtype=torch.bool, device=device),
+        "group": torch.arange(rows, device=device),
+        "truncated": torch.zeros(rows, dtype=torch.bool, device=device),
+    }
+    return Rollouts(**{**placeholders, **given})
+
+
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """Stacks rollouts of different lengths, prompts padded on the left, completions on the right.
+    """Stack rollouts of different lengths, prompts padded on the left, completions on the right.
 
     Padding is 0 in every field: under the masks it is never read.
-    Group indices are taken over as they are; the caller keeps them distinct.
+    An optional field that one of the parts lacks is None in the result.
+    Group indices stay as they are; the caller keeps them distinct.
     """
 
-    def stacked(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
+    def stack(values: list[Any], side: str | None) -> Tensor | None:
         if any(value is None for value in values):
             return None
-        if name in PADDING:
+        if side is not None:
             width = max(value.shape[1] for value in values)
-            values = [_padded(value, width, PADDING[name]) for value in values]
+            values = [_pad(value, width, side) for value in values]
         return torch.cat(values)
 
-    return Rollouts(**{f.name: stacked(f.name) for f in fields(Rollouts)})
+    columns = {name: stack([getattr(part, name) for part in parts], PADDING.get(name)) for name in TENSOR_FIELDS}
+    extra: dict[str, Tensor] = {}
+    for name in parts[0].extra:
+        values = [part.extra.get(name) for part in parts]
+        side = "right" if parts[0].extra[name].ndim == 2 else None
+        if (stacked := stack(values, side)) is not None:
+            extra[name] = stacked
+    return Rollouts(**cast(dict[str, Any], columns), extra=extra)
 
 
-def _padded(value: Tensor, width: int, side: str) -> Tensor:
+def _pad(value: Tensor, width: int, side: str) -> Tensor:
     missing = width - value.shape[1]
     return torch.nn.functional.pad(value, (missing, 0) if side == "left" else (0, missing))

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 
 def ragged(seed: int = 0, groups: int = 4, g: int = 6, length: int = 9, binary: bool = True) -> Rollouts:
@@ -18,7 +18,7 @@ def ragged(seed: int = 0, groups: int = 4, g: int = 6, length: int = 9, binary: 
         rewards = rewards * 0.4 + 0.35 * torch.rand(rows, generator=draw).double()
     entropy = 3 * torch.rand(rows, length, generator=draw).double() + 0.01
     logprobs = -3 * torch.rand(rows, length, generator=draw).double()
-    return Rollouts(
+    return build_rollouts(
         mask=mask,
         group=torch.arange(groups).repeat_interleave(g),
         rewards=rewards,

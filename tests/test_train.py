@@ -97,7 +97,7 @@ def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_pat
 
 
 def test_dynamic_sampling_trains_on_groups_with_signal_only(tmp_path, monkeypatch):
-    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "filter.dynamic_sampling=true")
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "filter=dynamic_sampling")
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert any(float(row["prompts/seen"]) > 8 for row in rows)
     for row in rows:

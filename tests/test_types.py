@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlmod.types import Rollouts, concatenate
+from rlmod.types import Rollouts, build_rollouts, concatenate
 
 
 def rows(length: int, width: int, first: int) -> Rollouts:
@@ -9,7 +9,7 @@ def rows(length: int, width: int, first: int) -> Rollouts:
     mask[1, length - 1] = False
     prompt_mask = torch.ones(2, width, dtype=torch.bool)
     prompt_mask[0, 0] = False
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=torch.full((2, width), first + 1),
         prompt_mask=prompt_mask,
         completion_ids=torch.full((2, length), first + 2),
@@ -43,7 +43,7 @@ def test_rows_and_trimmed_keep_what_counts():
 
 def test_trimmed_of_rows_that_are_masked_out_whole_keeps_a_column():
     nothing = rows(3, 2, 0)
-    empty = Rollouts(mask=torch.zeros_like(nothing.mask), logprobs=nothing.logprobs).trimmed()
+    empty = build_rollouts(mask=torch.zeros_like(nothing.mask), logprobs=nothing.logprobs).trimmed()
     assert empty.mask.shape == (2, 1)
 
 
@@ -53,4 +53,4 @@ def test_to_moves_every_field():
 
 def test_shapes_are_checked():
     with pytest.raises(Exception, match="rewards"):
-        Rollouts(mask=torch.ones(2, 3, dtype=torch.bool), rewards=torch.zeros(3))
+        build_rollouts(mask=torch.ones(2, 3, dtype=torch.bool), rewards=torch.zeros(3))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "algorithms.md"
 STAGES = ["guide", "reward", "reference", "shaper", "correction", "aggregation", "loss", "regularizer"]
 SECTIONS = ("Source", "Differs", "Degenerate", "Needs")
-NODES = {"filter": "rlmod.rollout.collect.Filter", "zero_reward": "rlmod.rollout.collect.ZeroReward"}
+NODES = {"zero_reward": "rlmod.rollout.zero_reward.ZeroReward"}
 
 
 @dataclass(frozen=True, kw_only=True)

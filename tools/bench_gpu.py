@@ -151,7 +151,6 @@ def measured(size: Size, device: torch.device, repetitions: int) -> tuple[Stages
         limit_val_batches=0, gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, callbacks=[stages], logger=False,
     )  # fmt: skip
-    trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     trainer.fit(module, datamodule=data)
     return stages, sum(p.numel() for p in policy.parameters())
 

@@ -23,7 +23,7 @@ from rlmod.commands.plan import memory
 from rlmod.commands.plan.read import run_of
 from rlmod.config import cli
 from rlmod.sampler.hf import HF
-from rlmod.types import Prompts, Rollouts, Texts
+from rlmod.types import Prompts, Rollouts, Texts, build_rollouts
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,7 +119,7 @@ class FullLength(HF):
         mask = torch.ones_like(completions, dtype=torch.bool)
         mask[::2, -1] = False
         known = torch.full(completions.shape, 4.0) * mask
-        return Rollouts(
+        return build_rollouts(
             prompt_ids=torch.full((rows, self.prompt_tokens), 5),
             prompt_mask=prompt_mask,
             completion_ids=completions,

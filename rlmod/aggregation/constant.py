@@ -1,6 +1,7 @@
 """Every token counts the same, by a number that no completion's length enters."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,8 @@ class Constant:
     Needs: mask.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"mask"})
+
     length: int
     """Tokens; usually ${sampler.max_new_tokens}."""
 
@@ -31,6 +34,5 @@ class Constant:
             raise ValueError(f"aggregation.length must be at least 1 token, got {self.length}")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.mask is not None
         rows = all_sum(rollouts.mask.any(1).sum())
         return rollouts.mask / (torch.clamp(rows, min=1) * self.length)

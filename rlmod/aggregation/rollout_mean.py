@@ -1,6 +1,7 @@
 """Every completion counts the same, whatever its length."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,8 +20,9 @@ class RolloutMean:
     Needs: mask.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"mask"})
+
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.mask is not None
         counted = rollouts.mask.float()
         length = counted.sum(1, keepdim=True)
         rows = all_sum((length > 0).float().sum())

@@ -1,6 +1,7 @@
 """Every token counts the same."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +19,8 @@ class TokenMean:
     Needs: mask.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"mask"})
+
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.mask is not None
         counted = rollouts.mask.float()
         return counted / all_sum(counted.sum()).clamp(min=1)

@@ -1,4 +1,4 @@
-"""From the composed config to its components: everything that can be wrong before data and weights are loaded."""
+"""Build the components of a composed config. Everything that can be wrong shows here, before data and weights are loaded."""
 
 import inspect
 import re
@@ -18,6 +18,7 @@ from rlmod.config.validation import check_arguments, check_types, check_value
 from rlmod.interfaces import (
     Aggregation,
     Correction,
+    Filter,
     Guide,
     Loss,
     Optimizer,
@@ -27,15 +28,16 @@ from rlmod.interfaces import (
     Reward,
     Sampler,
     Shaper,
+    check_declarations,
 )
 from rlmod.model.policy import HFPolicy
-from rlmod.rollout.collect import Filter, ZeroReward
 from rlmod.rollout.prompts import PromptEncoder
+from rlmod.rollout.zero_reward import ZeroReward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """The components of a training run; the fields stand in the order of the data, as the groups in conf/train.yaml do."""
+    """The components of a training run, in the order of the data, like the groups in conf/train.yaml."""
 
     policy: HFPolicy
     train: Problems
@@ -46,6 +48,7 @@ class Components:
     reward: Reward
     filter: Filter
     zero_reward: ZeroReward
+    threshold: float
     reference: Reference | None
     shaper: Shaper
     correction: Mapping[str, Correction]
@@ -58,49 +61,98 @@ class Components:
 
     @property
     def rows_per_prompt(self) -> int:
-        """Own completions and the guide's."""
+        """On-policy completions and the guide's."""
         return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
 
     @classmethod
-    def of(cls, cfg: DictConfig) -> "Components":
-        def part(key: str, node: Any = None) -> Any:
+    def from_config(cls, cfg: DictConfig) -> "Components":
+        check_value(cfg.threshold, float, "threshold")
+
+        def build(key: str, node: Any = None) -> Any:
             node = OmegaConf.select(cfg, key) if node is None else node
             if node is None:
                 return None
-            check_types(node, key)
-            made = instantiate(node, _convert_="all")
-            if isinstance(made, partial):
-                check_arguments(made, key)
-            return made
+            check_types(_as_node(node, key), key)
+            try:
+                component = instantiate(node, _convert_="all")
+            except InstantiationException as error:
+                target = node.get("_target_")
+                if key.split(".")[0] in DECLARING and _is_function(target) and not node.get("_partial_"):
+                    raise ValueError(
+                        f"{key}: {target} is a function, and was called while the config was read ({error.__cause__ or error}); if it "
+                        "is the component itself, add `_partial_: true` to its YAML"
+                    ) from error
+                raise
+            if isinstance(component, partial):
+                check_arguments(component, key)
+            if key.split(".")[0] in DECLARING:
+                check_declarations(component, key)
+            return component
 
-        def parts_of(group: str) -> dict[str, Any]:
-            return {str(name): part(f"{group}.{name}") for name in OmegaConf.select(cfg, group) or {}}
+        def build_all(group: str) -> dict[str, Any]:
+            nodes = OmegaConf.select(cfg, group)
+            if nodes is None:
+                return {}
+            if not isinstance(nodes, DictConfig):
+                raise ValueError(
+                    f"{group}={nodes!r}: {group} is a list of options, as in {group}=[{nodes}]; the YAML of one of your own begins with "
+                    f"the line `# @package {group}.NAME`"
+                )
+            for name, node in nodes.items():
+                if not isinstance(node, DictConfig):
+                    raise ValueError(
+                        f"{group}.{name} is not a component but {node!r}: the YAML of a {group} of your own begins with the line "
+                        f"`# @package {group}.NAME`, so that several can stand side by side"
+                    )
+            return {str(name): build(f"{group}.{name}") for name in nodes}
 
         return cls(
-            policy=part("policy"),
-            train=part("data.train"),
-            held_out=part("data.validation"),
-            encoder=part("data.encoder"),
-            sampler=part("sampler"),
-            guide=part("guide"),
+            policy=build("policy"),
+            train=build("data.train"),
+            held_out=build("data.validation"),
+            encoder=build("data.encoder"),
+            sampler=build("sampler"),
+            guide=build("guide"),
             reward=build_reward(cfg.reward),
-            filter=part("filter"),
-            zero_reward=part("zero_reward"),
-            reference=part("reference"),
-            shaper=part("shaper"),
-            correction=parts_of("correction"),
-            aggregation=part("aggregation"),
-            loss=part("loss"),
-            regularizer=parts_of("regularizer"),
-            optimizer=_tried(part("optimizer")),
-            batch=part("batch"),
-            validation=_validation(cfg.validation, part("validation.sampler", _validation_sampler(cfg))),
+            filter=build("filter"),
+            zero_reward=build("zero_reward"),
+            threshold=cfg.threshold,
+            reference=build("reference"),
+            shaper=build("shaper"),
+            correction=build_all("correction"),
+            aggregation=build("aggregation"),
+            loss=build("loss"),
+            regularizer=build_all("regularizer"),
+            optimizer=_dry_run(build("optimizer")),
+            batch=build("batch"),
+            validation=_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg))),
         )
 
 
+def _is_function(target: str | None) -> bool:
+    try:
+        return target is not None and inspect.isfunction(hydra.utils.get_object(target))
+    except Exception:  # it cannot be imported, and instantiating it says so better
+        return False
+
+
+DECLARING = ("filter", "shaper", "correction", "aggregation", "loss", "regularizer")
+"""Stages whose components declare what they read."""
+
+
+def _as_node(node: Any, key: str) -> DictConfig:
+    """ValueError for a value in the place of a node, such as batch=large: some nodes have no options to choose from."""
+    if isinstance(node, DictConfig):
+        return node
+    raise ValueError(
+        f"{key}={node}: {key} has no options to choose from, only keys of its own: set them one by one, as in {key}.KEY=VALUE; "
+        f"`rlmod-train --help` lists them"
+    )
+
+
 def _validation_sampler(cfg: DictConfig) -> DictConfig:
-    """What validation.sampler leaves open is as in training, as an engine's settings, which the two then share."""
-    given = cfg.validation.sampler
+    """Fill what validation.sampler leaves open from the training sampler, such as an engine's settings, which the two then share."""
+    given = _as_node(_as_node(cfg.validation, "validation").sampler, "validation.sampler")
     same = OmegaConf.select(given, "_target_") == OmegaConf.select(cfg.sampler, "_target_")
     resolved = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)))
     return cast(DictConfig, OmegaConf.merge(cfg.sampler, resolved) if same else given)
@@ -114,8 +166,8 @@ def _validation(node: DictConfig, sampler: Sampler) -> Validation:
     return Validation(sampler=sampler, reward=build_reward(node.reward), **plain)
 
 
-def _tried(optimizer: Optimizer) -> Optimizer:
-    """Called once on a parameter of nobody's: what it refuses shows now, not when the policy's weights are loaded."""
+def _dry_run(optimizer: Optimizer) -> Optimizer:
+    """Call it once on a dummy parameter: an argument it refuses shows now, not after the policy's weights are loaded."""
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
@@ -124,7 +176,7 @@ def _tried(optimizer: Optimizer) -> Optimizer:
 
 
 def build_reward(config: Mapping[Any, Any]) -> Reward:
-    """The reward that a configuration describes.
+    """Build the reward that a config describes.
 
     A class is instantiated. A plain function is the reward itself: the other keys become its arguments (a function that
     makes a reward says ``_partial_: false``). The same holds for the rewards inside ``terms``.
@@ -171,5 +223,5 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception at the root of it: Hydra wraps what an import raised, and says it over three lines."""
+    """Return the exception at the root: Hydra wraps what an import raised in three lines."""
     return _cause(error.__cause__) if error.__cause__ else error

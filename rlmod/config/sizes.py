@@ -1,4 +1,4 @@
-"""The sizes of an iteration, and how held-out problems are sampled and judged."""
+"""Sizes of an iteration, and how held-out problems are sampled and graded."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ class Batch:
     """The sizes of one iteration."""
 
     prompts: int = 32
-    """A collection holds so many groups, over all ranks."""
+    """Groups per rollout batch, over all ranks."""
     minibatches: int = 1
-    """Optimizer steps that one pass over the collection is split into."""
+    """Optimizer steps that one pass over the rollout batch is split into."""
     epochs: int = 1
-    """Times that the collection is gone through."""
+    """Passes over the rollout batch."""
     micro_batch: int = 64
-    """Rows of one forward and backward pass on one rank; a matter of memory alone, the result does not depend on it."""
+    """Completions per forward and backward pass on one rank. It affects memory only, not the result."""
     micro_batch_tokens: int | None = None
-    """Tokens of one forward and backward pass, padding included, besides; a longer row goes alone. null: as many as there are."""
+    """Tokens per forward and backward pass, padding included, as a second limit; a longer completion goes alone. null: no limit."""
     logprob_pass: Literal["needed", "always"] = "needed"
-    """Whether pi_old's log-probabilities and entropies are computed even where no part reads them before the training step, which then
-    has them for nothing; only then is ``completions/entropy`` there to be looked at. A sampler that hands them over makes no difference."""
+    """When pi_old's log-probabilities and entropies are computed before the training step: ``needed``, if a component reads them, or
+    ``always``, so that ``completions/entropy`` is logged. A sampler that hands them over needs no pass either way."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "minibatches", "epochs", "micro_batch", "micro_batch_tokens"):
@@ -33,18 +33,18 @@ class Batch:
                 raise ValueError(f"batch.{name} must be at least 1, got {value}")
 
     def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
-        """The most micro-batches of one optimizer step on one rank. ValueError where they do not come out even.
+        """Return the most micro-batches of one optimizer step on one rank. ValueError if they do not divide evenly.
 
-        With ``extra_rows``, which a collection may or may not have, they cannot: then a micro-batch has at most ``micro_batch`` rows. By
-        tokens, each row may need one of its own.
+        With ``extra_rows``, which a rollout batch may or may not have, they need not: then a micro-batch has at most ``micro_batch`` rows.
+        With a token limit, each row may need a micro-batch of its own.
         """
         if self.prompts % ranks:
-            raise ValueError(f"batch.prompts={self.prompts} cannot be shared out among {ranks} ranks: give a multiple")
+            raise ValueError(f"batch.prompts={self.prompts} cannot be divided among {ranks} ranks: give a multiple")
         rows = self.prompts // ranks * completions_per_prompt
         if rows % self.minibatches:
             raise ValueError(
-                f"batch.minibatches={self.minibatches} does not divide the {rows} rows of a collection ({self.prompts // ranks} prompts "
-                f"x {completions_per_prompt} completions a rank): give one of {_divisors(rows)}"
+                f"batch.minibatches={self.minibatches} does not divide the {rows} rows of a rollout batch ({self.prompts // ranks} prompts "
+                f"x {completions_per_prompt} completions per rank): give one of {_divisors(rows)}"
             )
         step = rows // self.minibatches
         if self.micro_batch_tokens is not None:
@@ -53,7 +53,7 @@ class Batch:
             return math.ceil((step + math.ceil(extra_rows / self.minibatches)) / self.micro_batch)
         if step % min(self.micro_batch, step):
             raise ValueError(
-                f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows a collection "
+                f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows per rollout batch "
                 f"/ batch.minibatches={self.minibatches}): give one of {_divisors(step)}"
             )
         return step // min(self.micro_batch, step)
@@ -70,15 +70,15 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """How held-out problems are sampled and judged: mean@n over the sampler's n completions, and pass@k for each k."""
+    """How held-out problems are sampled and graded: mean@n over the sampler's n completions, and pass@k for each k."""
 
     sampler: Sampler
     reward: Reward
     threshold: float = 0.5
-    """A completion is correct when its reward, without penalties, is above this."""
+    """A completion is correct if its correctness score is above this."""
     pass_at: Sequence[int] = ()
     prompts_per_batch: int = 512
-    """Sampled at once; a matter of memory alone."""
+    """Prompts sampled together. It affects memory, and the random numbers that completions are drawn with."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -23,7 +23,8 @@ class ForkingTokens:
     Needs: entropy, mask, advantages.
     """
 
-    varies_over_tokens: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"entropy", "mask", "advantages"})
+    granularity: ClassVar[Literal["token", "sequence"]] = "token"
 
     share: float = 0.2
 
@@ -32,7 +33,7 @@ class ForkingTokens:
             raise ValueError(f"correction.forking_tokens.share must be above 0 and at most 1, got {self.share}")
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
-        assert rollouts.entropy is not None and rollouts.mask is not None and rollouts.advantages is not None
+        assert rollouts.entropy is not None and rollouts.advantages is not None
         entropies = all_gathered(rollouts.entropy[rollouts.mask])
         if not len(entropies):
             return rollouts

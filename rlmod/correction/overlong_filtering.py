@@ -1,6 +1,7 @@
 """Truncated completions teach nothing: they are left out of the loss."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -19,7 +20,9 @@ class OverlongFiltering:
     Needs: truncated, mask, advantages.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"truncated", "mask", "advantages"})
+
     def __call__(self, rollouts: Rollouts) -> Rollouts:
-        assert rollouts.truncated is not None and rollouts.mask is not None and rollouts.advantages is not None
+        assert rollouts.advantages is not None
         mask = rollouts.mask & ~rollouts.truncated[:, None]
         return replace(rollouts, mask=mask, advantages=torch.where(mask, rollouts.advantages, 0))

@@ -1,7 +1,7 @@
 """What the sampling engine got wrong about its own probabilities, weighed back."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlmod.ops import log_ratio
 from rlmod.types import Rollouts
@@ -24,6 +24,8 @@ class TruncatedImportance:
     Needs: logprobs, sampler_logprobs, mask, advantages.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "sampler_logprobs", "mask", "advantages"})
+
     cap: float = 2.0
     level: Literal["token", "sequence"] = "token"
 
@@ -32,11 +34,11 @@ class TruncatedImportance:
             raise ValueError(f"correction.truncated_importance.cap must be above 0, got {self.cap}")
 
     @property
-    def varies_over_tokens(self) -> bool:
-        return self.level == "token"
+    def granularity(self) -> Literal["token", "sequence"]:
+        return self.level
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
-        assert rollouts.logprobs is not None and rollouts.mask is not None and rollouts.advantages is not None
+        assert rollouts.logprobs is not None and rollouts.advantages is not None
         if rollouts.sampler_logprobs is None:
             raise ValueError(
                 "correction.truncated_importance needs the sampler's log-probabilities, and this sampler gives none"

@@ -71,7 +71,6 @@ class Policy:
         rows = self._asking_for(completions_per_prompt)(model, prompts.to(device), seed)
         logprobs = rows.logprobs
         if logprobs is None:  # an engine that hands over none
-            assert rows.mask is not None
             logprobs = completion_logprobs(model, rows, self.sampler.temperature) * rows.mask
         rows, logprobs = rows.to(home), logprobs.to(home)
         if self.ratio == "one":

@@ -1,7 +1,7 @@
 """CISPO: the clipped ratio weighs the log-probability, and no token loses its gradient."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,9 @@ class Cispo:
     Needs: logprobs, advantages, mask.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})
+    granularity: ClassVar[Literal["token", "sequence"]] = "token"
     proportional_to_advantage: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
 
     clip_low: float | None = None
     clip_high: float = 4.0
@@ -42,7 +43,7 @@ class Cispo:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        assert rollouts.logprobs is not None and rollouts.advantages is not None
         mask = rollouts.mask
         ratio = log_ratio(logprobs.detach(), rollouts.logprobs, mask).exp()
         low = 0.0 if self.clip_low is None else 1 - self.clip_low

@@ -1,7 +1,7 @@
 """PPO's clipped surrogate, token by token."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,9 @@ class ClippedSurrogate:
     Needs: logprobs, advantages, mask.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})
+    granularity: ClassVar[Literal["token", "sequence"]] = "token"
     proportional_to_advantage: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -36,7 +37,7 @@ class ClippedSurrogate:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        assert rollouts.logprobs is not None and rollouts.advantages is not None
         ratio = log_ratio(logprobs, rollouts.logprobs, rollouts.mask).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         unclipped_loss, clipped_loss = -ratio * rollouts.advantages, -clipped * rollouts.advantages

@@ -28,8 +28,9 @@ class MixedSurrogate:
     Needs: logprobs, advantages, mask; from_guide, where there are guide rows.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages", "from_guide"})
+    granularity: ClassVar[Literal["token", "sequence"]] = "token"
     proportional_to_advantage: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -63,7 +64,7 @@ class MixedSurrogate:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        assert rollouts.logprobs is not None and rollouts.advantages is not None
         mask = rollouts.mask
         guided = torch.zeros_like(mask) if rollouts.from_guide is None else rollouts.from_guide[:, None] & mask
         ratio = log_ratio(logprobs, rollouts.logprobs, mask).exp()

@@ -26,9 +26,9 @@ class SequenceSurrogate:
     Needs: logprobs, advantages (constant over a completion), mask.
     """
 
-    needs_constant_advantage: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})
+    granularity: ClassVar[Literal["token", "sequence"]] = "sequence"
     proportional_to_advantage: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
 
     ratio: Literal["arithmetic", "geometric"] = "arithmetic"
     clip_low: float = 0.2
@@ -45,7 +45,7 @@ class SequenceSurrogate:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.logprobs is not None and rollouts.advantages is not None and rollouts.mask is not None
+        assert rollouts.logprobs is not None and rollouts.advantages is not None
         mask = rollouts.mask
         log_w = log_ratio(logprobs, rollouts.logprobs, mask)
         if self.ratio == "arithmetic":

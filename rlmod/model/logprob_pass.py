@@ -23,7 +23,6 @@ def logprob_pass(
     reference: Reference | None = None,
 ) -> Rollouts:
     """With pi_old's scores (``pi_old``) where the sampler could not hand them over, and with the reference's, in one sweep."""
-    assert rollouts.mask is not None
     pi_old = pi_old and (rollouts.logprobs is None or rollouts.entropy is None)
     if not pi_old and reference is None:
         return rollouts
@@ -31,7 +30,6 @@ def logprob_pass(
         torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device) for _ in range(3)
     )
     for index, micro_batch in iter_micro_batches(rollouts, rows, tokens):
-        assert micro_batch.mask is not None
         length = micro_batch.mask.shape[1]
         if pi_old:
             logprobs[index, :length], undecided = logprobs_and_entropy(policy, micro_batch, temperature)

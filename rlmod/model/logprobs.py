@@ -152,8 +152,7 @@ def logprobs_and_entropy(
     Only counted tokens are looked at, and their logits are never whole: the policy's head is made to hand over what becomes of them. Of a
     model that does more behind its head than ``find_logit_transform`` knows they are whole.
     """
-    assert rollouts.completion_ids is not None
-    mask = torch.ones_like(rollouts.completion_ids, dtype=torch.bool) if rollouts.mask is None else rollouts.mask
+    mask = rollouts.mask
     if (transform := find_logit_transform(policy)) is None:
         logits = completion_logits(policy, rollouts)
         logprobs = ops.token_logprobs(logits, rollouts.completion_ids, temperature) * mask
@@ -244,7 +243,10 @@ def _tried(policy: nn.Module) -> LogitTransform | None:
 def _returned(policy: nn.Module, z: Float[Tensor, " V"], *, capped: bool) -> Float[Tensor, " V"] | None:
     """What the policy returns if its head returns z for every token; None if that depends on the token, or has another shape."""
     token = torch.zeros(1, 1, dtype=torch.long, device=z.device)
-    row = Rollouts(prompt_ids=token, prompt_mask=token == 0, completion_ids=token)
+    mask = token == 0
+    row = Rollouts(
+        prompt_ids=token, prompt_mask=mask, completion_ids=token, mask=mask, group=token[0], truncated=~mask[0]
+    )
     dropout_kept = torch.random.fork_rng([z.device] if z.device.type == "cuda" else [])
     replaced = patched_lm_head(policy, lambda hidden: z.repeat(*hidden.shape[:-1], 1), capped=capped)
     with torch.no_grad(), dropout_kept, shared_prompts.uncompiled(policy), replaced:

@@ -25,7 +25,6 @@ def pack_by_length(rollouts: Rollouts, rows: int, tokens: int | None = None) -> 
 
     Sorted by length there is little padding in a pack. A row that is longer than ``tokens`` by itself is a pack of its own.
     """
-    assert rollouts.prompt_mask is not None and rollouts.mask is not None
     places = torch.arange(1, rollouts.mask.shape[1] + 1, device=rollouts.mask.device)
     prompts, completions = rollouts.prompt_mask.sum(1), (rollouts.mask * places).amax(1)
     order = (prompts + completions).argsort(descending=True, stable=True)

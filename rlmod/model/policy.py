@@ -141,7 +141,6 @@ class HFPolicy:
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
     """The text of each completion: the counted tokens, without special ones."""
-    assert rollouts.completion_ids is not None and rollouts.mask is not None
     counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
     ids = [row.tolist() for row in counted]
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))

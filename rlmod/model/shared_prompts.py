@@ -63,9 +63,8 @@ def logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"]
 
 def shared_prompts(policy: nn.Module, rollouts: Rollouts) -> tuple[Int[Tensor, " n"], Int[Tensor, " R"]] | None:
     """A row of each prompt, and the number of each row's prompt among them; None where sharing is of no use, or not exact."""
-    if rollouts.group is None or not can_share(policy):
+    if not can_share(policy):
         return None
-    assert rollouts.prompt_ids is not None and rollouts.completion_ids is not None
     rows, width = rollouts.prompt_ids.shape
     groups, prompt_of_row = rollouts.group.unique(return_inverse=True)
     spared = (rows - len(groups)) * (width - 1)

@@ -20,8 +20,7 @@ class EntropyBonus:
     Needs: policy_entropy, mask.
     """
 
-    needs_policy_entropy: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset({"policy_entropy", "mask"})
 
     weight: float = 0.001
 
@@ -32,6 +31,6 @@ class EntropyBonus:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.policy_entropy is not None and rollouts.mask is not None
+        assert rollouts.policy_entropy is not None
         entropy = torch.where(rollouts.mask, rollouts.policy_entropy, 0)
         return -self.weight * entropy, {"policy_entropy": entropy.detach()}

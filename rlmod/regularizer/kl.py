@@ -36,8 +36,7 @@ class KL:
     Needs: reference_logprobs, mask; logprobs, with ``importance``.
     """
 
-    needs_reference: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset({"reference_logprobs", "logprobs", "mask"})
 
     weight: float = 0.001
     value: Estimator = "k3"
@@ -51,7 +50,7 @@ class KL:
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
-        assert rollouts.reference_logprobs is not None and rollouts.mask is not None
+        assert rollouts.reference_logprobs is not None
         d = torch.where(rollouts.mask, logprobs - rollouts.reference_logprobs, 0)
         value, followed = estimate(d.detach(), self.value), estimate(d, self.gradient)
         # The value of one estimator with the gradient of the other.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.interfaces import Reward, SupportsPrepare, function_of
+from rlmod.interfaces import Reward, SupportsPrepare, declared
 from rlmod.reward._compute import compute_rewards
 from rlmod.reward.overlong import Overlong
 from rlmod.types import Problem, Texts
@@ -49,7 +49,7 @@ class Grop:
 
     @property
     def pointwise(self) -> bool:
-        return getattr(function_of(self.reward), "pointwise", False)
+        return bool(declared(self.reward, "pointwise"))
 
     @property
     def penalties(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from rlmod.interfaces import SupportsPrepare, function_of
+from rlmod.interfaces import SupportsPrepare, declared
 from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.types import Problem, Texts
 
@@ -56,7 +56,7 @@ class Weighted:
 
     @property
     def pointwise(self) -> bool:
-        return all(getattr(function_of(term["reward"]), "pointwise", False) for term in self.terms.values())
+        return all(bool(declared(term["reward"], "pointwise")) for term in self.terms.values())
 
     @property
     def penalties(self) -> tuple[str, ...]:

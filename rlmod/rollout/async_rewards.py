@@ -1,4 +1,4 @@
-"""Rewards worked out beside sampling: in a thread, of completions that have ended, while others are being drawn."""
+"""Rewards computed beside sampling: in a thread, for completions that have finished, while others are being sampled."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,79 +10,82 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlmod.interfaces import Reward, Sampler, function_of
+from rlmod.interfaces import Reward, Sampler, declared
 from rlmod.reward._compute import RewardError, RewardResult, compute_rewards
 from rlmod.rollout.groups import select_texts, texts_for_reward
 from rlmod.types import Problem, Rollouts, Texts
 
 
 def supports_async_rewards(sampler: Sampler, reward: Reward) -> bool:
-    """Whether the sampler says which rows have ended, and the reward may be asked about some of them, in a thread."""
-    takes = "on_finished" in signature(sampler.__call__).parameters  # pyright: ignore[reportFunctionMemberAccess]
-    return takes and getattr(function_of(reward), "pointwise", False)
+    """Whether the sampler reports finished completions (``StreamingSampler``) and the reward is pointwise (``PointwiseReward``)."""
+    streams = "on_finished" in signature(sampler.__call__).parameters  # pyright: ignore[reportFunctionMemberAccess]
+    return streams and bool(declared(reward, "pointwise"))
 
 
 class AsyncRewards:
-    """The rewards of one batch: ``take`` what has ended, then ask for ``scores`` of everything. Close it, also where sampling failed."""
+    """The rewards of one batch of prompts: ``submit`` finished completions, then ask for the ``result`` of all.
+
+    ``close`` it afterwards, also if sampling failed.
+    """
 
     def __init__(self, reward: Reward, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> None:
         self.reward, self.problems, self.decode = reward, problems, decode
-        self.asked: list[tuple[Int[Tensor, " n"], Future[RewardResult]]] = []
-        self.questions: SimpleQueue[tuple[Texts, Future[RewardResult]] | None] = SimpleQueue()
+        self.submitted: list[tuple[Int[Tensor, " n"], Future[RewardResult]]] = []
+        self.queue: SimpleQueue[tuple[Texts, Future[RewardResult]] | None] = SimpleQueue()
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        # No pool: its thread would be waited for when the process ends, and a judge that hangs never ends.
-        Thread(target=self._answer, daemon=True, name="reward").start()
+        # No pool: the process would wait for its thread at exit, and a judge that hangs never ends.
+        Thread(target=self._work, daemon=True, name="reward").start()
 
-    def submit(self, rows: Rollouts, places: Int[Tensor, " n"]) -> None:
-        """Some rows, and their places among all that are sampled."""
+    def submit(self, rows: Rollouts, index: Int[Tensor, " n"]) -> None:
+        """Take finished completions, with their indices in the final batch."""
         texts = texts_for_reward(rows, self.problems, self.decode)
-        self.asked.append((places.cpu(), Future()))
-        self.questions.put((texts, self.asked[-1][1]))
+        self.submitted.append((index.cpu(), Future()))
+        self.queue.put((texts, self.submitted[-1][1]))
 
     def result(self, rollouts: Rollouts, texts: Texts) -> RewardResult:
-        """Of all rows, a guide's among them; those that were not taken before are asked for now.
+        """Return the rewards of all rows, the guide's included; those that were not submitted are computed now.
 
-        RewardError where answers name different terms.
+        RewardError if the results name different terms.
         """
         sampled = torch.arange(len(rollouts))
-        if rollouts.from_guide is not None:  # whose rows stand between those that were sampled, in their order
+        if rollouts.from_guide is not None:  # the guide's rows stand between the sampled ones, which keep their order
             sampled = sampled[~rollouts.from_guide.cpu()]
-        left = torch.ones(len(rollouts), dtype=torch.bool)
-        rows, answers = [sampled[places] for places, _ in self.asked], [answer.result() for _, answer in self.asked]
-        for taken in rows:
-            left[taken] = False
-        if left.any():
-            rows.append(left.nonzero()[:, 0])
-            answers.append(compute_rewards(self.reward, select_texts([texts], left)))
-        names = {tuple(sorted(answer.terms)) for answer in answers}
+        missing = torch.ones(len(rollouts), dtype=torch.bool)
+        rows, results = [sampled[index] for index, _ in self.submitted], [each.result() for _, each in self.submitted]
+        for index in rows:
+            missing[index] = False
+        if missing.any():
+            rows.append(missing.nonzero()[:, 0])
+            results.append(compute_rewards(self.reward, select_texts([texts], missing)))
+        names = {tuple(sorted(each.terms)) for each in results}
         if len(names) > 1:
             raise RewardError(f"the reward returned different terms for different completions: {sorted(names)}")
 
-        def together(values: Sequence[Tensor]) -> Tensor:
-            whole = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true torch would make it 16 bits
-            for of, part in zip(rows, values, strict=True):
-                whole[of] = part
-            return whole
+        def scatter(values: Sequence[Tensor]) -> Tensor:
+            combined = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true torch would make it 16 bits
+            for index, part in zip(rows, values, strict=True):
+                combined[index] = part
+            return combined
 
         return RewardResult(
-            rewards=together([answer.rewards for answer in answers]),
-            terms={name: together([answer.terms[name] for answer in answers]) for name in answers[0].terms},
-            outcomes=together([answer.outcomes for answer in answers]),
+            rewards=scatter([each.rewards for each in results]),
+            terms={name: scatter([each.terms[name] for each in results]) for name in results[0].terms},
+            outcomes=scatter([each.outcomes for each in results]),
         )
 
     def close(self) -> None:
-        for _, answer in self.asked:
-            answer.cancel()
-        self.questions.put(None)
+        for _, pending in self.submitted:
+            pending.cancel()
+        self.queue.put(None)
 
-    @torch.no_grad()  # which is each thread's own
-    def _answer(self) -> None:
-        if self.device is not None:  # each thread's own, too
+    @torch.no_grad()  # gradient mode belongs to a thread
+    def _work(self) -> None:
+        if self.device is not None:  # so does the current device
             torch.cuda.set_device(self.device)
-        while (question := self.questions.get()) is not None:
-            texts, answer = question
-            if answer.set_running_or_notify_cancel():
+        while (item := self.queue.get()) is not None:
+            texts, pending = item
+            if pending.set_running_or_notify_cancel():
                 try:
-                    answer.set_result(compute_rewards(self.reward, texts))
+                    pending.set_result(compute_rewards(self.reward, texts))
                 except BaseException as error:
-                    answer.set_exception(error)
+                    pending.set_exception(error)

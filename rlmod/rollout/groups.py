@@ -1,4 +1,4 @@
-"""Prompts that were drawn together, with all their completions and what these earned."""
+"""Prompts sampled together, with all their completions and the rewards of these."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlmod.interfaces import Filter
 from rlmod.ops import group_sum, has_signal
 from rlmod.reward._compute import RewardResult
 from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate
@@ -16,44 +17,47 @@ from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate
 
 @dataclass(frozen=True, kw_only=True)
 class RewardedGroups:
+    """A batch of prompts with their completions and rewards, before any group is dropped."""
+
     prompts: Prompts
     rollouts: Rollouts
     texts: Texts
     terms: dict[str, Float[Tensor, " R"]]
+    """The reward's named terms, one value per completion."""
+    kept: Bool[Tensor, " groups"]
+    """Whether the filter keeps the group."""
     signal: Bool[Tensor, " groups"]
+    """Whether the group holds both correct and incorrect completions."""
     all_correct: Bool[Tensor, " groups"]
-    """All own completions are right."""
+    """Whether every on-policy completion is correct."""
     all_incorrect: Bool[Tensor, " groups"]
-    """All own completions are wrong."""
+    """Whether every on-policy completion is incorrect."""
     first_group: int
 
     @property
     def group_of_row(self) -> Int[Tensor, " R"]:
-        """Within these prompts, from 0."""
-        assert self.rollouts.group is not None
+        """The group of each row within these prompts, from 0."""
         return self.rollouts.group - self.first_group
 
-    def rows_of(self, groups: Int[Tensor, " n"]) -> Rollouts:
-        """The rows of these groups, which become groups 0 to n - 1, as they were before any reward."""
-        place = torch.full((len(self.prompts),), -1, device=groups.device)
-        place[groups] = torch.arange(len(groups), device=groups.device)
-        of_row = place[self.group_of_row]
-        chosen = of_row >= 0
-        return replace(self.rollouts.rows(chosen), group=of_row[chosen], rewards=None, outcomes=None)
+    def without_rewards(self, groups: Int[Tensor, " n"]) -> Rollouts:
+        """Select the rows of these groups, renumbered 0 to n - 1, without their rewards."""
+        new_index = torch.full((len(self.prompts),), -1, device=groups.device)
+        new_index[groups] = torch.arange(len(groups), device=groups.device)
+        group = new_index[self.group_of_row]
+        chosen = group >= 0
+        return replace(self.rollouts.rows(chosen), group=group[chosen], rewards=None, outcomes=None)
 
-    def solved(self, threshold: float) -> Bool[Tensor, " groups"]:
-        """Groups in which some completion, own or the guide's, is right."""
+    def any_correct(self, threshold: float) -> Bool[Tensor, " groups"]:
+        """Whether some completion of the group is correct, on-policy or the guide's."""
         correct = (self.rollouts.correctness_score > threshold).float()
         return group_sum(correct, self.group_of_row, len(self.prompts)) > 0
 
 
-def interleave(own: Rollouts, guide: Rollouts) -> Rollouts:
-    """The rows of both, group by group, the own ones first."""
-    if own.from_guide is None:
-        assert own.truncated is not None
-        own = replace(own, from_guide=torch.zeros_like(own.truncated))
-    both = concatenate([own, guide])
-    assert both.group is not None
+def interleave(on_policy: Rollouts, guide: Rollouts) -> Rollouts:
+    """Join both, group by group, the on-policy completions first."""
+    if on_policy.from_guide is None:
+        on_policy = replace(on_policy, from_guide=torch.zeros_like(on_policy.truncated))
+    both = concatenate([on_policy, guide])
     return both.rows(both.group.argsort(stable=True))
 
 
@@ -63,32 +67,43 @@ def reward_groups(
     first_group: int,
     decode: Callable[[Rollouts], list[str]],
     compute: Callable[[Rollouts, Texts], RewardResult],
+    keep: Filter,
     *,
     threshold: float,
-    over_own: bool,
 ) -> RewardedGroups:
+    """Decode the completions, compute their rewards, and ask the filter which groups train."""
     texts = texts_for_reward(rollouts, prompts.problems, decode)
     result = compute(rollouts, texts)
-    assert rollouts.group is not None
     group, groups = rollouts.group, len(prompts)
     rewards, outcomes = result.rewards.to(group.device), result.outcomes.to(group.device)
-    own = torch.ones_like(outcomes, dtype=torch.bool) if rollouts.from_guide is None else ~rollouts.from_guide
+    rollouts = replace(rollouts, rewards=rewards, outcomes=outcomes)
+    on_policy = torch.ones_like(outcomes, dtype=torch.bool) if rollouts.from_guide is None else ~rollouts.from_guide
     correct = outcomes > threshold
     return RewardedGroups(
         prompts=prompts,
-        rollouts=replace(rollouts, rewards=rewards, outcomes=outcomes, group=group + first_group),
+        rollouts=replace(rollouts, group=group + first_group),
         texts=replace(texts, group=[int(g) + first_group for g in group]),
         terms=result.terms,
-        signal=has_signal(outcomes, group, groups, threshold, rows=own if over_own else None),
-        all_correct=group_sum((own & ~correct).float(), group, groups) == 0,
-        all_incorrect=group_sum((own & correct).float(), group, groups) == 0,
+        kept=_checked(keep(rollouts), keep, groups).to(group.device),
+        signal=has_signal(outcomes, group, groups, threshold),
+        all_correct=group_sum((on_policy & ~correct).float(), group, groups) == 0,
+        all_incorrect=group_sum((on_policy & correct).float(), group, groups) == 0,
         first_group=first_group,
     )
 
 
+def _checked(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
+    name = getattr(keep, "__qualname__", type(keep).__qualname__)
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (groups,):
+        found = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise ValueError(
+            f"filter: {name} returned {found}; expected a boolean tensor with one entry per group: [{groups}]"
+        )
+    return kept
+
+
 def texts_for_reward(rollouts: Rollouts, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> Texts:
-    """The rewards' view of rollouts whose ``group`` counts through ``problems``."""
-    assert rollouts.group is not None and rollouts.mask is not None and rollouts.truncated is not None
+    """Build the reward's view of rollouts whose ``group`` indexes ``problems``."""
     of_row = [problems[int(g)] for g in rollouts.group]
     return Texts(
         completions=decode(rollouts),
@@ -101,13 +116,12 @@ def texts_for_reward(rollouts: Rollouts, problems: Sequence[Problem], decode: Ca
 
 
 def select_texts(parts: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
-    """The texts of those rows of all parts together."""
+    """Concatenate the parts and select rows."""
     kept = rows.nonzero()[:, 0].tolist()
 
-    def joined(name: str) -> list[Any]:
-        whole = list(chain.from_iterable(getattr(part, name) for part in parts))
-        return [whole[row] for row in kept]
+    def select(name: str) -> list[Any]:
+        values = list(chain.from_iterable(getattr(part, name) for part in parts))
+        return [values[row] for row in kept]
 
-    return Texts(
-        **{name: joined(name) for name in ("completions", "answers", "problems", "lengths", "truncated", "group")}
-    )
+    names = ("completions", "answers", "problems", "lengths", "truncated", "group")
+    return Texts(**{name: select(name) for name in names})

@@ -108,7 +108,6 @@ def rows_of(
 ) -> tuple[Rollouts, Int[Tensor, " n"]]:
     """Of one prompt, and their places among those of all."""
     rows = rollouts_of(prompts.pick([number]), completions, padding)
-    assert rows.group is not None
     places = number * len(rows) + torch.arange(len(rows))
     return replace(rows, group=torch.full_like(rows.group, number)), places
 

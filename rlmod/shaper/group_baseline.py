@@ -27,8 +27,8 @@ class GroupBaseline:
     Needs: rewards, group, mask.
     """
 
-    compares_within_group: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask"})
+    min_group_size: ClassVar[int] = 2
 
     eps: float = 1e-8
     """Added to the std; in units of reward."""
@@ -38,7 +38,7 @@ class GroupBaseline:
             raise ValueError(f"shaper.eps must be positive, got {self.eps}")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None
+        assert rollouts.rewards is not None
         index, groups = group_index(rollouts.group)
         counted = rollouts.mask.any(1, keepdim=True)
         centered = standardize(rollouts.rewards[:, None], counted, index, groups, divide_by_std=False)

@@ -20,11 +20,11 @@ class LeaveOneOut:
     Needs: rewards, group, mask.
     """
 
-    compares_within_group: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask"})
+    min_group_size: ClassVar[int] = 2
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None
+        assert rollouts.rewards is not None
         index, groups = group_index(rollouts.group)
         # A row that is masked out whole belongs to nobody's statistics.
         counted = rollouts.mask.any(1, keepdim=True)

@@ -31,7 +31,8 @@ class SequenceEntropy:
     Needs: rewards, group, mask, entropy.
     """
 
-    compares_within_group: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})
+    min_group_size: ClassVar[int] = 2
 
     beta1: float = 1.0
     beta2: float = 0.1
@@ -50,15 +51,14 @@ class SequenceEntropy:
         )
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.mask is not None
         positive, negative, classes = self.shaped(rollouts)
         per_row = _entropy.advantages(positive, negative, classes, normalization=self.normalization, eps=self.eps)
         return per_row * rollouts.mask
 
     def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"], _entropy.Classes]:
         """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
-        assert rollouts.rewards is not None and rollouts.group is not None
-        assert rollouts.mask is not None and rollouts.entropy is not None
+        assert rollouts.rewards is not None
+        assert rollouts.entropy is not None
         counted = rollouts.mask.any(1, keepdim=True)
         classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, counted, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)

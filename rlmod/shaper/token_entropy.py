@@ -37,8 +37,9 @@ class TokenEntropy:
     Needs: rewards, group, mask, entropy.
     """
 
-    compares_within_group: ClassVar[bool] = True
-    varies_over_tokens: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})
+    min_group_size: ClassVar[int] = 2
+    granularity: ClassVar[Literal["token", "sequence"]] = "token"
 
     alpha1: float = 1.0
     alpha2: float = 0.1
@@ -73,8 +74,8 @@ class TokenEntropy:
 
     def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"], _entropy.Classes]:
         """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
-        assert rollouts.rewards is not None and rollouts.group is not None
-        assert rollouts.mask is not None and rollouts.entropy is not None
+        assert rollouts.rewards is not None
+        assert rollouts.entropy is not None
         classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, rollouts.mask, self.threshold)
         entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
         positive, negative = _entropy.shaped_rewards(

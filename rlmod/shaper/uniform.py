@@ -24,8 +24,8 @@ class Uniform:
     Needs: rewards, group, mask.
     """
 
-    compares_within_group: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask", "from_guide"})
+    min_group_size: ClassVar[int] = 2
 
     divide_by_std: bool = True
     pool: Literal["union", "own"] = "union"
@@ -38,7 +38,7 @@ class Uniform:
             raise ValueError(f"shaper.eps must be positive, got {self.eps}")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        assert rollouts.rewards is not None and rollouts.group is not None and rollouts.mask is not None
+        assert rollouts.rewards is not None
         index, groups = group_index(rollouts.group)
         # A row that is masked out whole belongs to nobody's statistics.
         rows = counted = rollouts.mask.any(1, keepdim=True)

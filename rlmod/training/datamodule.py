@@ -1,4 +1,4 @@
-"""How a collection becomes optimizer steps: one Lightning epoch is one collection and the steps taken on it."""
+"""One Lightning epoch is one iteration: sample a rollout batch, then take the optimizer steps on it."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
@@ -16,21 +16,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlmod import ops
+from rlmod.aggregation.token_mean import TokenMean
 from rlmod.config.sizes import Batch
 from rlmod.interfaces import Aggregation
 from rlmod.model.packing import pack_by_length, rows_that_train
-from rlmod.rollout.collect import ZeroReward
 from rlmod.rollout.prompts import EncodedProblems
+from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.types import Prompts, Rollouts, concatenate
+
+if TYPE_CHECKING:
+    from rlmod.training.module import RLModule
 
 log = logging.getLogger(__name__)
 
+TOKEN_MEAN = TokenMean()
+
 
 class RolloutLoader:
-    """Collects when the epoch's first micro-batch is asked for, and hands the collection over in micro-batches.
+    """Samples when the epoch's first micro-batch is asked for, and yields the rollout batch in micro-batches.
 
-    It is sized, or Lightning would fetch one batch ahead and train on samples that are one update stale; and ``__iter__``
-    is a generator, or Lightning would collect twice in the first epoch.
+    It is sized, or Lightning would prefetch one batch and train on samples that are one update stale. ``__iter__`` is a generator, or
+    Lightning would sample twice in the first epoch.
     """
 
     def __init__(
@@ -39,11 +45,11 @@ class RolloutLoader:
         aggregation: Aggregation,
         batch: Batch,
         micro_batches: int,
-        zero_reward_weight: float = 0.0,
+        sub_batch_weights: Sequence[float] = (1.0,),
         every_row: bool = False,
     ) -> None:
         self.collect, self.aggregation, self.batch, self.micro_batches = collect, aggregation, batch, micro_batches
-        self.zero_reward_weight, self.every_row = zero_reward_weight, every_row
+        self.sub_batch_weights, self.every_row = sub_batch_weights, every_row
 
     def __len__(self) -> int:
         return self.batch.epochs * self.batch.minibatches * self.micro_batches
@@ -51,55 +57,53 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Rollouts]:
         rollouts = self.collect()
         for _ in range(self.batch.epochs):
-            for step in self.steps(rollouts):
-                yield from self.cut(replace(step, weights=self.weights(step)))
+            for minibatch in self.split_into_minibatches(rollouts):
+                yield from self.split_into_micro_batches(replace(minibatch, weights=self.weigh(minibatch)))
 
-    def cut(self, step: Rollouts) -> Iterator[Rollouts]:
-        """The micro-batches of an optimizer step: always as many, and on every rank as many with rows. The others come first, empty."""
-        rows = rows_that_train(step, every_row=self.every_row).nonzero()[:, 0]
-        found = [
-            rows[pack]
-            for pack in pack_by_length(step.rows(rows), self.batch.micro_batch, self.batch.micro_batch_tokens)
-        ]
-        needed = max(int(ops.all_max(torch.tensor(float(len(found)), device=step.device))), 1)
-        yield from (step.rows(slice(0, 0)) for _ in range(self.micro_batches - needed))
-        yield from (_masked_out(step.rows(slice(0, 1))).trimmed() for _ in range(needed - len(found)))
-        yield from (step.rows(pack).trimmed() for pack in found)
+    def split_into_micro_batches(self, minibatch: Rollouts) -> Iterator[Rollouts]:
+        """Yield the same number of micro-batches on every rank (DDP needs it); leading ones may be empty."""
+        rows = rows_that_train(minibatch, every_row=self.every_row).nonzero()[:, 0]
+        packs = pack_by_length(minibatch.rows(rows), self.batch.micro_batch, self.batch.micro_batch_tokens)
+        found = [rows[pack] for pack in packs]
+        needed = max(int(ops.all_max(torch.tensor(float(len(found)), device=minibatch.device))), 1)
+        yield from (minibatch.rows(slice(0, 0)) for _ in range(self.micro_batches - needed))
+        yield from (_masked_out(minibatch.rows(slice(0, 1))).trimmed() for _ in range(needed - len(found)))
+        yield from (minibatch.rows(pack).trimmed() for pack in found)
 
-    def steps(self, rollouts: Rollouts) -> Iterator[Rollouts]:
-        """The rows of each optimizer step: of the zero-reward batch, where there is one, a share goes into each."""
-        if rollouts.zero_reward is None:
-            yield from parts(rollouts, self.batch.minibatches)
+    def split_into_minibatches(self, rollouts: Rollouts) -> Iterator[Rollouts]:
+        """Yield the rows of each optimizer step; a share of every sub-batch goes into each."""
+        if rollouts.sub_batch is None:
+            yield from split(rollouts, self.batch.minibatches)
             return
-        main, extra = rollouts.rows(~rollouts.zero_reward), rollouts.rows(rollouts.zero_reward)
-        for pair in zip(parts(main, self.batch.minibatches), parts(extra, self.batch.minibatches), strict=True):
-            yield concatenate(pair)
+        sub_batches = [rollouts.rows(rollouts.sub_batch == index) for index in range(len(self.sub_batch_weights))]
+        for shares in zip(*(split(each, self.batch.minibatches) for each in sub_batches), strict=True):
+            yield concatenate(shares)
 
-    def weights(self, step: Rollouts) -> Float[Tensor, "R T"]:
-        """J = J_1 + lambda J_0: the zero-reward batch has a normaliser of its own."""
-        if step.zero_reward is None:
-            return self.aggregation(step)
-        assert step.mask is not None
-        extra = step.zero_reward[:, None]
-        main = self.aggregation(replace(step, mask=step.mask & ~extra))
-        return main + self.zero_reward_weight * self.aggregation(replace(step, mask=step.mask & extra))
+    def weigh(self, minibatch: Rollouts) -> Float[Tensor, "R T"]:
+        """J = sum_k weight_k J_k: each sub-batch has a normalizer of its own."""
+        if minibatch.sub_batch is None:
+            return self.aggregation(minibatch)
+        weights = torch.zeros_like(minibatch.mask, dtype=torch.float32)
+        for index, weight in enumerate(self.sub_batch_weights):
+            inside = (minibatch.sub_batch == index)[:, None]
+            weights = weights + weight * self.aggregation(replace(minibatch, mask=minibatch.mask & inside))
+        return weights
 
 
-def parts(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
-    """``number`` slices, as equal as can be. Where there are fewer rows than slices, some hold one row that is masked out."""
+def split(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
+    """Yield ``number`` slices of nearly equal size. With fewer rows than slices, some hold one row that is masked out."""
     bounds = [len(rollouts) * i // number for i in range(number + 1)]
     for start, stop in pairwise(bounds):
         yield rollouts.rows(slice(start, stop)) if start < stop else _masked_out(rollouts.rows(slice(0, 1)))
 
 
 def _masked_out(rollouts: Rollouts) -> Rollouts:
-    assert rollouts.mask is not None
     weights = None if rollouts.weights is None else torch.zeros_like(rollouts.weights)
     return replace(rollouts, mask=torch.zeros_like(rollouts.mask), weights=weights)
 
 
 class PromptLoader:
-    """Some problems of a set in batches, always in the same order."""
+    """Batches of some problems, always in the same order."""
 
     def __init__(self, problems: EncodedProblems, indices: Sequence[int], size: int) -> None:
         self.problems, self.indices, self.size = problems, indices, size
@@ -113,44 +117,102 @@ class PromptLoader:
 
 
 class RLData(L.LightningDataModule):
-    """Prompts for the collections, shuffled anew each time they are gone through, and held-out prompts for validation.
+    """Prompts for the rollout batches, in a new random order each time all were seen, and held-out prompts for validation.
 
-    Each rank has problems of its own: every world_size-th of the shuffled order. The position of each rank is in the checkpoint.
+    Each rank has prompts of its own: every world_size-th of the shuffled order. The position of each rank is in the checkpoint.
+    What is None is as ``RLModule`` has it. ``Trainer.accumulate_grad_batches`` follows from the sizes and is set here; settings of the
+    Trainer that cannot be right are refused.
     """
 
     def __init__(
         self,
         *,
         train: EncodedProblems,
-        held_out: EncodedProblems | None,
-        batch: Batch,
-        aggregation: Aggregation,
-        rows_per_prompt: int,
-        zero_reward: ZeroReward,
-        every_row: bool,
-        validation_prompts: int,
-        seed: int,
+        held_out: EncodedProblems | None = None,
+        aggregation: Aggregation = TOKEN_MEAN,
+        batch: Batch | None = None,
+        rows_per_prompt: int | None = None,
+        zero_reward: ZeroReward | None = None,
+        every_row: bool | None = None,
+        validation_prompts: int | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.held_out = train, held_out
-        self.batch, self.aggregation = batch, aggregation
-        self.rows_per_prompt, self.zero_reward, self.every_row = rows_per_prompt, zero_reward, every_row
-        self.validation_prompts, self.seed = validation_prompts, seed
+        self.train, self.held_out, self.aggregation = train, held_out, aggregation
+        self._batch, self._rows_per_prompt, self._zero_reward = batch, rows_per_prompt, zero_reward
+        self._every_row, self._validation_prompts, self._seed = every_row, validation_prompts, seed
         self.prompts_seen = 0
-        """Prompts that this rank has drawn so far."""
+        """Prompts that this rank has seen so far."""
         self.random: dict[str, Any] | None = None
-        """The random states that a checkpoint left, until the first collection takes them up."""
+        """Random states that a checkpoint left, until the first rollout batch takes them up."""
 
-    def draw(self, number: int) -> Prompts:
-        """The next prompts of this rank."""
+    @property
+    def module(self) -> "RLModule":
         assert self.trainer is not None
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        places = [(self.prompts_seen + i) * ranks + rank for i in range(number)]
+        return cast("RLModule", self.trainer.lightning_module)
+
+    @property
+    def batch(self) -> Batch:
+        return self._batch or self.module.batch
+
+    @property
+    def rows_per_prompt(self) -> int:
+        return self._rows_per_prompt or self.module.completions_per_prompt
+
+    @property
+    def zero_reward(self) -> ZeroReward:
+        return self._zero_reward or self.module.zero_reward
+
+    @property
+    def every_row(self) -> bool:
+        return self.module.every_row_trains if self._every_row is None else self._every_row
+
+    @property
+    def validation_prompts(self) -> int:
+        return self._validation_prompts or self.module.validation.prompts_per_batch
+
+    @property
+    def seed(self) -> int:
+        return self.module.seed if self._seed is None else self._seed
+
+    def setup(self, stage: str) -> None:
+        """Set what follows from the sizes on the Trainer, and refuse what cannot be right. Lightning calls this before ``fit``."""
+        trainer = self.trainer
+        assert trainer is not None
+        if self.held_out is None:
+            trainer.limit_val_batches = 0
+        if stage != "fit":
+            return
+        for name in ("batch", "zero_reward"):
+            mine, theirs = getattr(self, name), getattr(self.module, name)
+            if mine != theirs:
+                raise ValueError(f"RLData has {name}={mine}, RLModule {theirs}: give it to RLModule alone")
+        if overfit := getattr(trainer, "overfit_batches", 0):
+            raise ValueError(
+                f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
+                "0; to train on few problems, give few"
+            )
+        if trainer.limit_train_batches not in (1.0, None):
+            raise ValueError(
+                f"trainer.limit_train_batches={trainer.limit_train_batches} would cut an iteration in the middle of an optimizer step: "
+                "leave it at 1.0; fewer iterations are trainer.max_epochs, smaller ones batch.prompts"
+            )
+        needed = self.micro_batches(trainer.world_size)
+        if trainer.accumulate_grad_batches not in (1, needed):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {needed} micro-batches, by "
+                "batch.prompts, batch.minibatches and batch.micro_batch; leave it at 1, and change batch.micro_batch instead"
+            )
+        trainer.accumulate_grad_batches = needed
+
+    def next_prompts(self, number: int) -> Prompts:
+        """Return the next prompts of this rank."""
+        assert self.trainer is not None
+        ranks, rank, size = self.trainer.world_size, self.trainer.global_rank, len(self.train.problems)
+        positions = [(self.prompts_seen + i) * ranks + rank for i in range(number)]
         self.prompts_seen += number
-        rounds = {place // len(self.train.problems) for place in places}
-        order = {r: self._order(r) for r in rounds}
-        size = len(self.train.problems)
-        return self.train.batch([order[place // size][place % size] for place in places])
+        order = {r: self._order(r) for r in {position // size for position in positions}}
+        return self.train.batch([order[position // size][position % size] for position in positions])
 
     def _order(self, round: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round)
@@ -158,32 +220,33 @@ class RLData(L.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         assert self.trainer is not None
-        ranks = self.trainer.world_size
-        module: Any = self.trainer.lightning_module
+        ranks, module = self.trainer.world_size, self.module
         if self.random is not None:
             set_random_states(self.random)
             self.random = None
         return RolloutLoader(
-            lambda: module.collect(self.draw, self.batch.prompts // ranks),
+            lambda: module.collect(self.next_prompts, self.batch.prompts // ranks),
             self.aggregation,
             self.batch,
             self.micro_batches(ranks),
-            self.zero_reward.weight,
+            self.zero_reward.sub_batch_weights,
             self.every_row,
         )
 
     def micro_batches(self, ranks: int) -> int:
-        """Of one optimizer step on one rank; the zero-reward batch counts at its largest."""
-        extra = self.zero_reward.rows(self.batch.prompts // ranks, ranks, self.rows_per_prompt)
+        """Return the micro-batches of one optimizer step on one rank; the zero-reward batch counts at its largest."""
+        extra = self.zero_reward.max_rows(self.batch.prompts // ranks, ranks, self.rows_per_prompt)
         return self.batch.micro_batches(self.rows_per_prompt, ranks, extra)
 
-    def val_dataloader(self) -> "PromptLoader":
-        assert self.trainer is not None and self.held_out is not None
+    def val_dataloader(self) -> "PromptLoader | list[Any]":
+        assert self.trainer is not None
+        if self.held_out is None:
+            return []
         mine = range(self.trainer.global_rank, len(self.held_out.problems), self.trainer.world_size)
         return PromptLoader(self.held_out, mine, self.validation_prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank calls this when a checkpoint is made; what rank 0 returns is saved."""
+        """Every rank calls this for a checkpoint; what rank 0 returns is saved."""
         mine = {"prompts_seen": self.prompts_seen, "random": random_states()}
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
@@ -192,27 +255,27 @@ class RLData(L.LightningDataModule):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """With another number of ranks, all go on behind the furthest one: no prompt comes twice, and a few may be left out."""
+        """Take up each rank's position. With another number of ranks, all continue after the furthest one: no prompt is seen twice."""
         assert self.trainer is not None
         saved, ranks, rank = state_dict["ranks"], self.trainer.world_size, self.trainer.global_rank
         self.prompts_seen = saved[rank]["prompts_seen"] if len(saved) == ranks else furthest(saved, ranks)
         self.random = saved[rank]["random"] if rank < len(saved) else None
         if len(saved) != ranks and rank == 0:
             log.warning(
-                "the checkpoint was made by %d ranks, this run has %d: it goes on with the same weights and with the prompts that come "
-                "next, but samples other completions than the earlier ranks would have",
+                "the checkpoint was made by %d ranks, this run has %d: it resumes with the same weights and the next prompts, but samples "
+                "other completions than the earlier ranks would have",
                 len(saved),
                 ranks,
             )
 
 
 def furthest(saved: Sequence[dict[str, Any]], ranks: int) -> int:
-    """The prompts that each of ``ranks`` ranks leaves behind so that none of the saved ones has drawn those that follow."""
+    """Return the position from which ``ranks`` ranks continue so that no prompt is seen twice."""
     return math.ceil(max(state["prompts_seen"] for state in saved) * len(saved) / ranks)
 
 
 def random_states() -> dict[str, Any]:
-    """Of the generators that dropout, or a component of one's own, may draw from. Sampling has seeds of its own."""
+    """Return the states of the generators that dropout, or a component of one's own, may draw from. Sampling has seeds of its own."""
     name, key, *rest = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -24,8 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.config.sizes import Batch, Validation
+from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
+    LOSS_GRANULARITY,
     Correction,
+    Filter,
     Guide,
     Loss,
     MovingReference,
@@ -37,76 +41,102 @@ from rlmod.interfaces import (
     Schedule,
     Shaper,
     WeightSyncedSampler,
+    declared,
     sleep,
     sync,
+    unwrap,
 )
+from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.model.logprob_pass import iter_micro_batches, logprob_pass
 from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
 from rlmod.model.policy import completion_texts
 from rlmod.model.shared_prompts import has_dropout
-from rlmod.reward._compute import compute_rewards
-from rlmod.rollout.collect import Filter, RolloutBatch, Stages, ZeroReward, collect
-from rlmod.rollout.groups import texts_for_reward
-from rlmod.rollout.metrics import agreement, check_agreement, mean_entropy, reduce_across_ranks
+from rlmod.rollout.collect import RolloutBatch, Stages, collect
+from rlmod.rollout.metrics import check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
+from rlmod.rollout.validation import sample_and_grade, validation_seed
+from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.shaper.uniform import Uniform
 from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_full_parameters, gradient_norm
 from rlmod.training.checkpoint import check_collections, check_same_policy
 from rlmod.training.metrics import MeanAtK, PassAtK
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
+from rlmod.training.own_components import check_constant_per_completion, names_component
 from rlmod.training.step_metrics import StepMetrics
-from rlmod.types import Prompts, Rollouts, concatenate
+from rlmod.types import Prompts, Rollouts, concatenate, require
+
+KEEP_ALL, UNIFORM, CLIPPED_SURROGATE = KeepAll(), Uniform(), ClippedSurrogate()
+ADAMW = partial(torch.optim.AdamW, lr=1e-6)
 
 
 class RLModule(L.LightningModule):
+    """One iteration of post-training, composed of swappable components.
+
+    With ``RLData`` and a plain ``lightning.Trainer`` it trains exactly what ``rlmod-train`` trains. Only the policy, its tokenizer, the
+    sampler and the reward have no default.
+    """
+
     def __init__(
         self,
         *,
         policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         sampler: Sampler,
-        guide: Guide | None,
+        guide: Guide | None = None,
         reward: Reward,
-        filter: Filter,
-        zero_reward: ZeroReward,
-        reference: Reference | None,
-        shaper: Shaper,
-        correction: Mapping[str, Correction],
-        loss: Loss,
-        regularizer: Mapping[str, Regularizer],
-        optimizer: Optimizer,
-        schedule: Schedule | None,
-        validation: Validation,
-        batch: Batch,
-        seed: int,
+        filter: Filter = KEEP_ALL,
+        zero_reward: ZeroReward | None = None,
+        reference: Reference | None = None,
+        shaper: Shaper = UNIFORM,
+        correction: Mapping[str, Correction] | None = None,
+        loss: Loss = CLIPPED_SURROGATE,
+        regularizer: Mapping[str, Regularizer] | None = None,
+        optimizer: Optimizer = ADAMW,
+        schedule: Schedule | None = None,
+        validation: Validation | None = None,
+        batch: Batch | None = None,
+        threshold: float = 0.5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.policy, self.tokenizer = policy, tokenizer
         self.sampler, self.guide, self.reward, self.filter = sampler, guide, reward, filter
-        self.zero_reward, self.reference = zero_reward, reference
-        self.shaper, self.correction, self.loss, self.regularizer = shaper, correction, loss, regularizer
+        self.zero_reward, self.reference = zero_reward or ZeroReward(), reference
+        self.shaper, self.correction, self.loss, self.regularizer = shaper, correction or {}, loss, regularizer or {}
         self.optimizer, self.schedule = optimizer, schedule
-        self.validation, self.batch, self.seed = validation, batch, seed
+        self.validation = validation or Validation(sampler=sampler, reward=reward, threshold=threshold)
+        self.batch, self.threshold, self.seed = batch or Batch(), threshold, seed
         self.validation_metrics = MetricCollection(
-            {validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in validation.pass_at}},
+            {self.validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in self.validation.pass_at}},
             compute_groups=False,
         )
-        self.collected: RolloutBatch | None = None
-        """The current epoch's collection, advantages filled in; for callbacks to watch."""
+        self.rollout_batch: RolloutBatch | None = None
+        """The current iteration's rollout batch, advantages filled in; for callbacks to watch."""
         self.validated: list[RolloutBatch] = []
-        """What the current or last validation sampled, batch by batch; for callbacks to watch."""
+        """Samples of the current or last validation, batch by batch; for callbacks to watch."""
         self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
-        """What the last validation found, and the optimizer step after which that was."""
+        """Result of the last validation, and the optimizer step after which it ran."""
         self.own_checkpoint = False
-        """Whether what it goes on from was made in its folder with its settings, so that this still holds."""
+        """Whether the checkpoint that is resumed was made in the run's folder with the run's settings, so that ``held_out`` still holds."""
         self.tokens_sampled = 0
         self.step_metrics = StepMetrics()
-        """Of what the collection's training steps measure."""
+        """Metrics of this iteration's training steps."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
-        """Held-out accuracy before training, and seconds of training in earlier parts of a run that is gone on with."""
+        """Held-out accuracy before training, and seconds of training before the run was resumed."""
         self.fit_started = time.perf_counter()
 
+    @property
+    def completions_per_prompt(self) -> int:
+        """On-policy completions and the guide's."""
+        return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
+
+    @property
+    def every_row_trains(self) -> bool:
+        """Whether completions without advantage have a gradient too."""
+        return bool(self.regularizer) or not declared(self.loss, "proportional_to_advantage")
+
     @torch.no_grad()
-    def collect(self, draw: Callable[[int], Prompts], prompts: int) -> Rollouts:
-        """``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped."""
+    def collect(self, next_prompts: Callable[[int], Prompts], prompts: int) -> Rollouts:
+        """Return ``prompts`` groups: sampled by the current policy, rewarded, filtered and shaped."""
         with self.evaluating() as policy:
             sync(self.sampler, policy)
             find_logit_transform(policy)
@@ -114,25 +144,26 @@ class RLModule(L.LightningModule):
                 policy=policy,
                 decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
                 logprob_pass=lambda rows: self.logprob_pass(policy, rows),
-                draw=lambda n: draw(n).to(self.device),
+                next_prompts=lambda n: next_prompts(n).to(self.device),
                 sampler=self.sampler,
                 guide=self.guide,
-                reward=self.reward,
+                compute_reward=self.reward,
                 filter=self.filter,
                 zero_reward=self.zero_reward,
-                seed=lambda *place: self.derived_seed(self.current_epoch, *place),
+                threshold=self.threshold,
+                seed=lambda *position: self.derived_seed(self.current_epoch, *position),
             )
-            room = self.zero_reward.room(prompts, self.trainer.world_size, self.global_rank)
-            collected = collect(stages, prompts=prompts, room=room)
+            max_guided_groups = self.zero_reward.max_groups(prompts, self.trainer.world_size, self.global_rank)
+            batch = collect(stages, prompts=prompts, max_guided_groups=max_guided_groups)
             sleep(self.sampler)
             rollouts = self.logprob_pass(
-                policy, collected.rollouts, pi_old=not self.logprobs_can_wait, reference=self.reference
+                policy, batch.rollouts, pi_old=not self.logprobs_can_wait, reference=self.reference
             )
-            agreed = self.agreed(policy, rollouts)
-        rollouts = self.shaped(rollouts)
-        metrics = reduce_across_ranks({**mean_entropy(rollouts), **collected.metrics, **agreed})
+            agreement = self.sampler_agreement(policy, rollouts)
+        rollouts = self.shape(rollouts)
+        metrics = reduce_across_ranks({**mean_entropy(rollouts), **batch.metrics, **agreement})
         check_agreement(self.sampler, metrics)
-        self.collected = replace(collected, rollouts=rollouts, metrics=metrics)
+        self.rollout_batch = replace(batch, rollouts=rollouts, metrics=metrics)
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
 
@@ -145,57 +176,68 @@ class RLModule(L.LightningModule):
             self.policy = self.trainer.strategy.shard(self.policy)
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
-        # An optimizer step has always as many micro-batches, not all of which are needed; the last one is.
+        # Every optimizer step has the same number of micro-batches. Leading ones may be empty; the last one never is.
         if not len(batch):
             return torch.zeros((), device=self.device, requires_grad=True)
-        assert batch.completion_ids is not None
-        entropy = any(getattr(regularizer, "needs_policy_entropy", False) for regularizer in self.regularizer.values())
+        terms = (self.loss, *self.regularizer.values())
+        entropy = any("policy_entropy" in declared(term, "reads") for term in terms)
         logprobs, policy_entropy = logprobs_and_entropy(self.policy, batch, self.sampler.temperature, entropy=entropy)
         old = logprobs.detach() if batch.logprobs is None else batch.logprobs  # None: this very policy sampled them
         batch = replace(batch, logprobs=old, policy_entropy=policy_entropy)
-        per_token, metrics = self.loss(logprobs, batch)
-        for regularizer in self.regularizer.values():
-            added, measured = regularizer(logprobs, batch)
+        with names_component("loss", self.loss):
+            per_token, metrics = self.loss(logprobs, batch)
+        for name, regularizer in self.regularizer.items():
+            with names_component(f"regularizer.{name}", regularizer):
+                added, measured = regularizer(logprobs, batch)
             per_token = per_token + added
-            metrics |= measured
-        assert batch.weights is not None and batch.mask is not None
-        loss = (per_token * batch.weights).sum()
+            metrics = {**metrics, **measured}
+        loss = (per_token * require(batch.weights, "weights")).sum()
         self.step_metrics.add("loss", loss)
         for name, value in metrics.items():
-            self.step_metrics.add(name, value, batch.mask)
-        # The weights already span the optimizer step over all ranks, so what Lightning and DDP divide by is undone here: the number of
-        # accumulated micro-batches, and the number of ranks.
+            values = value if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
+            self.step_metrics.add(name.removeprefix("train/"), values, batch.mask)
+        # The weights span the optimizer step over all ranks. Lightning divides by the accumulated micro-batches, DDP and FSDP average
+        # over the ranks: both are undone here.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def logprob_pass(self, policy: nn.Module, rollouts: Rollouts, **what: Any) -> Rollouts:
-        size = {"rows": self.batch.micro_batch, "tokens": self.batch.micro_batch_tokens}
-        return logprob_pass(policy, rollouts, self.sampler.temperature, **size, **what)
+    def logprob_pass(
+        self, policy: nn.Module, rollouts: Rollouts, *, pi_old: bool = True, reference: Reference | None = None
+    ) -> Rollouts:
+        rows, tokens, temperature = self.batch.micro_batch, self.batch.micro_batch_tokens, self.sampler.temperature
+        return logprob_pass(policy, rollouts, temperature, rows=rows, tokens=tokens, pi_old=pi_old, reference=reference)
 
-    def agreed(self, policy: nn.Module, rollouts: Rollouts) -> dict[str, float]:
-        """What the sampling engine, where there is one, and the policy say of the same tokens; of some rows, if none are scored yet."""
+    def sampler_agreement(self, policy: nn.Module, rollouts: Rollouts) -> dict[str, float]:
+        """Compare the engine's log-probabilities, if there is an engine, with the policy's; of one micro-batch if none are computed yet."""
         if not isinstance(self.sampler, WeightSyncedSampler) or rollouts.sampler_logprobs is None:
             return {}
         if rollouts.logprobs is None:
-            rollouts = self.logprob_pass(
-                policy, next(iter_micro_batches(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens))[1]
-            )
-        return agreement(rollouts)
+            micro_batches = iter_micro_batches(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens)
+            rollouts = self.logprob_pass(policy, next(micro_batches)[1])
+        return sampler_agreement(rollouts)
 
     @property
     def logprobs_can_wait(self) -> bool:
-        """Whether pi_old is the policy of the only training step on its rows, and nothing asks for its scores before."""
-        parts = (self.shaper, *self.correction.values(), self.loss, *self.regularizer.values())
+        """Whether the training step itself yields pi_old's log-probabilities, and nothing reads them, or the entropy, before.
+
+        That needs one training step per completion (pi_old is then the policy in training), and no component that reads them earlier.
+        """
+        before = (self.shaper, *self.correction.values())
+        during = (self.loss, *self.regularizer.values())
         return (
             self.batch.logprob_pass == "needed"
             and self.batch.minibatches * self.batch.epochs == 1
             and self.guide is None
-            and not any(getattr(part, "needs_scores", True) for part in parts)
+            and not any(declared(component, "reads") & {"logprobs", "entropy"} for component in before)
+            and not any("entropy" in declared(component, "reads") for component in during)
             and not has_dropout(self.policy)
         )
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """Without dropout, with all its weights, in the precision of training: pi_old is the policy that the ratios are taken with."""
+        """Yield the policy without dropout, with its full parameters, in the precision of training.
+
+        pi_old must be the policy that the ratios are taken with.
+        """
         before = self.policy.training
         self.policy.eval()
         try:
@@ -207,21 +249,25 @@ class RLModule(L.LightningModule):
         finally:
             self.policy.train(before)
 
-    def shaped(self, rollouts: Rollouts) -> Rollouts:
-        """With advantages, corrected. The zero-reward batch is shaped by itself, or its rows would enter the others' statistics."""
-        if rollouts.zero_reward is not None:
-            main, extra = rollouts.rows(~rollouts.zero_reward), rollouts.rows(rollouts.zero_reward)
-            return concatenate([self._shaped(main), self._shaped(extra)])
-        return self._shaped(rollouts)
+    def shape(self, rollouts: Rollouts) -> Rollouts:
+        """Fill the advantages and correct them, each sub-batch apart: its rows must not enter the statistics of another."""
+        if rollouts.sub_batch is None:
+            return self._shape(rollouts)
+        sub_batches = range(len(self.zero_reward.sub_batch_weights))
+        return concatenate([self._shape(rollouts.rows(rollouts.sub_batch == index)) for index in sub_batches])
 
-    def _shaped(self, rollouts: Rollouts) -> Rollouts:
-        rollouts = replace(rollouts, advantages=self.shaper(rollouts))
-        for correct in self.correction.values():
-            rollouts = correct(rollouts)
+    def _shape(self, rollouts: Rollouts) -> Rollouts:
+        with names_component("shaper", self.shaper):
+            rollouts = replace(rollouts, advantages=self.shaper(rollouts))
+        for name, correct in self.correction.items():
+            with names_component(f"correction.{name}", correct):
+                rollouts = correct(rollouts)
+        if getattr(unwrap(self.loss), "granularity", LOSS_GRANULARITY) == "sequence":
+            check_constant_per_completion(rollouts, self.shaper, self.correction, self.loss)
         return rollouts
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the gradient's norm; a step whose gradient is 0 everywhere is left out, momentum and weight decay included."""
+        """Log the gradient's norm; skip a step whose gradient is 0 everywhere, momentum and weight decay included."""
         norm = gradient_norm(self.trainer.strategy, self.policy)
         self.step_metrics.add("grad_norm", norm)
         if ops.all_max(norm) == 0:
@@ -232,17 +278,17 @@ class RLModule(L.LightningModule):
     ) -> None:
         policy = self.policy
         if isinstance(policy, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            policy.clip_grad_norm_(gradient_clip_val)  # each rank has a share of the gradient; Lightning refuses
+            policy.clip_grad_norm_(gradient_clip_val)  # each rank has a shard of the gradient; Lightning refuses
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
-        assert self.collected is not None
+        assert self.rollout_batch is not None
         measured = self.step_metrics.over_ranks()
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        loss, _ = measured.pop("loss")  # of micro-batches and ranks, which add up to their step's
+        loss, _ = measured.pop("loss")  # the sum over micro-batches and ranks of the steps' losses
         means = {f"train/{name}": total / count for name, (total, count) in measured.items() if count}
-        self.log_dict({**self.collected.metrics, "train/loss": loss / steps, **means}, batch_size=1)
+        self.log_dict({**self.rollout_batch.metrics, "train/loss": loss / steps, **means}, batch_size=1)
         if isinstance(self.reference, MovingReference):
             self.reference.update(full_precision_policy(self.trainer.strategy, self.policy))
 
@@ -252,14 +298,16 @@ class RLModule(L.LightningModule):
             sync(self.validation.sampler, policy)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
-        settings = self.validation
         with self.evaluating() as policy:
-            rollouts = settings.sampler(policy, batch, self.derived_seed(settings.seed, batch_idx))
-        texts = texts_for_reward(rollouts, batch.problems, lambda rows: completion_texts(self.tokenizer, rows))
-        rewards, _, outcomes = compute_rewards(settings.reward, texts)
-        self.validation_metrics.update((outcomes > settings.threshold).view(len(batch), -1).to(self.device))
-        rollouts = replace(rollouts, rewards=rewards.to(self.device))
-        self.validated.append(RolloutBatch(rollouts=rollouts, texts=texts, metrics={}))
+            graded = sample_and_grade(
+                policy,
+                batch,
+                self.validation,
+                decode=lambda rows: completion_texts(self.tokenizer, rows),
+                seed=validation_seed(self.seed, self.validation.seed, batch_idx, rank=self.global_rank),
+            )
+        self.validation_metrics.update(graded.correct.view(len(batch), -1))
+        self.validated.append(RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={}))
 
     def on_validation_epoch_end(self) -> None:
         found = self.validation_metrics.compute()
@@ -305,5 +353,5 @@ class RLModule(L.LightningModule):
         return (self.history["seconds"] or 0.0) + time.perf_counter() - self.fit_started
 
     def derived_seed(self, *position: int) -> int:
-        """A seed for this place in the run alone: a resumed run draws what an uninterrupted one would have drawn."""
+        """Return a seed for this position in the run: a resumed run samples what an uninterrupted one would have sampled."""
         return int(SeedSequence([self.seed, self.global_rank, *position]).generate_state(1)[0])

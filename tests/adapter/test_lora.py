@@ -8,7 +8,7 @@ from rlmod.adapter.lora import LoRA
 from rlmod.model.logprobs import completion_logits
 from rlmod.model.policy import HFPolicy, save_policy
 from rlmod.reference.base import Base
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def rows() -> Rollouts:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 99, (2, 9), generator=draw)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=ids[:, :4], prompt_mask=mask, completion_ids=ids[:, 4:], mask=torch.ones(2, 5, dtype=torch.bool)
     )
 

@@ -4,11 +4,11 @@ import torch
 from rlmod.aggregation.constant import Constant
 from rlmod.aggregation.rollout_mean import RolloutMean
 from rlmod.aggregation.token_mean import TokenMean
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 from tests.rollouts import ragged
 
 # Lengths 3, 1 and 0: the last row is masked out whole.
-ROWS = Rollouts(mask=torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool))
+ROWS = build_rollouts(mask=torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool))
 
 
 def test_by_hand():
@@ -29,7 +29,7 @@ def test_they_sum_to_one_over_what_counts(aggregation, seed):
 
 @pytest.mark.parametrize("aggregation", [TokenMean(), RolloutMean(), Constant(length=4)])
 def test_a_step_without_a_counted_token_has_no_weight(aggregation):
-    weights = aggregation(Rollouts(mask=torch.zeros(2, 3, dtype=torch.bool)))
+    weights = aggregation(build_rollouts(mask=torch.zeros(2, 3, dtype=torch.bool)))
     assert (weights == 0).all()
 
 
@@ -37,6 +37,6 @@ def test_constant_does_not_change_with_other_completions():
     rows = ragged(0)
     shorter = rows.mask.clone()
     shorter[1:, 1:] = False
-    assert torch.equal(Constant(length=9)(rows)[0], Constant(length=9)(Rollouts(mask=shorter))[0])
+    assert torch.equal(Constant(length=9)(rows)[0], Constant(length=9)(build_rollouts(mask=shorter))[0])
     with pytest.raises(ValueError, match=r"aggregation\.length"):
         Constant(length=0)

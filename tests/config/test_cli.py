@@ -22,7 +22,7 @@ REFUSED = {
     "seed": (["seed=-1"], ["seed must be a whole number from 0 to 4294967295, got -1"]),
     "text for a seed": (["validation.seed=abc"], ["validation.seed must be a whole number"]),
     "nan": (["shaper.eps=nan"], ["shaper.eps must be a number, got nan"]),
-    "nan for a threshold": (["filter.threshold=nan"], ["filter.threshold must be a number, got nan"]),
+    "nan for a threshold": (["threshold=nan"], ["threshold must be a number, got nan"]),
     "null for a number": (["loss.clip_high=null"], ["loss.clip_high must be a number, got null"]),
     "text for a threshold": (["validation.threshold=abc"], ["validation.threshold must be a number"]),
     "number for a list": (["validation.pass_at=3"], ["validation.pass_at must be a list", "got 3"]),
@@ -56,7 +56,7 @@ REFUSED = {
     "unknown optimizer argument": (["+optimizer.lrr=1"], ["optimizer.lrr", "AdamW", "lr"]),
     "negative clip": (["loss.clip_low=-1"], ["loss.clip_low", "above 0", "-1"]),
     "text for a number": (["shaper.eps=foo"], ["shaper.eps must be a number", "'foo'"]),
-    "number for a switch": (["filter.dynamic_sampling=3"], ["filter.dynamic_sampling must be true or false"]),
+    "number for a switch": (["filter=dynamic_sampling", "filter.over=3"], ["filter.over must be one of union, own"]),
     "fraction for a count": (["batch.prompts=1.5"], ["batch.prompts must be a whole number"]),
     "one completion": (["sampler.completions_per_prompt=1"], ["sampler.completions_per_prompt=1", "at least 2"]),
     "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 rows", "32, 64"]),
@@ -75,12 +75,12 @@ REFUSED = {
     ),
     "sequence loss, forking tokens": (
         ["correction=[forking_tokens]", "loss=sequence_surrogate"],
-        ["SequenceSurrogate", "ForkingTokens", "differences between the advantages"],
+        ["SequenceSurrogate", "ForkingTokens", "one ratio per completion"],
     ),
     "updates with a zero-reward batch": (
         [
             "zero_reward.weight=1",
-            "filter.dynamic_sampling=true",
+            "filter=dynamic_sampling",
             "guide=policy",
             "guide.policy.path=strong",
             "batch.minibatches=3",
@@ -93,16 +93,16 @@ REFUSED = {
         ["guide.sampler.top_k must be a whole number"],
     ),
     "missing guide": (["guide=policy"], ["guide.policy.path is missing"]),
-    "zero-reward without a guide": (["zero_reward.weight=1", "filter.dynamic_sampling=true"], ["guide=policy"]),
+    "zero-reward without a guide": (["zero_reward.weight=1", "filter=dynamic_sampling"], ["guide=policy"]),
     "zero-reward without dynamic sampling": (
         ["zero_reward.weight=1", "guide=policy", "guide.policy.path=strong"],
-        ["filter.dynamic_sampling=true"],
+        ["filter=dynamic_sampling"],
     ),
     "no demonstrations": (
         ["guide=demonstrations", "guide.path=/nowhere.jsonl"],
         ["guide.path=/nowhere.jsonl", "no such file"],
     ),
-    "kl without a reference": (["regularizer=[kl]"], ["regularizer.kl without a reference", "reference=frozen"]),
+    "kl without a reference": (["regularizer=[kl]"], ["regularizer.kl reads reference_logprobs", "reference=frozen"]),
     "share of forks": (
         ["correction=[forking_tokens]", "correction.forking_tokens.share=0"],
         ["correction.forking_tokens.share must be above 0"],

@@ -16,7 +16,18 @@ from rlmod.config.validation import check_types
 from rlmod.training.module import RLModule
 
 ROOT = Path(__file__).parents[2]
-WAY = ["sampler", "guide", "reward", "reference", "shaper", "correction", "aggregation", "loss", "regularizer"]
+WAY = [
+    "sampler",
+    "guide",
+    "reward",
+    "filter",
+    "reference",
+    "shaper",
+    "correction",
+    "aggregation",
+    "loss",
+    "regularizer",
+]
 LISTS = ["correction", "regularizer"]  # of these there may be several
 OPTIONS = [
     (stage, file.stem)
@@ -77,7 +88,7 @@ def test_every_recipe_composes_builds_and_says_what_to_expect(recipe):
     if recipe == "gsm8k":
         cfg = composed(f"experiment={recipe}", "policy=tiny", "data.path=a.jsonl", "data.validation_path=b.jsonl")
     cfg.output = "unused"
-    assert isinstance(Components.of(cfg), Components)
+    assert isinstance(Components.from_config(cfg), Components)
     assert cfg.name == recipe
     assert f"rlmod-train experiment={recipe}" in text
     assert "Hardware" in text
@@ -90,7 +101,7 @@ def test_every_debug_run_composes(debug):
 
 
 def test_check_types_knows_numbers_switches_and_texts():
-    cfg = composed("shaper.eps=1", "filter.threshold=1")  # a whole number is a number
+    cfg = composed("shaper.eps=1", "threshold=1")  # a whole number is a number
     check_types(cfg.shaper, "shaper")
     check_types(cfg.filter, "filter")
     with pytest.raises(ValueError, match=r"sampler\.top_k must be a whole number, got True"):

@@ -11,7 +11,7 @@ from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.correction.overlong_filtering import OverlongFiltering
 from rlmod.correction.truncated_importance import TruncatedImportance
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import ragged
 
 
@@ -41,7 +41,7 @@ def test_a_truncated_row_leaves_numerator_and_normaliser():
 def test_the_top_fifth_of_the_tokens_by_hand():
     entropy = torch.tensor([[0.1, 0.9, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8, 99.0]])
     mask = torch.tensor([[True] * 5, [True] * 4 + [False]])
-    rows = Rollouts(mask=mask, entropy=entropy, advantages=torch.where(mask, 2.0, 0.0))
+    rows = build_rollouts(mask=mask, entropy=entropy, advantages=torch.where(mask, 2.0, 0.0))
     out = ForkingTokens(share=0.2)(rows)  # 1.8 of 9 tokens, rounded up: 0.9 and 0.8
     assert out.advantages.nonzero().tolist() == [[0, 1], [1, 3]]
     assert (out.advantages[out.advantages != 0] == 2).all()
@@ -73,7 +73,9 @@ def test_truncated_importance_by_hand():
     sampler = torch.tensor([[-1.0, -1.0, -1.0, torch.nan]])
     old = sampler + torch.tensor([[0.5, 1.0, 4.0, 1.0]]).log()
     mask = torch.tensor([[True, True, True, False]])
-    rows = Rollouts(mask=mask, logprobs=old, sampler_logprobs=sampler, advantages=torch.tensor([[3.0, -3.0, 3.0, 0.0]]))
+    rows = build_rollouts(
+        mask=mask, logprobs=old, sampler_logprobs=sampler, advantages=torch.tensor([[3.0, -3.0, 3.0, 0.0]])
+    )
     assert TruncatedImportance()(rows).advantages[0].tolist() == pytest.approx([1.5, -3, 6, 0])
     same = replace(rows, sampler_logprobs=old)
     assert torch.equal(TruncatedImportance()(same).advantages, rows.advantages)
@@ -95,7 +97,7 @@ def test_bad_cap():
 @pytest.mark.parametrize("share", [0.07, 0.14, 0.29, 0.57])
 def test_a_share_of_a_hundred_tokens_is_that_many(share):
     """0.07 * 100 is 7.000000000000001."""
-    rows = Rollouts(
+    rows = build_rollouts(
         mask=torch.ones(10, 10).bool(), entropy=torch.randperm(100).view(10, 10).float(), advantages=torch.ones(10, 10)
     )
     assert (ForkingTokens(share=share)(rows).advantages != 0).sum() == round(100 * share)
@@ -105,7 +107,7 @@ def test_sequence_level_truncated_importance_by_hand():
     """Products of the tokens' ratios: 0.5 x 3 = 1.5 and 4 x 1 = 4, held at 2."""
     sampler = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
     old = sampler + torch.tensor([[0.5, 3.0], [4.0, 1.0]]).log()
-    rows = Rollouts(
+    rows = build_rollouts(
         mask=torch.ones(2, 2).bool(),
         logprobs=old,
         sampler_logprobs=sampler,

@@ -10,7 +10,7 @@ from rlmod.aggregation.token_mean import TokenMean
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import measured
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -26,7 +26,7 @@ def agreed() -> tuple[torch.Tensor, Rollouts]:
     old = lp + 0.35 * torch.randn(b, t, generator=g)
     lp, old = (x.clamp(max=-1e-4).double() for x in (lp, old))
     rewards = torch.tensor([1, 0, 0, 1, 0.5, 0.25, 1, 0]).double()
-    rows = Rollouts(mask=mask, group=torch.arange(2).repeat_interleave(4), rewards=rewards, logprobs=old)
+    rows = build_rollouts(mask=mask, group=torch.arange(2).repeat_interleave(4), rewards=rewards, logprobs=old)
     return lp.requires_grad_(), replace(rows, advantages=Uniform()(rows))
 
 
@@ -57,7 +57,7 @@ def rows_with(
     lp = torch.tensor(ratios).double().log().requires_grad_()
     kept = torch.tensor(mask).bool()
     old = torch.zeros_like(lp).masked_fill(~kept, torch.nan)
-    return lp, Rollouts(mask=kept, logprobs=old.detach(), advantages=torch.tensor(advantages).double())
+    return lp, build_rollouts(mask=kept, logprobs=old.detach(), advantages=torch.tensor(advantages).double())
 
 
 def test_clipped_surrogate_by_hand():

@@ -6,7 +6,7 @@ import torch
 from rlmod.adapter.lora import LoRA
 from rlmod.model.logprobs import logprobs_and_entropy
 from rlmod.model.policy import HFPolicy
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 DROPOUT = LoRA(rank=4, dropout=0.2)
 
@@ -17,7 +17,7 @@ def rows() -> Rollouts:
     ids = torch.randint(3, 99, (8, 64), generator=draw)
     mask = torch.arange(56) < torch.randint(1, 57, (8, 1), generator=draw)
     prompt = torch.ones(8, 8, dtype=torch.bool)
-    return Rollouts(prompt_ids=ids[:, :8], prompt_mask=prompt, completion_ids=ids[:, 8:], mask=mask)
+    return build_rollouts(prompt_ids=ids[:, :8], prompt_mask=prompt, completion_ids=ids[:, 8:], mask=mask)
 
 
 def gradients(rows: Rollouts, checkpointed: bool, adapter: LoRA | None) -> tuple[dict[str, torch.Tensor], int]:

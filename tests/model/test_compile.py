@@ -10,14 +10,14 @@ from rlmod.model import policy, shared_prompts
 from rlmod.model.logprobs import logprobs_and_entropy
 from rlmod.model.policy import HFPolicy
 from rlmod.sampler.hf import HF
-from rlmod.types import Problem, Prompts, Rollouts
+from rlmod.types import Problem, Prompts, Rollouts, build_rollouts
 from tests.processes import ended, started
 from tests.strategy.scripted import SETTINGS, folder_of_runs, measured
 
 
 def rows(number: int, prompt: int, length: int) -> Rollouts:
     draw = torch.Generator().manual_seed(number)
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=torch.randint(3, 90, (number, prompt), generator=draw),
         prompt_mask=torch.ones(number, prompt, dtype=torch.bool),
         completion_ids=torch.randint(3, 90, (number, length), generator=draw),
@@ -51,7 +51,7 @@ def test_the_numbers_are_the_same_whatever_the_sizes():
             mine, theirs = (logprobs_and_entropy(m, rollouts, 1.0)[0] for m in (compiled, plain))
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     shared = rows(8, 40, 6)
-    shared = Rollouts(**{**vars(shared), "prompt_ids": shared.prompt_ids[torch.arange(8) // 4 * 4]})
+    shared = build_rollouts(**{**vars(shared), "prompt_ids": shared.prompt_ids[torch.arange(8) // 4 * 4]})
     assert shared_prompts.shared_prompts(compiled, shared) is not None
     for mine, theirs in zip(*(scores_and_gradients(m, shared) for m in (compiled, plain)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)

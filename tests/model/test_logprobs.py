@@ -17,7 +17,7 @@ from rlmod import ops
 from rlmod.model import logprobs as head
 from rlmod.model.logprobs import chunked_logprobs_and_entropy, completion_logits, logprobs_and_entropy
 from rlmod.model.policy import HFPolicy
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 N, D, V = 13, 8, 31
 
@@ -142,7 +142,9 @@ def test_in_16_bits_many_chunks_round_no_more_than_one(autocast):
 def rows() -> Rollouts:
     ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
-    return Rollouts(prompt_ids=ids[:, :4], prompt_mask=torch.ones(3, 4).bool(), completion_ids=ids[:, 4:], mask=mask)
+    return build_rollouts(
+        prompt_ids=ids[:, :4], prompt_mask=torch.ones(3, 4).bool(), completion_ids=ids[:, 4:], mask=mask
+    )
 
 
 def test_a_policys_scores_are_those_of_its_logits_where_tokens_count_and_0_elsewhere(monkeypatch):

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlmod.model.packing import pack_by_length, rows_that_train
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import ragged
 
 
 def rows_of(prompts: list[int], completions: list[int]) -> Rollouts:
     p, c = torch.tensor(prompts)[:, None], torch.tensor(completions)[:, None]
     prompt_mask = torch.arange(int(p.max())) >= int(p.max()) - p
-    return Rollouts(prompt_ids=prompt_mask.long(), prompt_mask=prompt_mask, mask=torch.arange(int(c.max())) < c)
+    return build_rollouts(prompt_ids=prompt_mask.long(), prompt_mask=prompt_mask, mask=torch.arange(int(c.max())) < c)
 
 
 def test_by_hand():

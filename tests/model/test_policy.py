@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlmod.model.logprobs import completion_logits
 from rlmod.model.policy import SHIPPED, HFPolicy, save_policy
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 
 
 def changed_tokenizer(tmp_path, **changes):
@@ -76,7 +76,9 @@ def test_padding_on_the_left_moves_no_position():
     policy = GPT2LMHeadModel(settings).eval()
     prompt, completion = torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7]])
     mask = torch.ones_like(prompt, dtype=torch.bool)
-    plain = completion_logits(policy, Rollouts(prompt_ids=prompt, prompt_mask=mask, completion_ids=completion))
+    plain = completion_logits(policy, build_rollouts(prompt_ids=prompt, prompt_mask=mask, completion_ids=completion))
     padded = torch.nn.functional.pad(prompt, (4, 0), value=9), torch.nn.functional.pad(mask, (4, 0))
-    again = completion_logits(policy, Rollouts(prompt_ids=padded[0], prompt_mask=padded[1], completion_ids=completion))
+    again = completion_logits(
+        policy, build_rollouts(prompt_ids=padded[0], prompt_mask=padded[1], completion_ids=completion)
+    )
     torch.testing.assert_close(again, plain)

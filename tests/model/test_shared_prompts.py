@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from rlmod.model import shared_prompts
 from rlmod.model.logprobs import logprobs_and_entropy
 from rlmod.model.packing import pack_by_length
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 
 def policy(kind=Qwen2Config, attention="sdpa", dtype=torch.float64, **settings):
@@ -27,7 +27,7 @@ def ragged(groups=3, g=4, prompt=11, length=6) -> Rollouts:
     ids = torch.randint(3, 50, (groups, prompt), generator=draw) * mask
     group = torch.arange(groups).repeat(g)
     own = torch.arange(length) < torch.randint(1, length + 1, (groups * g, 1), generator=draw)
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=ids[group], prompt_mask=mask[group], group=group + 7, mask=own,
         completion_ids=torch.randint(3, 50, (groups * g, length), generator=draw),
     )  # fmt: skip
@@ -79,7 +79,7 @@ def test_a_prompt_is_gone_through_once(monkeypatch):
         (lambda model, rows: (setattr(model.config, "_attn_implementation", "flash_attention_2"), rows)[1], "untried"),
         (lambda model, rows: rows.rows(torch.arange(3)), "one row a prompt"),
         (lambda model, rows: ragged(prompt=11, length=60), "the prompt is next to nothing"),
-        (lambda model, rows: Rollouts(**{**vars(rows), "group": None}), "nobody knows whose rows they are"),
+        (lambda model, rows: build_rollouts(**{**vars(rows), "group": None}), "nobody knows whose rows they are"),
     ],
 )  # fmt: skip
 def test_where_it_is_not_shared(change, why):

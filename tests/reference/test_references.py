@@ -7,7 +7,7 @@ from rlmod.model.logprobs import completion_logits
 from rlmod.model.policy import HFPolicy
 from rlmod.reference.ema import EMA
 from rlmod.reference.frozen import Frozen
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 TINY = HFPolicy(path="tiny")
 
@@ -19,7 +19,9 @@ def policy():
 
 def rows() -> Rollouts:
     ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
-    return Rollouts(prompt_ids=ids[:, :4], prompt_mask=torch.ones(2, 4, dtype=torch.bool), completion_ids=ids[:, 4:])
+    return build_rollouts(
+        prompt_ids=ids[:, :4], prompt_mask=torch.ones(2, 4, dtype=torch.bool), completion_ids=ids[:, 4:]
+    )
 
 
 def moved(policy, by: float) -> None:

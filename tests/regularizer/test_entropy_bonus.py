@@ -5,12 +5,12 @@ import torch
 
 from rlmod import ops
 from rlmod.regularizer.entropy_bonus import EntropyBonus
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 
 
 def bonus(logits: torch.Tensor, weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     entropy = ops.entropy(logits)
-    record = Rollouts(mask=torch.tensor([[True, False]]), policy_entropy=entropy)
+    record = build_rollouts(mask=torch.tensor([[True, False]]), policy_entropy=entropy)
     return EntropyBonus(weight=weight)(torch.zeros_like(entropy), record)
 
 

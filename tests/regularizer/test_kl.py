@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rlmod.regularizer.kl import KL
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import measured
 
 
 def rows(d: list[list[float]], old: float = 0.0) -> tuple[torch.Tensor, Rollouts]:
     lp = torch.tensor(d).double() - 1
     mask = torch.ones_like(lp, dtype=torch.bool)
-    record = Rollouts(mask=mask, reference_logprobs=torch.full_like(lp, -1.0), logprobs=lp - old)
+    record = build_rollouts(mask=mask, reference_logprobs=torch.full_like(lp, -1.0), logprobs=lp - old)
     return lp.requires_grad_(), record
 
 
@@ -50,7 +50,9 @@ def test_in_expectation_the_gradient_is_the_exact_kls(gradient, direction):
     logits, reference = (torch.randn(5, generator=draw).double() for _ in range(2))
     logits.requires_grad_()
     log_p = logits.log_softmax(-1)
-    record = Rollouts(mask=torch.ones(5, 1, dtype=torch.bool), reference_logprobs=reference.log_softmax(-1)[:, None])
+    record = build_rollouts(
+        mask=torch.ones(5, 1, dtype=torch.bool), reference_logprobs=reference.log_softmax(-1)[:, None]
+    )
     per_token, metrics = KL(weight=1.0, gradient=gradient)(log_p[:, None], record)
     (expected,) = torch.autograd.grad((log_p.exp().detach() * per_token[:, 0]).sum(), logits, retain_graph=True)
     if direction is None:  # k1's has none in expectation
@@ -66,7 +68,9 @@ def test_in_expectation_k1_and_k3_are_the_exact_kl(value):
     draw = torch.Generator().manual_seed(1)
     logits, reference = (torch.randn(5, generator=draw).double() for _ in range(2))
     log_p = logits.log_softmax(-1)
-    record = Rollouts(mask=torch.ones(5, 1, dtype=torch.bool), reference_logprobs=reference.log_softmax(-1)[:, None])
+    record = build_rollouts(
+        mask=torch.ones(5, 1, dtype=torch.bool), reference_logprobs=reference.log_softmax(-1)[:, None]
+    )
     per_token, _ = KL(weight=1.0, value=value)(log_p[:, None], record)
     torch.testing.assert_close((log_p.exp() * per_token[:, 0]).sum(), exact(logits, reference, "to reference"))
 
@@ -83,7 +87,7 @@ def test_at_the_reference_nothing_is_paid_and_padding_is_never_read():
     lp, record = rows([[0.0, 0.0], [0.0, 0.0]])
     mask = torch.tensor([[True, True], [True, False]])
     reference = torch.full_like(record.reference_logprobs, -1.0).masked_fill(~mask, torch.nan)
-    added, metrics = KL(weight=1.0)(lp, Rollouts(mask=mask, reference_logprobs=reference))
+    added, metrics = KL(weight=1.0)(lp, build_rollouts(mask=mask, reference_logprobs=reference))
     assert (added == 0).all()
     assert (measured(metrics["kl"], mask) == 0).all()
     added.sum().backward()
@@ -96,7 +100,7 @@ def test_a_negative_weight_is_refused():
 
 
 def test_a_token_that_the_policy_gave_up_costs_a_finite_price():
-    rows = Rollouts(mask=torch.ones(1, 1).bool(), reference_logprobs=torch.tensor([[-0.5]]))
+    rows = build_rollouts(mask=torch.ones(1, 1).bool(), reference_logprobs=torch.tensor([[-0.5]]))
     for weight in (0.0, 0.1):
         logprobs = torch.tensor([[-115.5]], requires_grad=True)
         KL(weight=weight)(logprobs, rows)[0].sum().backward()

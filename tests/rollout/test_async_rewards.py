@@ -17,14 +17,14 @@ from rlmod.reward.grop import Grop
 from rlmod.reward.weighted import Weighted
 from rlmod.rollout.async_rewards import AsyncRewards, supports_async_rewards
 from rlmod.sampler.hf import HF
-from rlmod.types import Problem, Prompts, Rollouts, Texts
+from rlmod.types import Problem, Prompts, Rollouts, Texts, build_rollouts
 from tests.rollout.test_collect import G, Scripted, run
 
 
 def rollouts(groups: int = 4, g: int = 2) -> Rollouts:
     """Row r is r + 1 tokens long."""
     rows = torch.arange(groups * g)
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=torch.zeros(len(rows), 1, dtype=torch.long),
         prompt_mask=torch.ones(len(rows), 1, dtype=torch.bool),
         completion_ids=rows[:, None].repeat(1, len(rows)),
@@ -130,7 +130,7 @@ def test_where_sampling_fails_nothing_more_is_judged():
     begun.wait()
     early.close()
     go_on.set()
-    (_, first), (_, second) = early.asked
+    (_, first), (_, second) = early.submitted
     assert first.result().rewards.tolist() == [0, 0]
     assert second.cancelled()
 
@@ -197,7 +197,7 @@ class Silent:
     temperature = 1.0
 
     def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
-        return Rollouts()
+        return build_rollouts()
 
 
 def plain(texts: Texts) -> list[float]:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rlmod.rollout.collect import Filter, Stages, ZeroReward, collect
-from rlmod.types import Problem, Prompts, Rollouts
+from rlmod.filter.dynamic_sampling import DynamicSampling
+from rlmod.filter.keep_all import KeepAll
+from rlmod.rollout.collect import Stages, collect
+from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.types import Problem, Prompts, Rollouts, build_rollouts
 
 G = 3
 
@@ -25,7 +28,7 @@ class Scripted:
         place = torch.arange(G).repeat(len(prompts))
         ids = (place < right[group]).long()[:, None].repeat(1, 2)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        return Rollouts(
+        return build_rollouts(
             prompt_ids=prompts.ids[group], prompt_mask=prompts.mask[group], completion_ids=ids, mask=mask, group=group,
             logprobs=torch.zeros(len(ids), 2), entropy=torch.ones(len(ids), 2),
             truncated=torch.full((len(ids),), self.truncated),
@@ -36,7 +39,15 @@ def exact(texts):
     return [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)]
 
 
-def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward=exact, guide=None, **settings: object):
+def run(
+    rights: list[int],
+    prompts: int,
+    sampler: Scripted | None = None,
+    reward=exact,
+    guide=None,
+    dynamic_sampling=False,
+    **settings,
+):
     drawn: list[int] = []
 
     def draw(n: int) -> Prompts:
@@ -51,11 +62,11 @@ def run(rights: list[int], prompts: int, sampler: Scripted | None = None, reward
     stages = Stages(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
-        logprob_pass=lambda rollouts: rollouts, draw=draw, sampler=sampler or Scripted(), guide=guide,
-        reward=reward,
-        filter=Filter(**settings), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
+        logprob_pass=lambda rollouts: rollouts, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
+        compute_reward=reward,
+        filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip
-    return collect(stages, prompts=prompts, room=0), drawn
+    return collect(stages, prompts=prompts), drawn
 
 
 def test_a_penalty_does_not_make_a_right_answer_wrong():
@@ -130,7 +141,7 @@ def test_the_cap_leaves_groups_masked_out_whole_and_says_so(caplog):
 def test_no_group_with_signal_is_said(dynamic, caplog):
     collected, _ = run([0, 3], 2, dynamic_sampling=dynamic, max_generation_batches=3)
     assert "None of the" in caplog.text
-    assert "50 % all right, 50 % all wrong" in caplog.text
+    assert "50 % all correct, 50 % all incorrect" in caplog.text
     assert bool(collected.rollouts.mask.any()) == (not dynamic)
 
 
@@ -141,4 +152,4 @@ def test_every_completion_truncated_is_loud(caplog):
 
 def test_the_cap_must_be_positive():
     with pytest.raises(ValueError, match=r"filter\.max_generation_batches"):
-        Filter(max_generation_batches=0)
+        DynamicSampling(max_generation_batches=0)

@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from rlmod.rollout.collect import Filter, RolloutBatch, Stages, ZeroReward, collect
-from rlmod.types import Problem, Prompts, Rollouts
+from rlmod.filter.dynamic_sampling import DynamicSampling
+from rlmod.filter.keep_all import KeepAll
+from rlmod.rollout.collect import RolloutBatch, Stages, collect
+from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.types import Problem, Prompts, Rollouts, build_rollouts
 
 G = 3
 
@@ -17,7 +20,7 @@ def rows_of(prompts: Prompts, number: int, right: list[int], logprob: float) -> 
     place = torch.arange(number).repeat(len(prompts))
     ids = (place < torch.tensor(right)[group]).long()[:, None].repeat(1, 2)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=prompts.ids[group], prompt_mask=prompts.mask[group], completion_ids=ids, mask=mask, group=group,
         logprobs=torch.full((len(ids), 2), logprob), sampler_logprobs=torch.full((len(ids), 2), logprob),
         truncated=torch.zeros(len(ids), dtype=torch.bool),
@@ -54,7 +57,14 @@ def scored(rollouts: Rollouts) -> Rollouts:
 
 
 def run(
-    kinds: list[str], prompts: int, guide=None, zero_reward=None, sampler=None, room: int | None = None, **settings
+    kinds: list[str],
+    prompts: int,
+    guide=None,
+    zero_reward=None,
+    sampler=None,
+    room: int | None = None,
+    dynamic_sampling=False,
+    **settings,
 ) -> RolloutBatch:
     drawn = 0
 
@@ -68,11 +78,12 @@ def run(
 
     stages = Stages(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
-        logprob_pass=scored, draw=draw, sampler=sampler or Scripted(), guide=guide,
-        reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
-        filter=Filter(**settings), zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
+        logprob_pass=scored, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
+        compute_reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
+        filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(),
+        zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
     )  # fmt: skip
-    return collect(stages, prompts=prompts, room=prompts if room is None else room)
+    return collect(stages, prompts=prompts, max_guided_groups=prompts if room is None else room)
 
 
 def test_the_guides_rows_join_each_prompts_own():
@@ -103,7 +114,7 @@ def test_a_prompt_that_the_joining_guide_gave_signal_is_not_in_both_batches():
     guide, zero = ScriptedGuide(), ZeroReward(weight=1.0, completions_per_prompt=2, keep_if_guide_fails=True)
     collected = run(["1/2", "0/1", "0/0"], 3, guide, zero, dynamic_sampling=True, max_generation_batches=1)
     rows, prompts = collected.rollouts, [problem.prompt for problem in collected.texts.problems]
-    trained = [(p, bool(z)) for p, z, m in zip(prompts, rows.zero_reward, rows.mask, strict=True) if m.any()]
+    trained = [(p, bool(z)) for p, z, m in zip(prompts, rows.sub_batch.bool(), rows.mask, strict=True) if m.any()]
     assert set(trained) == {("1/2", False), ("0/1", False), ("0/0", True)}
     assert collected.metrics["zero_reward/prompts"] == 1
 
@@ -117,7 +128,7 @@ def test_failed_prompts_become_a_batch_of_their_own():
         KINDS, 4, ScriptedGuide(completions_per_prompt=0), zero, dynamic_sampling=True, max_generation_batches=1
     )
     rows = collected.rollouts
-    main, extra = rows.rows(~rows.zero_reward), rows.rows(rows.zero_reward)
+    main, extra = rows.rows(~rows.sub_batch.bool()), rows.rows(rows.sub_batch.bool())
     assert len(main) == 12
     assert [p.prompt for p, m in zip(collected.texts.problems[:12], main.mask, strict=True) if m.any()] == ["1/2"] * 3
     # 0/1: three own ones and two of the guide; 0/0, where the guide fails too, stays dropped, and so does 3/2.
@@ -141,7 +152,7 @@ def test_weight_0_asks_nothing_and_leaves_the_collection_as_it_was():
     plain = run(KINDS, 4, None, dynamic_sampling=True)
     off = run(KINDS, 4, Asked(completions_per_prompt=0), ZeroReward(weight=0.0), dynamic_sampling=True)
     assert off.metrics == plain.metrics
-    assert off.rollouts.zero_reward is None
+    assert off.rollouts.sub_batch is None
     assert torch.equal(off.rollouts.completion_ids, plain.rollouts.completion_ids)
 
 
@@ -149,27 +160,27 @@ def test_a_guide_that_fails_everywhere_is_counted_and_the_rest_goes_on():
     zero = ZeroReward(weight=1.0)
     settings = {"dynamic_sampling": True, "max_generation_batches": 1}
     collected = run(["1/0", "0/0"], 4, ScriptedGuide(completions_per_prompt=0), zero, **settings)
-    assert not collected.rollouts.zero_reward.any()
+    assert not collected.rollouts.sub_batch.bool().any()
     assert collected.rollouts.mask.any()
     assert collected.metrics["zero_reward/guide_failed"] == 1
     assert collected.metrics["prompts/rescued"] == 0
     kept = run(
         ["1/0", "0/0"], 4, ScriptedGuide(completions_per_prompt=0), replace(zero, keep_if_guide_fails=True), **settings
     )
-    assert kept.rollouts.zero_reward.sum() == 2 * 5
+    assert kept.rollouts.sub_batch.bool().sum() == 2 * 5
 
 
 def test_no_more_than_there_is_room_for():
     collected = run(["0/1"], 6, ScriptedGuide(completions_per_prompt=0), ZeroReward(weight=1.0), room=2,
                     dynamic_sampling=True, max_generation_batches=2)  # fmt: skip
-    assert collected.rollouts.zero_reward.sum() == 2 * 5
+    assert collected.rollouts.sub_batch.bool().sum() == 2 * 5
     assert collected.metrics["prompts/rescued"] == pytest.approx(2 / 12)
-    assert not collected.rollouts.rows(~collected.rollouts.zero_reward).mask.any()
+    assert not collected.rollouts.rows(~collected.rollouts.sub_batch.bool()).mask.any()
 
 
 def test_with_no_prompt_failed_the_batch_is_empty():
     collected = run(["1/0"], 2, ScriptedGuide(completions_per_prompt=0), ZeroReward(weight=1.0), dynamic_sampling=True)
-    assert not collected.rollouts.zero_reward.any()
+    assert not collected.rollouts.sub_batch.bool().any()
     assert collected.metrics["zero_reward/prompts"] == 0
 
 
@@ -180,9 +191,9 @@ def test_bad_fields_are_named(field, value):
 
 
 def test_room_is_shared_among_ranks():
-    assert ZeroReward().room(8, 2) == 0
-    assert ZeroReward(weight=1.0).room(8, 2) == 8
-    assert [ZeroReward(weight=1.0, prompts=5).room(8, 2, rank) for rank in (0, 1)] == [3, 2]
+    assert ZeroReward().max_groups(8, 2) == 0
+    assert ZeroReward(weight=1.0).max_groups(8, 2) == 8
+    assert [ZeroReward(weight=1.0, prompts=5).max_groups(8, 2, rank) for rank in (0, 1)] == [3, 2]
 
 
 def test_the_policy_and_the_guide_never_draw_with_the_same_seed():

@@ -16,7 +16,7 @@ from rlmod.sampler import _surroundings, vllm
 from rlmod.sampler._sampling import Completion, rollouts_of, seed_of
 from rlmod.sampler._weights import Publisher, fetched, named_weights
 from rlmod.sampler.vllm_server import VLLMServer
-from rlmod.types import Problem, Prompts, Rollouts
+from rlmod.types import Problem, Prompts, build_rollouts
 from tests.command_line import SHORT, refused
 
 TINY = HFPolicy(path="tiny")
@@ -126,7 +126,7 @@ def test_seeds_of_requests_do_not_overlap():
 
 def test_agreement_by_hand():
     """Three counted tokens of the policy's own: apart by 0.1, -0.3, 0; the guide's do not count."""
-    rollouts = Rollouts(
+    rollouts = build_rollouts(
         mask=torch.tensor([[True, True], [True, False], [True, True]]),
         from_guide=torch.tensor([False, False, True]),
         logprobs=torch.tensor([[-1.0, -2.0], [-0.5, 9.0], [-7.0, -7.0]]),

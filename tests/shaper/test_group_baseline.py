@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from rlmod.shaper.group_baseline import GroupBaseline
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 from tests.rollouts import ragged
 
 
 def test_by_hand():
     # Two groups, centred: 0.5, -0.5 and 0.25, -0.25; the first row has two tokens, so the tokens are .5, .5, -.5, .25, -.25:
     # mean 0.1, squared deviations .16, .16, .36, .0225, .1225 over 4 -> variance 0.20625
-    rows = Rollouts(
+    rows = build_rollouts(
         mask=torch.tensor([[True, True], [True, False], [True, False], [True, False]]),
         group=torch.tensor([0, 0, 1, 1]),
         rewards=torch.tensor([1.0, 0.0, 0.75, 0.25]).double(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlmod.shaper.token_entropy import TokenEntropy
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import ragged
 
 NORMALIZATIONS = ["zero_inclusive", "joint", "own_class"]
@@ -16,7 +16,7 @@ SEEDS = range(4)
 
 
 def group(rewards: list[float], entropy: list[list[float]]) -> Rollouts:
-    return Rollouts(
+    return build_rollouts(
         mask=torch.ones(len(rewards), len(entropy[0]), dtype=torch.bool),
         group=torch.zeros(len(rewards), dtype=torch.long),
         rewards=torch.tensor(rewards).double(),
@@ -173,7 +173,7 @@ def test_entropy_clip_clips_before_the_shares():
 
 def test_an_entropy_of_exactly_0_is_divisible_whatever_the_clip():
     """Two wrong completions, one certain: 1 / H is 1e6 and 1, so all of the class's blame is the certain one's."""
-    rows = Rollouts(
+    rows = build_rollouts(
         mask=torch.ones(3, 1, dtype=torch.bool),
         group=torch.zeros(3, dtype=torch.long),
         rewards=torch.tensor([1.0, 0.0, 0.0]),

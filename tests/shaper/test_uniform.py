@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tests.rollouts import ragged
 
 
 def four(rewards: list[float]) -> Rollouts:
-    return Rollouts(
+    return build_rollouts(
         mask=torch.ones(4, 2, dtype=torch.bool),
         group=torch.zeros(4, dtype=torch.long),
         rewards=torch.tensor(rewards).float(),
@@ -27,7 +27,7 @@ def test_by_hand():
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.35, 1.0])
 @pytest.mark.parametrize("g", [1, 3, 7])
 def test_equal_rewards_give_exactly_zero(value, g):
-    rows = Rollouts(
+    rows = build_rollouts(
         mask=torch.ones(g, 2, dtype=torch.bool),
         group=torch.zeros(g, dtype=torch.long),
         rewards=torch.full((g,), value),

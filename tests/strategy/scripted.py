@@ -11,7 +11,7 @@ PARTS = '''
 import os
 import torch
 from rlmod.sampler.hf import HF
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 class Scripted(HF):
     """Completions that depend on the prompt alone, so that it does not matter which rank has it."""
@@ -24,7 +24,7 @@ class Scripted(HF):
             lengths.append(torch.randint(1, t + 1, (g,), generator=draw))
         group = torch.arange(len(prompts)).repeat_interleave(g)
         mask = torch.arange(t) < torch.cat(lengths)[:, None]
-        return Rollouts(prompt_ids=prompts.ids[group], prompt_mask=prompts.mask[group], completion_ids=torch.cat(ids),
+        return build_rollouts(prompt_ids=prompts.ids[group], prompt_mask=prompts.mask[group], completion_ids=torch.cat(ids),
                         mask=mask, group=group, truncated=torch.zeros(len(group)).bool())
 
 def parity(texts):

@@ -114,7 +114,7 @@ def test_another_number_of_ranks_goes_on_with_the_weights_and_the_next_prompts(b
 def test_a_number_of_ranks_that_does_not_divide_the_prompts_is_refused(tmp_path):
     overrides = ("batch.prompts=7", "batch.micro_batch=28", "output=run")
     output = ended(started(*SETTINGS, *STRATEGIES["ddp"], *overrides, cwd=folder_of_runs(tmp_path)), status=1)
-    assert "batch.prompts=7 cannot be shared out among 2 ranks" in output
+    assert "batch.prompts=7 cannot be divided among 2 ranks" in output
     assert "Traceback" not in output
 
 

@@ -9,7 +9,7 @@ from rlmod.config.sizes import Batch
 from rlmod.model.policy import HFPolicy
 from rlmod.rollout.collect import ZeroReward
 from rlmod.rollout.prompts import EncodedProblems
-from rlmod.training.datamodule import PromptLoader, RLData, RolloutLoader, parts
+from rlmod.training.datamodule import PromptLoader, RLData, RolloutLoader, split
 from rlmod.types import Problem, Rollouts
 from tests.command_line import SHORT, refused
 from tests.rollouts import ragged
@@ -20,7 +20,7 @@ from tests.rollouts import ragged
     [
         (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not fill an optimizer step of 16 rows"),
         (Batch(prompts=4, minibatches=3), "batch.minibatches=3 does not divide the 16 rows"),
-        (Batch(prompts=3), "batch.prompts=3 cannot be shared out among 2 ranks"),
+        (Batch(prompts=3), "batch.prompts=3 cannot be divided among 2 ranks"),
     ],
 )
 def test_sizes_that_do_not_come_out_even(batch, message):
@@ -75,14 +75,14 @@ def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
 
 def test_parts_are_equal_and_in_order():
     rows = ragged(0)
-    pieces = list(parts(rows, 4))
+    pieces = list(split(rows, 4))
     assert [len(piece) for piece in pieces] == [6] * 4
     assert torch.equal(torch.cat([piece.mask for piece in pieces]), rows.mask)
 
 
 def test_fewer_rows_than_parts_leave_masked_out_rows_that_weigh_nothing():
     rows = replace(ragged(0).rows(slice(0, 3)), weights=torch.ones(3, 9))
-    pieces = list(parts(rows, 5))
+    pieces = list(split(rows, 5))
     assert [len(piece) for piece in pieces] == [1] * 5
     counted = [piece for piece in pieces if piece.mask.any()]
     assert torch.equal(torch.cat([piece.mask for piece in counted]), rows.mask)
@@ -91,15 +91,15 @@ def test_fewer_rows_than_parts_leave_masked_out_rows_that_weigh_nothing():
 
 def test_the_zero_reward_batch_has_a_normaliser_of_its_own_and_a_share_in_every_step():
     rows = ragged(0, groups=4, g=6)
-    rows = shaped(replace(rows, zero_reward=rows.group >= 2))
+    rows = shaped(replace(rows, sub_batch=(rows.group >= 2).long()))
     batch = Batch(prompts=2, minibatches=2, micro_batch=4)
-    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6, extra_rows=24), 0.25)
+    loader = RolloutLoader(lambda: rows, TokenMean(), batch, batch.micro_batches(6, extra_rows=24), (1.0, 0.25))
     batches = list(loader)
     assert len(batches) == len(loader) == 2 * 5  # (6 + 12 rows a step) / 4, rounded up
     for step in range(2):
         of_step = batches[5 * step : 5 * step + 5]
         for extra, total in ((False, 1.0), (True, 0.25)):
-            weights = [float(b.weights[b.zero_reward == extra].sum()) for b in of_step]
+            weights = [float(b.weights[b.sub_batch == extra].sum()) for b in of_step]
             assert sum(weights) == pytest.approx(total, abs=1e-6)
     seen = [int(b.group[row]) for b in batches for row in range(len(b)) if b.mask[row].any()]
     assert sorted(seen) == sorted(rows.group.tolist())
@@ -151,39 +151,39 @@ def names(prompts) -> list[str]:
 
 def test_each_round_holds_every_problem_once_in_a_new_order():
     one = data()
-    rounds = [names(one.draw(4)) + names(one.draw(2)) for _ in range(3)]
+    rounds = [names(one.next_prompts(4)) + names(one.next_prompts(2)) for _ in range(3)]
     assert all(sorted(r) == [str(i) for i in range(6)] for r in rounds)
     assert rounds[0] != rounds[1]
-    assert names(data().draw(6)) == rounds[0]
-    assert sorted(names(data().draw(12))) == sorted(rounds[0] + rounds[1])
+    assert names(data().next_prompts(6)) == rounds[0]
+    assert sorted(names(data().next_prompts(12))) == sorted(rounds[0] + rounds[1])
 
 
 def test_ranks_draw_different_problems():
-    drawn = [names(data(rank, ranks=2).draw(3)) for rank in range(2)]
+    drawn = [names(data(rank, ranks=2).next_prompts(3)) for rank in range(2)]
     assert sorted(drawn[0] + drawn[1]) == [str(i) for i in range(6)]
 
 
 def test_the_position_survives_a_checkpoint():
     whole, first, second = data(), data(), data()
-    expected = names(whole.draw(4)) + names(whole.draw(7))
-    start = names(first.draw(4))
+    expected = names(whole.next_prompts(4)) + names(whole.next_prompts(7))
+    start = names(first.next_prompts(4))
     second.load_state_dict(first.state_dict())
-    assert start + names(second.draw(7)) == expected
+    assert start + names(second.next_prompts(7)) == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_another_number_of_ranks_goes_on_behind_the_furthest(ranks):
     """Of two ranks one has drawn 2 prompts, as others were dropped, and one 1: the first 4 places are passed, whoever had them."""
     first, second = data(0, 2), data(1, 2)
-    first.draw(2)
-    second.draw(1)
+    first.next_prompts(2)
+    second.next_prompts(1)
     saved = {"ranks": [first.state_dict()["ranks"][0], second.state_dict()["ranks"][0]]}
-    order = names(data().draw(24))
+    order = names(data().next_prompts(24))
     drawn = []
     for rank in range(ranks):
         now = data(rank, ranks)
         now.load_state_dict(saved)
-        drawn.append(names(now.draw(2)))
+        drawn.append(names(now.next_prompts(2)))
     if ranks == 2:  # as many as before: each where it was
         assert drawn == [[order[4], order[6]], [order[3], order[5]]]
     else:
@@ -205,7 +205,7 @@ def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_lo
     two = ("strategy=ddp", *two)
     monkeypatch.setattr(HFPolicy, "tokenizer", lambda *_: pytest.fail("something was loaded"))
     message = refused(monkeypatch, tmp_path, *SHORT, *two, "batch.prompts=7")
-    assert "batch.prompts=7 cannot be shared out among 2 ranks" in message
+    assert "batch.prompts=7 cannot be divided among 2 ranks" in message
     # 8 prompts x 4 completions: 16 rows on each of two ranks, which is less than a micro-batch; 32 on one.
     with pytest.raises(pytest.fail.Exception, match="something was loaded"):
         refused(monkeypatch, tmp_path, *SHORT, *two, "batch.micro_batch=24")

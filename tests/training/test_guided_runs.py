@@ -72,7 +72,7 @@ def with_everything(tmp_path_factory) -> Path:
 
 
 EVERYTHING = (
-    *SHORT, *GUIDE, "guide.completions_per_prompt=1", "filter.dynamic_sampling=true", "filter.over=own",
+    *SHORT, *GUIDE, "guide.completions_per_prompt=1", "filter=dynamic_sampling", "filter.over=own",
     "filter.max_generation_batches=2", "zero_reward.weight=0.5", "reference=ema", "reference.decay=0.5",
     "correction=[overlong_filtering,forking_tokens,truncated_importance]", "regularizer=[kl,entropy_bonus]",
     "batch.minibatches=2", "shaper.pool=own", "sampler.completions_per_prompt=2",
@@ -129,7 +129,7 @@ def test_before_the_first_update_the_policy_is_its_reference(tmp_path, monkeypat
 def test_a_guide_that_fails_everywhere_is_counted_and_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Policy, "__call__", _always_wrong(Policy.__call__))
     quick = (
-        "filter.dynamic_sampling=true", "zero_reward.weight=1", "guide.completions_per_prompt=0",
+        "filter=dynamic_sampling", "zero_reward.weight=1", "guide.completions_per_prompt=0",
         "sampler.completions_per_prompt=2",
     )  # fmt: skip
     run_train(monkeypatch, *SHORT, *GUIDE, *quick, "trainer.max_epochs=2", f"output={tmp_path / 'a'}")
@@ -153,7 +153,7 @@ def _always_wrong(call):
     [
         (["reference=base", "regularizer=[kl]"], ["reference=base without an adapter", "adapter=lora"]),
         (["reference=ema", "adapter=lora", "regularizer=[kl]"], ["reference=ema with an adapter", "reference=base"]),
-        (["guide=policy", "guide.policy.path=strong", "filter.over=own", "filter.dynamic_sampling=true",
+        (["guide=policy", "guide.policy.path=strong", "filter.over=own", "filter=dynamic_sampling",
           "sampler.completions_per_prompt=1", "batch.micro_batch=8"], ["filter.over=own", "at least 2"]),
         (["loss=sequence_surrogate", "correction=[truncated_importance]"], ["TruncatedImportance", "level=sequence"]),
         (["adapter=lora", "policy.adapter.targets=[nowhere]"], ["policy.adapter.targets", "nowhere"]),

@@ -65,7 +65,9 @@ def step(shaper=None) -> Rollouts:
 def gradient(policy, rollouts: Rollouts, loss, number: int, tokens: int | None = None) -> torch.Tensor:
     policy.zero_grad()
     sizes = Batch(prompts=1, micro_batch=len(rollouts) // number, micro_batch_tokens=tokens)
-    for batch in RolloutLoader(lambda: rollouts, lambda rows: rows.weights, sizes, len(rollouts)).cut(rollouts):
+    for batch in RolloutLoader(
+        lambda: rollouts, lambda rows: rows.weights, sizes, len(rollouts)
+    ).split_into_micro_batches(rollouts):
         if not len(batch):
             continue
         logprobs = ops.token_logprobs(completion_logits(policy, batch), batch.completion_ids)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmod.config import cli
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, build_rollouts
 from tools.bench import peak
 from tools.bench.setting import parts_of
 
@@ -27,7 +27,7 @@ def ready(rows: int, length: int, seed: int = 0) -> Rollouts:
     logprobs = -3 * torch.rand(rows, length, generator=draw)
     rewards = (torch.arange(rows) % 2).float()
     rewards[torch.arange(rows) // G % 2 == 1] = 0.0
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=torch.full((rows, 16), 5), prompt_mask=torch.ones(rows, 16, dtype=torch.bool),
         completion_ids=torch.full((rows, length), 5), mask=mask, group=torch.arange(rows) // G, rewards=rewards,
         outcomes=rewards, logprobs=logprobs * mask, sampler_logprobs=logprobs * mask,
@@ -65,7 +65,7 @@ def call(stage: str, made: Any, rollouts: Rollouts) -> Callable[[], object]:
 
 def table(repetitions: int, rows: int = 512, length: int = 1024) -> list[str]:
     rollouts = ready(rows, length)
-    assert rollouts.mask is not None and rollouts.rewards is not None
+    assert rollouts.rewards is not None
     advantages = (rollouts.rewards - 0.5)[:, None] * rollouts.mask
     rollouts = replace(rollouts, advantages=advantages, weights=rollouts.mask / rollouts.mask.sum())
     lines = ["| stage | option | ms of CPU | range | peak MiB |", "|---|---|---|---|---|"]

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from rlmod.aggregation.rollout_mean import RolloutMean
+from rlmod.filter.dynamic_sampling import DynamicSampling
 from rlmod.model.policy import HFPolicy, completion_texts
-from rlmod.rollout.collect import Filter, Stages, ZeroReward, collect
+from rlmod.rollout.collect import Stages, collect
+from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.types import Problem, Prompts, Rollouts, Texts
 from tools.bench import peak
@@ -30,7 +32,6 @@ class Ready:
     def __call__(self, policy: nn.Module, prompts: Prompts, seed: int) -> Rollouts:
         first, self.next = self.next, self.next + G * len(prompts)
         rows = self.rollouts.rows(slice(first, self.next))
-        assert rows.group is not None
         return replace(rows, group=rows.group - first // G, rewards=None, outcomes=None)
 
 
@@ -50,10 +51,10 @@ def collection(rollouts: Rollouts, decode: Callable[[Rollouts], list[str]]) -> i
         return [float(row % 2 and group % 2 == 0) for row, group in enumerate(texts.group)]
 
     stages = Stages(
-        policy=nn.Identity(), decode=decode, logprob_pass=lambda rows: rows, draw=draw, sampler=Ready(rollouts), guide=None,
-        reward=reward, filter=Filter(dynamic_sampling=True), zero_reward=ZeroReward(), seed=lambda *_: 0,
+        policy=nn.Identity(), decode=decode, logprob_pass=lambda rows: rows, next_prompts=draw, sampler=Ready(rollouts), guide=None,
+        compute_reward=reward, filter=DynamicSampling(), zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
-    return len(collect(stages, prompts=groups // 2, room=0).rollouts)
+    return len(collect(stages, prompts=groups // 2).rollouts)
 
 
 def no_text(rollouts: Rollouts) -> list[str]:

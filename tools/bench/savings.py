@@ -12,17 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlmod.filter.keep_all import KeepAll
 from rlmod.model import shared_prompts as prompt_sharing
 from rlmod.model.logprobs import completion_logprobs
 from rlmod.model.packing import pack_by_length
 from rlmod.model.policy import completion_texts
 from rlmod.reward.math_verify import MathVerify
 from rlmod.rollout import async_rewards
-from rlmod.rollout.collect import Filter, Stages, ZeroReward, collect
+from rlmod.rollout.collect import Stages, collect
+from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.sampler import _cache, _recorder
 from rlmod.sampler.hf import HF
 from rlmod.training import datamodule
-from rlmod.types import Problem, Prompts, Rollouts, Texts
+from rlmod.types import Problem, Prompts, Rollouts, Texts, build_rollouts
 from tools.bench.frame import MODELS, built, compared
 from tools.bench.growth import Ready, taken
 from tools.bench.setting import trainer_of
@@ -98,7 +100,7 @@ def rollouts_of(workload: Workload, prompt: int, policy: Any) -> Rollouts:
     lengths = torch.tensor(workload.lengths)
     rows, longest = len(lengths), int(lengths.max())
     group = torch.arange(rows) // G
-    return Rollouts(
+    return build_rollouts(
         prompt_ids=torch.randint(vocabulary, (workload.prompts, prompt), generator=draw)[group],
         prompt_mask=torch.ones(rows, prompt, dtype=torch.bool), group=group,
         completion_ids=torch.randint(vocabulary, (rows, longest), generator=draw),
@@ -210,19 +212,19 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     problems = (Problem(prompt="", answer="7", source="random tokens"),) * prompts
     stages = Stages(
         policy=policy, decode=partial(completion_texts, module.tokenizer), logprob_pass=lambda rows: rows, guide=None,
-        draw=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
-        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=Verified(), filter=Filter(),
+        next_prompts=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
+        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), compute_reward=Verified(), filter=KeepAll(),
         zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
 
     def sampled() -> Tensor:
         lengths.start()
-        mask: Any = stages.sampler(policy, stages.draw(prompts), 0).mask
+        mask: Any = stages.sampler(policy, stages.next_prompts(prompts), 0).mask
         return mask.sum(1).float()
 
     def rewarded(reward: MathVerify) -> Tensor:
         lengths.start()
-        rewards: Any = collect(replace(stages, reward=reward), prompts=prompts, room=0).rollouts.rewards
+        rewards: Any = collect(replace(stages, compute_reward=reward), prompts=prompts).rollouts.rewards
         return rewards
 
     setting = f"completions {min(workload.lengths)} to {longest}"
@@ -231,7 +233,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     copied = off(sampled, _cache, "preallocated", lambda cache: cache)
     yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
     judge = f"`math_verify` and a judge of {JUDGE_SECONDS * 1000:.0f} ms a text"
-    for what, reward in (("`math_verify`", stages.reward), (judge, Judge())):
+    for what, reward in (("`math_verify`", stages.compute_reward), (judge, Judge())):
         at_once = partial(rewarded, cast(Any, reward))
         afterwards = off(at_once, async_rewards, "supports_async_rewards", lambda *_: False)
         timed = f"sampling, {what}, by the clock; {setting}"

@@ -23,7 +23,7 @@ def quiet() -> None:
 
 def parts_of(*overrides: str) -> Components:
     with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        return Components.of(compose("train", overrides=["output=unused", "optimizer.lr=1e-5", *overrides]))
+        return Components.from_config(compose("train", overrides=["output=unused", "optimizer.lr=1e-5", *overrides]))
 
 
 def small_model(tokenizer: Any) -> Qwen2ForCausalLM:
@@ -48,9 +48,8 @@ def module_of(parts: Components, policy: Any, tokenizer: PreTrainedTokenizerBase
 
 def data_of(parts: Components, tokenizer: PreTrainedTokenizerBase, problems: int) -> RLData:
     return RLData(
-        train=parts.encoder.encode(parts.train()[:problems], tokenizer), held_out=None, batch=parts.batch,
-        aggregation=parts.aggregation, rows_per_prompt=parts.rows_per_prompt, zero_reward=parts.zero_reward,
-        every_row=False, validation_prompts=64, seed=0,
+        train=parts.encoder.encode(parts.train()[:problems], tokenizer), aggregation=parts.aggregation,
+        batch=parts.batch, rows_per_prompt=parts.rows_per_prompt, zero_reward=parts.zero_reward, every_row=False, seed=0,
     )  # fmt: skip
 
 
@@ -60,5 +59,4 @@ def trainer_of(data: RLData, iterations: int, *callbacks: L.Callback, **settings
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
         callbacks=list(callbacks), logger=False, **{"devices": 1, **settings},
     )  # fmt: skip
-    trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
     return trainer

@@ -28,7 +28,7 @@ from rlmod.regularizer.kl import KL
 from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.leave_one_out import LeaveOneOut
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "oracle.md"
@@ -79,7 +79,7 @@ def inputs(seed: int) -> Answer:
         "mask": mask, "logprobs": logprobs, "old": old, "sampler": old + 0.2 * noise[1],
         "reference": logprobs + 0.2 * noise[2], "entropy": 3 * torch.rand(rows, T, generator=draw).double(),
         "rewards": rewards, "group": group,
-        "advantages": Uniform()(Rollouts(mask=torch.ones(rows, 1).bool(), rewards=rewards, group=group))[:, 0],
+        "advantages": Uniform()(build_rollouts(mask=torch.ones(rows, 1).bool(), rewards=rewards, group=group))[:, 0],
     }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def ours(
         if masked_row:
             mask[0] = False
         logprobs, entropy = (case[name].clone().requires_grad_() for name in ("logprobs", "entropy"))
-        rollouts = Rollouts(
+        rollouts = build_rollouts(
             mask=mask, logprobs=case["old"], sampler_logprobs=case["sampler"], entropy=case["entropy"],
             reference_logprobs=case["reference"], policy_entropy=entropy, advantages=case["advantages"][:, None] * mask,
         )  # fmt: skip
@@ -123,7 +123,9 @@ def exact_sum(aggregation: Aggregation, mask: torch.Tensor) -> float:
 
 
 def advantage(shaper: Shaper) -> Callable[[Answer], Answer]:
-    return lambda case: {"value": shaper(Rollouts(mask=case["mask"], rewards=case["rewards"], group=case["group"]))}
+    return lambda case: {
+        "value": shaper(build_rollouts(mask=case["mask"], rewards=case["rewards"], group=case["group"]))
+    }
 
 
 def kl(**fields: Any) -> Callable[[Answer], Answer]:
@@ -169,7 +171,7 @@ def whole_step(step: Answer) -> float:
     """TRL's advantages of a real step, from its rewards; its eps is 1e-4."""
     rewards, group = step["rewards"], torch.arange(len(step["rewards"])) // 4
     mask = torch.ones(len(rewards), 1, dtype=torch.bool)
-    mine = Uniform(eps=1e-4)(Rollouts(mask=mask, rewards=rewards, group=group))[:, 0]
+    mine = Uniform(eps=1e-4)(build_rollouts(mask=mask, rewards=rewards, group=group))[:, 0]
     return float((mine - step["advantages"].flatten()).abs().max())
 
 

@@ -28,13 +28,13 @@ class Completions(L.Callback):
         self.file, self.every, self.rows, self.recorded = Path(folder) / "samples.jsonl", every, rows, recorded
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, RLModule) and pl_module.collected is not None
+        assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
         done = trainer.current_epoch + 1
         if not trainer.is_global_zero or not (
             done in (1, trainer.max_epochs) or (self.every and done % self.every == 0)
         ):
             return
-        samples = list(records(pl_module.collected, self.rows, pl_module, trainer.global_step, "train"))
+        samples = list(records(pl_module.rollout_batch, self.rows, pl_module, trainer.global_step, "train"))
         self._append(samples)
         if self.every and done % self.every == 0:
             Console().print(_table(samples, f"completions of collection {done}"))
@@ -54,7 +54,7 @@ def records(collected: RolloutBatch, number: int, module: RLModule, step: int, w
     """The first completion of each of the first groups; of training also the tokens, with their entropy and advantage."""
     texts, rollouts = collected.texts, collected.rollouts
     assert texts.group is not None and texts.problems is not None and texts.lengths is not None
-    assert rollouts.completion_ids is not None and rollouts.rewards is not None and rollouts.truncated is not None
+    assert rollouts.rewards is not None
     firsts = {group: row for row, group in reversed(list(enumerate(texts.group)))}
     for row in sorted(firsts.values())[:number]:
         prompt = texts.problems[row].prompt

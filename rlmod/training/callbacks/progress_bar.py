@@ -48,9 +48,9 @@ class ProgressBar(L.Callback):
             self.held_out = f"held-out {float(trainer.callback_metrics[objective]):.3f}"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, RLModule) and pl_module.collected is not None
+        assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
         # This collection's own come last: the Trainer's are those of the collection before, until the module has logged them.
-        metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.collected.metrics}
+        metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.rollout_batch.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
         numbers = "  ".join([shown[0], *([self.held_out] if self.held_out else []), *shown[1:]])
         done = trainer.current_epoch + 1

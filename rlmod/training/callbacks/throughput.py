@@ -28,14 +28,14 @@ class Throughput(L.Callback):
             self.validating += time.perf_counter() - self.validation_started
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, RLModule) and pl_module.collected is not None and self.collected is not None
+        assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None and self.collected is not None
         collect = self.collected - self.started
         train = time.perf_counter() - self.collected - self.validating
         pl_module.log_dict(
             {
                 "time/collect": collect,
                 "time/train": train,
-                "speed/tokens_per_second": pl_module.collected.metrics["completions/tokens"] / (collect + train),
+                "speed/tokens_per_second": pl_module.rollout_batch.metrics["completions/tokens"] / (collect + train),
             },
             batch_size=1,
         )

@@ -11,7 +11,7 @@ from rlmod.commands.plan import activations
 from rlmod.commands.plan.run import Adapter, Run
 from rlmod.commands.plan.shape import _shape
 from rlmod.model.logprobs import logprobs_and_entropy
-from rlmod.types import Rollouts
+from rlmod.types import build_rollouts
 from tests.commands.plan.runs import RUN
 
 SIZES = {
@@ -52,7 +52,7 @@ def autograd_keeps(config, run: Run) -> tuple[int, int]:
         model = LoRA(rank=run.adapter.rank, targets=list(run.adapter.targets))(model)
     prompt_mask = torch.ones(run.rows, run.prompt, dtype=torch.bool)
     prompt_mask[0, :2] = False
-    rollouts = Rollouts(
+    rollouts = build_rollouts(
         prompt_ids=torch.randint(0, 99, (run.rows, run.prompt)),
         prompt_mask=prompt_mask,
         completion_ids=torch.randint(0, 99, (run.rows, run.completion)),

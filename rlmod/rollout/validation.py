@@ -1,0 +1,61 @@
+"""Held-out problems, sampled and graded: the same loop for validation while training and for ``rlmod-eval``.
+
+Same seeds and same batches, so a checkpoint has one number.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from numpy.random import SeedSequence
+from torch import Tensor, nn
+
+from rlmod.interfaces import Reward, Sampler
+from rlmod.reward._compute import compute_rewards
+from rlmod.rollout.groups import texts_for_reward
+from rlmod.types import Prompts, Rollouts, Texts
+
+
+@runtime_checkable
+class ValidationSettings(Protocol):
+    @property
+    def sampler(self) -> Sampler: ...
+    @property
+    def reward(self) -> Reward: ...
+    @property
+    def threshold(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedBatch:
+    rollouts: Rollouts
+    texts: Texts
+    rewards: Float[Tensor, " R"]
+    """On the CPU."""
+    correct: Bool[Tensor, " R"]
+
+
+def validation_seed(run_seed: int, validation_seed: int, batch: int, rank: int = 0) -> int:
+    """Return the sampling seed of one batch of held-out problems."""
+    return int(SeedSequence([run_seed, rank, validation_seed, batch]).generate_state(1)[0])
+
+
+@torch.no_grad()
+def sample_and_grade(
+    policy: nn.Module,
+    prompts: Prompts,
+    settings: ValidationSettings,
+    *,
+    decode: Callable[[Rollouts], list[str]],
+    seed: int,
+) -> GradedBatch:
+    """Sample completions of held-out prompts, compute their rewards, and compare the correctness score with the threshold."""
+    rollouts = settings.sampler(policy, prompts, seed)
+    texts = texts_for_reward(rollouts, prompts.problems, decode)
+    rewards, _, outcomes = compute_rewards(settings.reward, texts)
+    correct = (outcomes > settings.threshold).to(rollouts.device)
+    return GradedBatch(
+        rollouts=replace(rollouts, rewards=rewards.to(rollouts.device)), texts=texts, rewards=rewards, correct=correct
+    )

@@ -1,0 +1,128 @@
+"""The zero-reward batch: prompts on which the policy alone failed, as a sub-batch that the guide leads.
+
+Everything about it is in this file. The frame knows only sub-batches: rows marked by ``Rollouts.sub_batch``, each shaped and normalized
+apart, with a weight in the loss.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlmod.rollout.groups import RewardedGroups, interleave, select_texts
+from rlmod.rollout.metrics import guide_metrics
+from rlmod.types import Texts, concatenate
+
+if TYPE_CHECKING:
+    from rlmod.rollout.collect import RolloutBatch, Stages
+
+SUB_BATCH = 1
+"""The index that marks its rows in ``Rollouts.sub_batch``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroReward:
+    """J = J_1 + weight * J_0: the filtered rollout batch, and the prompts on which the policy alone failed, led by the guide
+
+    J_0 holds the prompts that the filter dropped and whose on-policy completions are all incorrect. Each is joined by
+    ``completions_per_prompt`` completions of the guide. J_0 is shaped apart, with a normalizer of its own.
+
+    Source: [R] MIX, arXiv:2507.12931: zero-reward samples are used again "as a distinct batch guided by the expert policy".
+    Differs: [D] at most ``prompts`` of them per rollout batch; the others are dropped and counted.
+    Degenerate: weight 0 asks nothing of the guide and changes nothing, bit for bit. A prompt on which the guide fails too stays dropped
+    (unless ``keep_if_guide_fails``). A prompt whose completions are all correct is never among them.
+    """
+
+    weight: float = 0.0
+    """lambda; 0 turns it off."""
+    completions_per_prompt: int = 2
+    """Completions of the guide."""
+    prompts: int | None = None
+    """The most prompts per rollout batch, over all ranks; null: as many as batch.prompts."""
+    keep_if_guide_fails: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"zero_reward.weight must be finite, 0 (off) or more, got {self.weight}")
+        for name in ("completions_per_prompt", "prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"zero_reward.{name} must be at least 1, got {value}")
+
+    @property
+    def active(self) -> bool:
+        return self.weight > 0
+
+    @property
+    def sub_batch_weights(self) -> tuple[float, ...]:
+        """The weight of each sub-batch in the loss: the main one, and this one if it is active."""
+        return (1.0, self.weight) if self.active else (1.0,)
+
+    def max_groups(self, prompts: int, ranks: int, rank: int = 0) -> int:
+        """Return the most groups on this rank, whose rollout batch holds ``prompts``; a remainder goes to the first ranks."""
+        if not self.active:
+            return 0
+        return prompts if self.prompts is None else self.prompts // ranks + (rank < self.prompts % ranks)
+
+    def max_rows(self, prompts: int, ranks: int, rows_per_prompt: int) -> int:
+        """Return the most rows on one rank."""
+        return self.max_groups(prompts, ranks) * (rows_per_prompt + self.completions_per_prompt)
+
+
+def add_zero_reward(
+    batch: "RolloutBatch", batches: Sequence[RewardedGroups], stages: "Stages", max_groups: int
+) -> "RolloutBatch":
+    """Append the groups that the guide rescued, marked as a sub-batch, and their metrics."""
+    settings, seen = stages.zero_reward, sum(len(each.prompts) for each in batches)
+    guided = _sample_guided(stages, batches, max_groups)
+    # pi_old's log-probabilities are filled now: later, the guide's rows could not be told from those that still lack them.
+    main = stages.logprob_pass(batch.rollouts) if guided else batch.rollouts
+    nothing = torch.zeros_like(main.truncated)
+    from_guide = nothing if main.from_guide is None else main.from_guide
+    main = replace(main, sub_batch=nothing.long(), from_guide=from_guide)
+    # No on-policy completion is correct, so a correct one is the guide's.
+    rescued = [each.any_correct(stages.threshold) for each in guided]
+    failed, saved = sum(len(each.prompts) for each in guided), sum(int(groups.sum()) for groups in rescued)
+    metrics = dict(batch.metrics)
+    metrics |= {
+        "prompts/rescued": saved / seen,
+        "prompts/dropped": metrics["prompts/dropped"] - saved / seen,
+        "zero_reward/prompts": float(failed),
+        "zero_reward/guide_failed": (failed - saved) / max(failed, 1),
+    }
+    if not guided:
+        return replace(batch, rollouts=main, metrics=metrics)
+    rows = torch.cat(
+        [
+            (groups | settings.keep_if_guide_fails)[each.group_of_row]
+            for each, groups in zip(guided, rescued, strict=True)
+        ]
+    )
+    measured = guide_metrics(guided)
+    metrics |= {name.replace("guide/", "zero_reward/guide_"): value for name, value in measured.items()}
+    metrics["guide/tokens"] = metrics.get("guide/tokens", 0.0) + measured["guide/tokens"]
+    added = concatenate([each.rollouts for each in guided]).rows(rows)
+    added = replace(added, sub_batch=torch.full_like(added.group, SUB_BATCH))
+    texts = select_texts([each.texts for each in guided], rows)
+    both = {f.name: [*getattr(batch.texts, f.name), *getattr(texts, f.name)] for f in fields(Texts)}
+    return replace(batch, rollouts=concatenate([main, added]), texts=Texts(**both), metrics=metrics)
+
+
+def _sample_guided(stages: "Stages", batches: Sequence[RewardedGroups], max_groups: int) -> list[RewardedGroups]:
+    """Join the first ``max_groups`` dropped groups without a correct on-policy completion with completions of the guide."""
+    guided: list[RewardedGroups] = []
+    first_group = sum(len(each.prompts) for each in batches)
+    for each in batches:
+        failed = (each.all_incorrect & ~each.kept).nonzero()[:max_groups, 0]
+        if len(failed):
+            prompts = each.prompts.pick(failed.tolist())
+            guide = stages.sample_guide(prompts, stages.zero_reward.completions_per_prompt)
+            rows = interleave(stages.logprob_pass(each.without_rewards(failed)), guide)
+            guided.append(stages.reward(rows, prompts, first_group))
+            first_group += len(failed)
+            max_groups -= len(failed)
+    return guided
