@@ -13,7 +13,7 @@ SHUTDOWN_GRACE_SECONDS = 5.0
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes; before there is a process group, by what the launchers say.
+    """Return True on the rank that writes. Before there is a process group, the launchers' variables decide.
 
     torchrun's RANK counts over all nodes. Without it there is SLURM's number of the process; or Lightning has started the processes of
     each node, with a number within the node and the number of the node.
@@ -24,7 +24,7 @@ def is_rank_zero() -> bool:
 
 
 def is_multi_process_launch() -> bool:
-    """Whether a launcher (torchrun, srun) has started several ranks, each with the same command."""
+    """Return True if a launcher (torchrun, srun) has started several ranks, each with the same command."""
     return any(int(os.environ.get(name, 1)) > 1 for name in _sizes())
 
 
@@ -44,7 +44,7 @@ def _sizes() -> tuple[str, ...]:
 
 @contextmanager
 def rank_zero_reports_first() -> Iterator[None]:
-    """What goes wrong on every rank is said by the first one: the others wait, and are ended meanwhile by whoever has started them."""
+    """Let rank 0 report an error that all ranks have: the others wait, and their launcher ends them meanwhile."""
     try:
         yield
     except Exception:
@@ -78,7 +78,7 @@ def terminate_together(children: Callable[[], Sequence["subprocess.Popen[bytes]"
         if lost:
             raise ValueError(
                 f"{' and '.join(ends) or 'another rank ended'}, so this one stops: what is printed above is the cause, or it was "
-                "killed from outside (memory?); the same command goes on from the last checkpoint if it names output=FOLDER"
+                "killed from outside (memory?); the same command resumes from the last checkpoint if it names output=FOLDER"
             ) from error
         raise
 

@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "counts_for_correctness": True,
     "pointwise": False,
 }
-"""What holds for a component that does not declare it."""
+"""The value for a component that does not declare it."""
 
 LOSS_GRANULARITY: Granularity = "token"
 """The default of a loss: it takes advantages that vary over the tokens of a completion."""

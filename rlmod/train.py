@@ -46,7 +46,7 @@ def train(cfg: DictConfig) -> float | None:
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
-                f"trainer.{key} must be a whole number of collections, at least 1, got {cfg.trainer[key]!r}"
+                f"trainer.{key} must be a whole number of iterations, at least 1, got {cfg.trainer[key]!r}"
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished["held_out"] and finished["held_out"]["after"]
@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> float | None:
         if checkpoint is None:
             print(f"a new run in {folder}", flush=True)
         else:
-            log.warning("going on from %s", checkpoint)
+            log.warning("resuming from %s", checkpoint)
             if changed := checkpoints.changed(checkpoint, cfg):
                 log.warning("with other settings than it was made with: %s", "; ".join(changed))
         checkpoints.note_config(folder, cfg)
@@ -85,7 +85,7 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _ranks(trainer: DictConfig) -> int:
-    """As far as the config says it: 1 for each node where Lightning is to count the devices."""
+    """Return the number of ranks as far as the config tells: 1 per node if Lightning is to count the devices."""
     devices, nodes = trainer.devices, trainer.num_nodes
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
         raise ValueError(f"trainer.num_nodes must be a whole number, at least 1, got {nodes!r}")

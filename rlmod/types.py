@@ -10,6 +10,8 @@ Axes, the same in every shape of this package:
     V  vocabulary
 
 Units: log-probabilities and entropies in nats; lengths in tokens, EOS included, padding not.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,7 @@ class Problem:
     source: str
     """File and line it was read from, for error messages: ``train.jsonl:12``."""
     entry: Mapping[str, Any] | None = None
-    """What a task's own scorer needs beyond the answer."""
+    """Data that a task's own scorer needs beyond the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Texts:
     lengths: Sequence[int] | None = None
     """Tokens of each completion, EOS included."""
     truncated: Sequence[bool] | None = None
-    """Whether the completion hit the token limit before an EOS."""
+    """True if the completion hit the token limit before an EOS."""
     group: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ class Rollouts:
     group: Int[Tensor, " R"]
     """Index of the prompt within the rollout batch; the completions of a group share it."""
     truncated: Bool[Tensor, " R"]
-    """Whether the completion hit the token limit before an EOS."""
+    """True if the completion hit the token limit before an EOS."""
     rewards: Float[Tensor, " R"] | None = None
     """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None
@@ -113,9 +115,9 @@ class Rollouts:
     policy_entropy: Float[Tensor, "R T"] | None = None
     """Entropy of the policy in training, with its gradient; only in a training step, and only if a component reads it."""
     from_guide: Bool[Tensor, " R"] | None = None
-    """Whether the guide sampled the row: an off-policy sample."""
+    """True if the guide sampled the row: an off-policy sample."""
     sub_batch: Int[Tensor, " R"] | None = None
-    """Which sub-batch the row is in. Each one is shaped and normalized apart; 0 is the main one. None: there is only one."""
+    """The index of the row's sub-batch. Each one is shaped and normalized apart; 0 is the main one. None: there is only one."""
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None

@@ -9,5 +9,5 @@ from tests.runs import QUICK, finished
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """One finished run of four collections."""
+    """One finished run of four iterations."""
     return finished(tmp_path_factory.mktemp("run") / "a", *QUICK)

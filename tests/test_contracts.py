@@ -94,7 +94,7 @@ def test_a_declaration_that_leaves_a_field_out_is_found(stage, option):
 @pytest.mark.parametrize(("stage", "option"), COMPONENTS)
 def test_the_docstring_names_the_fields_that_are_declared(stage, option):
     made = component(stage, option)
-    line = re.search(r"(?:Reads|Needs): ([^.]*)\.", type(made).__doc__ or "")
+    line = re.search(r"Reads: ([^.]*)\.", type(made).__doc__ or "")
     assert line is not None
     named = set(re.findall(r"[a-z_]{3,}", line[1])) & ALL_FIELDS
     assert named <= made.reads | {"outcomes"}

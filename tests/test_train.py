@@ -78,7 +78,7 @@ def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypa
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "batch.minibatches=2", "optimizer.lr=1e-3")
     firsts = [differences[step] for step in (0, 2, 4, 6)]
     assert max(firsts) < 1e-4, differences
-    # The second update is not: if it were, the collection would be repeated or the optimizer idle.
+    # The second update is not: if it were, the rollout batch would be repeated or the optimizer idle.
     assert min(differences[step] for step in (1, 3, 5, 7)) > 1e-3, differences
 
 
@@ -87,13 +87,13 @@ def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_pat
         monkeypatch,
         *QUICK,
         f"output={tmp_path / 'a'}",
-        "reward.pattern=null",  # the whole completion against the answer: all wrong
+        "reward.pattern=null",  # the whole completion against the answer: all incorrect
         "trainer.max_epochs=2",
         "optimizer.weight_decay=0.1",
     )
     start = AutoModelForCausalLM.from_pretrained("rlmod/model/policies/tiny").state_dict()
     assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "a").items())
-    assert "None of the 8 groups of this collection has signal" in (tmp_path / "a" / "train.log").read_text()
+    assert "None of the 8 groups of this rollout batch has signal" in (tmp_path / "a" / "train.log").read_text()
 
 
 def test_dynamic_sampling_trains_on_groups_with_signal_only(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
 def test_the_lines_show_the_collection_that_they_name(tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "callbacks.progress_bar.lines=4")
     shown = [
-        line.split("reward ")[1][:5] for line in capsys.readouterr().out.splitlines() if line.startswith("collection ")
+        line.split("reward ")[1][:5] for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")
     ]
     assert shown == [f"{float(row['reward/mean']):.3f}" for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(set(shown)) > 1

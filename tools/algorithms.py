@@ -17,8 +17,8 @@ from rlmod.config import cli
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "algorithms.md"
-STAGES = ["guide", "reward", "reference", "shaper", "correction", "aggregation", "loss", "regularizer"]
-SECTIONS = ("Source", "Differs", "Degenerate", "Needs")
+STAGES = ["guide", "reward", "filter", "reference", "shaper", "correction", "aggregation", "loss", "regularizer"]
+SECTIONS = ("Source", "Differs", "Degenerate", "Reads")
 NODES = {"zero_reward": "rlmod.rollout.zero_reward.ZeroReward"}
 
 
@@ -59,8 +59,6 @@ def component(stage: str, name: str, target: str, composed: dict[str, DictConfig
 
 def _uses(cfg: DictConfig, stage: str, target: str) -> bool:
     node = OmegaConf.to_container(cfg[stage], resolve=False) if cfg.get(stage) is not None else {}
-    if stage == "filter":
-        return bool(cfg.filter.dynamic_sampling)
     if stage == "zero_reward":
         return cfg.zero_reward.weight > 0
     return target in targets(node)
@@ -83,15 +81,14 @@ def recipe_row(name: str, cfg: DictConfig, made: list[Component]) -> str:
     title = re.sub(
         r"\s+", " ", text.split("\n#\n")[0].replace("# @package _global_", "").replace("\n#", " ").strip("# \n")
     )
-    parts = [f"`{c.name}`" for c in made if name in c.recipes and c.stage not in ("reward", "filter")]
-    extras = ["dynamic sampling"] if cfg.filter.dynamic_sampling else []
-    return f"| `{name}` | {title} | {', '.join([*parts, *extras])} |"
+    parts = [f"`{c.name}`" for c in made if name in c.recipes and c.stage != "reward" and c.name != "keep_all"]
+    return f"| `{name}` | {title} | {', '.join(parts)} |"
 
 
 def page() -> str:
     composed = recipes()
     made = components(composed)
-    lines = [HEAD, "| recipe | what | parts |", "|---|---|---|"]
+    lines = [HEAD, "| recipe | what | components |", "|---|---|---|"]
     lines += [recipe_row(name, cfg, made) for name, cfg in composed.items()]
     stage = None
     for part in made:

@@ -80,9 +80,9 @@ class Stages(L.Callback):
 
     def __init__(self, module: RLModule, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, list[float]] = {"sampling": [], "rest of the collection": [], "training": []}
+        self.seconds: dict[str, list[float]] = {"sampling": [], "rest of the rollout batch": [], "training": []}
         self.peaks: list[int] = []
-        self.collection = self.started = 0.0
+        self.rollout_batch_seconds = self.started = 0.0
         taken: Any = module
         taken.sampler = Timed(module.sampler, self.now)
         self.sampler, collect = taken.sampler, module.collect
@@ -90,7 +90,7 @@ class Stages(L.Callback):
         def collected(*arguments: Any) -> Any:
             started = self.now()
             rollouts = collect(*arguments)
-            self.collection = self.now() - started
+            self.rollout_batch_seconds = self.now() - started
             return rollouts
 
         taken.collect = collected
@@ -105,7 +105,9 @@ class Stages(L.Callback):
             whole = self.now() - self.started
             sampling = self.sampler.seconds
             for stage, taken in zip(
-                self.seconds, (sampling, self.collection - sampling, whole - self.collection), strict=True
+                self.seconds,
+                (sampling, self.rollout_batch_seconds - sampling, whole - self.rollout_batch_seconds),
+                strict=True,
             ):
                 self.seconds[stage].append(taken)
             self.peaks.append(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)

@@ -80,7 +80,7 @@ def policies(folder: Path) -> None:
     save(start, tokenizer, folder / "start")
 
 
-def run(arm: str, seed: int, folder: Path, collections: int) -> Path:
+def run(arm: str, seed: int, folder: Path, iterations: int) -> Path:
     target = folder / arm.replace(", ", "-").replace(" ", "_") / str(seed)
     if (target / "result.json").is_file():
         return target
@@ -89,7 +89,7 @@ def run(arm: str, seed: int, folder: Path, collections: int) -> Path:
         Path(sys.executable).with_name("rlmod-train"), *ARMS[arm], f"output={target}", f"seed={seed}", "reward=exact_match",
         f"policy.path={folder / 'start'}", *guide, *(f"data.{key}={value}" for key, value in TASK.items()),
         "data.validation.size=256", "sampler.max_new_tokens=64", "batch.prompts=16", "batch.micro_batch=32",
-        "optimizer.lr=1e-4", f"trainer.max_epochs={collections}", "trainer.check_val_every_n_epoch=1",
+        "optimizer.lr=1e-4", f"trainer.max_epochs={iterations}", "trainer.check_val_every_n_epoch=1",
         "trainer.accelerator=cpu", "callbacks.completions.every=0",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -105,7 +105,7 @@ class Curve:
     tokens: list[int]
     accuracy: list[float]
     all_wrong: float
-    """Share of the first collection's prompts."""
+    """Share of the first rollout batch's prompts."""
 
     @property
     def cost(self) -> int | None:
@@ -166,9 +166,9 @@ PAGE = """# A hard split: does the guide help?
 The task: differences of three or four numbers modulo 100, read from the left. The policy reads them from the right, which is as long and
 wrong; it knows the other way but begins it about once in a hundred times. The guide always works from the left.
 
-`python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} an arm, 16 prompts x 8 completions a collection,
-learning rate 1e-4, 40 collections) and writes this page. In the first collection {low:.0f} to {high:.0f} % of the prompts were
-all-wrong. Counted are the tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
+`python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} an arm, 16 prompts x 8 completions a rollout batch,
+learning rate 1e-4, 40 iterations) and writes this page. In the first iteration {low:.0f} to {high:.0f} % of the prompts were
+all incorrect. Counted are the tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
 
 {rows}
 
@@ -186,7 +186,7 @@ def main() -> None:
         "--folder", type=Path, default=Path("runs/hard_split"), help="policies and runs; what is there is kept"
     )
     arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--collections", type=int, default=40)
+    arguments.add_argument("--iterations", type=int, default=40)
     options = arguments.parse_args()
     folder = options.folder.resolve()
     if not (folder / "start" / "config.json").is_file():
@@ -194,7 +194,7 @@ def main() -> None:
     pairs = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     curves: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
     for arm, seed in track(pairs, "running"):
-        curves[arm].append(read(run(arm, seed, folder, options.collections)))
+        curves[arm].append(read(run(arm, seed, folder, options.iterations)))
         print(arm, seed, curves[arm][-1].cost, flush=True)
     picture(curves, ROOT / "docs" / "hard_split.png")
     (ROOT / "docs" / "hard_split.md").write_text(page(curves, options.seeds))

@@ -67,7 +67,7 @@ def main() -> None:
 
 PAGE = """# The recipes on the embedded task
 
-`make recipes` runs each recipe of `conf/experiment/` for 100 collections of 32 prompts with the tiny policy, one seed, and writes this
+`make recipes` runs each recipe of `conf/experiment/` for 100 iterations of 32 prompts with the tiny policy, one seed, and writes this
 page. Held-out mean@1 is of 512 problems (standard error at most 0.022, at 0.95 about 0.01): differences of a few hundredths mean
 nothing here, and one seed says nothing of an algorithm's worth. It shows that each recipe trains, and what to expect when you run it.
 Tokens are those sampled, refills and the guide's included.

@@ -15,13 +15,13 @@ from rlmod.types import Rollouts
 class Constant:
     """w_{i,t} = 1 / (R ``length``), over the R completions of the optimizer step and all ranks.
 
-    The loss neither favours short right answers nor long wrong ones, and does not change with the other completions' lengths.
+    The loss neither favours short correct answers nor long wrong ones, and does not change with the other completions' lengths.
     The weights sum to mean |o| / length, at most 1 when ``length`` is the sampler's limit.
 
     Source: Dr. GRPO, arXiv:2503.20783, sec. 3.2.
     Differs: a row that is masked out whole does not count in R.
     Degenerate: a step without a counted token has all weights 0.
-    Needs: mask.
+    Reads: mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"mask"})

@@ -17,7 +17,7 @@ class RolloutMean:
     Source: GRPO, arXiv:2402.03300, eq. 3; GRPO-S, arXiv:2508.04349, eq. 10.
     Differs: a row that is masked out whole does not count in R, as in verl (TRL counts it), so that the weights sum to 1.
     Degenerate: a step without a counted token has all weights 0.
-    Needs: mask.
+    Reads: mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"mask"})

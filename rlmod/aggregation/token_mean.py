@@ -16,7 +16,7 @@ class TokenMean:
 
     Source: DAPO, arXiv:2503.14476, eq. 8; GTPO, arXiv:2508.04349, eq. 7.
     Degenerate: a step without a counted token has all weights 0.
-    Needs: mask.
+    Reads: mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"mask"})

@@ -195,7 +195,7 @@ def _sampled(
 
 
 def _tokens(rollouts: Any, row: int) -> dict[str, Any]:
-    """What guide=demonstrations reads besides the text: the tokens and their log-probabilities."""
+    """Return the fields that guide=demonstrations reads beyond the text: tokens and their log-probabilities."""
     if rollouts.logprobs is None:
         raise ValueError("record_tokens=true: this sampler gives no log-probabilities; use sampler=hf")
     length = int(rollouts.mask[row].sum())

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{given.output} could not be written: {error}")
-    print(f"{given.output}: the policy of {checkpoint}; to go on with it: policy=hf policy.path={given.output}")
+    print(f"{given.output}: the policy of {checkpoint}; to resume with it: policy=hf policy.path={given.output}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _server(folder: Path) -> list[str]:
 
 
 def _flags(settings: dict[str, object]) -> list[str]:
-    """As ``vllm serve`` has them: ``--load-format dummy``; a switch alone, or with ``no-`` before its name."""
+    """Return flags of ``vllm serve``: ``--load-format dummy``; a switch alone, or with ``no-`` before its name."""
     flags: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")

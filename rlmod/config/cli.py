@@ -41,7 +41,7 @@ class Stopped(BaseException):
 
     def told(self) -> int:
         """Says so, and returns the exit status."""
-        print(f"stopped; go on with {self.go_on}" if self.go_on else "stopped", file=sys.stderr)
+        print(f"stopped; resume with {self.go_on}" if self.go_on else "stopped", file=sys.stderr)
         return 128 + self.number
 
 
@@ -89,7 +89,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 
 def explained(error: BaseException) -> str:
-    """What is wrong, by its key, and what would be right."""
+    """Say which key is wrong, and what would be right."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -165,7 +165,7 @@ def quiet() -> None:
 
 
 class Results(Callback):
-    """Of a multirun: results.csv in its folder has a line a run as soon as it ends, with what it returned or why it failed."""
+    """Write results.csv of a multirun: one line per run as soon as it ends, with its return value or why it failed."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:

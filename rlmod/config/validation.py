@@ -1,4 +1,4 @@
-"""What a field of the config may hold, by the type hints of the component that it belongs to."""
+"""Check config values against the type hints of the component they belong to."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def check_value(value: Any, hint: Any, key: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value as YAML has it (null, switch, number, text, list) may stand where ``hint`` is asked for."""
+    """Return True if a YAML value (null, switch, number, text, list) matches the type hint."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, argument) for argument in arguments)
@@ -52,7 +52,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """As in ``a number or null``."""
+    """Describe a type hint in words, as in ``a number or null``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(text for text in map(described, arguments) if text)
@@ -83,7 +83,7 @@ def check_arguments(made: partial[Any], key: str) -> None:
 
 
 def _hints(target: str | None) -> Mapping[str, Any]:
-    """Of the constructor, or the function; none where they cannot be had, and the component's own error is the better one."""
+    """Return the type hints of the constructor, or the function; none if they cannot be resolved: the component's own error says more."""
     if target is None:
         return {}
     try:

@@ -1,4 +1,7 @@
-"""Only the tokens where the policy could have gone another way are trained on."""
+"""Only the tokens where the policy could have gone another way are trained on.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,10 +20,10 @@ class ForkingTokens:
     The other tokens stay in the normaliser, so that the gradient is that of the whole loss with their terms left out.
 
     Source: FORK, arXiv:2506.01939, eq. 5 and 6, with share 0.2.
-    Differs: [D] the batch is the whole collection, over all ranks, with the entropies of pi_old; TRL takes those of the current
+    Differs: [D] the batch is the whole rollout batch, over all ranks, with the entropies of pi_old; TRL takes those of the current
     policy in each step. Entropies that equal tau are all kept.
     Degenerate: share 1 changes nothing; where all entropies are equal every token is kept.
-    Needs: entropy, mask, advantages.
+    Reads: entropy, mask, advantages.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"entropy", "mask", "advantages"})

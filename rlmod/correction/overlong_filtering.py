@@ -1,4 +1,7 @@
-"""Truncated completions teach nothing: they are left out of the loss."""
+"""Truncated completions teach nothing: they are left out of the loss.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,7 +20,7 @@ class OverlongFiltering:
     Source: DAPO, arXiv:2503.14476, sec. 3.4 ("overlong filtering"), which masks the loss of truncated samples.
     Differs: [D] in nothing stated; that the group's mean and std still count the row is TRL's reading too.
     Degenerate: no truncated row: nothing changes. Every row truncated: the step is left out, with the sampler's warning.
-    Needs: truncated, mask, advantages.
+    Reads: truncated, mask, advantages.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"truncated", "mask", "advantages"})

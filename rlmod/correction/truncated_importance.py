@@ -1,4 +1,7 @@
-"""What the sampling engine got wrong about its own probabilities, weighed back."""
+"""Importance weights between the trainer's and the sampling engine's probabilities.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -21,7 +24,7 @@ class TruncatedImportance:
     Source: TIS, truncated importance sampling between sampler and trainer, as described by Yao et al. (2025); cap = C, 2 there.
     Differs: [D] the logarithm of rho is held between -20 and 20.
     Degenerate: where both agree the factor is 1; so it is with sampler=hf, whose log-probabilities are the trainer's.
-    Needs: logprobs, sampler_logprobs, mask, advantages.
+    Reads: logprobs, sampler_logprobs, mask, advantages.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "sampler_logprobs", "mask", "advantages"})

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SAVED = ("dataset_dict.json", "state.json")
-"""What ``save_to_disk`` leaves in a folder: of several splits, of one data set."""
+"""Files that ``save_to_disk`` writes: for several splits, for one data set."""
 
 
 @dataclass(frozen=True, kw_only=True)

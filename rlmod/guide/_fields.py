@@ -1,4 +1,4 @@
-"""What all guides check alike."""
+"""Checks that all guides share."""
 
 
 def check_completions(completions_per_prompt: int) -> None:

@@ -1,4 +1,7 @@
-"""Recorded completions, one or several for each prompt."""
+"""Recorded completions, one or several for each prompt.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

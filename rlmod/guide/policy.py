@@ -1,4 +1,7 @@
-"""A frozen model that samples and scores."""
+"""A frozen model that samples and scores.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from collections.abc import Sequence
 from copy import copy
@@ -32,7 +35,7 @@ class Policy:
     policy: HFPolicy
     """May be larger than the policy that is trained, but must share its tokenizer."""
     sampler: Sampler
-    """With settings of its own: temperature, limits."""
+    """The guide's own sampler settings: temperature, limits."""
     completions_per_prompt: int = 2
     ratio: Literal["guide", "one"] = "guide"
     device: str | None = None

@@ -1,4 +1,7 @@
-"""CISPO: the clipped ratio weighs the log-probability, and no token loses its gradient."""
+"""CISPO: the clipped ratio weighs the log-probability, and no token loses its gradient.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,7 +25,7 @@ class Cispo:
     here). ``clip_low`` null sets no lower bound, as the paper did in effect and TRL does; verl and NeMo-RL clip on both sides.
     Degenerate: on-policy the gradient is that of REINFORCE and of the clipped surrogate, -A grad log pi; the value is not
     -A, and means nothing.
-    Needs: logprobs, advantages, mask.
+    Reads: logprobs, advantages, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})

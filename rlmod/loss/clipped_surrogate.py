@@ -18,7 +18,7 @@ class ClippedSurrogate:
     Source: PPO, arXiv:1707.06347, eq. 7; separate bounds ("clip-higher"), DAPO, arXiv:2503.14476, eq. 10.
     Differs: no dual clip (verl has it on by default).
     Degenerate: on-policy (w = 1) the value is -A and the gradient that of REINFORCE; A = 0 gives no gradient.
-    Needs: logprobs, advantages, mask.
+    Reads: logprobs, advantages, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})

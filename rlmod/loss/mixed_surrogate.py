@@ -1,4 +1,7 @@
-"""The clipped surrogate on own completions, and one of its own on the guide's."""
+"""The clipped surrogate on on-policy completions, and one of its own on the guide's.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from rlmod.types import Rollouts
 class MixedSurrogate:
     """L_{i,t} = -min(f(w) A, clip(f(w), low, high) A), with w = pi_theta / pi of the policy that sampled the row:
 
-        own completions      w = pi_theta / pi_old    f(w) = w                     bounds 1 - clip_low, 1 + clip_high
+        on-policy completions      w = pi_theta / pi_old    f(w) = w                     bounds 1 - clip_low, 1 + clip_high
         guide completions    w = pi_theta / pi_phi    f(w) = w, or w / (w + gamma)  bounds by ``guide_clip``
 
     pi_phi is what the guide left in ``logprobs``: its own probabilities, or 1 (guide.ratio=one). w multiplies the gradient, so that
@@ -25,7 +28,7 @@ class MixedSurrogate:
     Source: [R] MIX, arXiv:2507.12931, modelled on LUFFY, arXiv:2504.14945, eq. 5 to 7, whose form is guide.ratio=one,
     guide_shaping=saturating, guide_clip=none.
     Degenerate: without guide rows, and with the defaults on any rows, it is ClippedSurrogate.
-    Needs: logprobs, advantages, mask; from_guide, where there are guide rows.
+    Reads: logprobs, advantages, mask; from_guide, where there are guide rows.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages", "from_guide"})

@@ -23,7 +23,7 @@ class SequenceSurrogate:
     Source: GRPO-S, arXiv:2508.04349, eq. 10, 11; geometric: App. C, and GSPO, arXiv:2507.18071, eq. 5, 7.
     Differs: the two clip bounds may differ, as in DAPO.
     Degenerate: completions of one token give ClippedSurrogate; A = 0, or a row that is masked out whole, gives no gradient.
-    Needs: logprobs, advantages (constant over a completion), mask.
+    Reads: logprobs, advantages (constant over a completion), mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages"})

@@ -1,4 +1,4 @@
-"""Forward passes over a whole collection, without gradients: pi_old's log-probabilities and entropies, and the reference's."""
+"""Forward passes over a whole rollout batch, without gradients: pi_old's log-probabilities and entropies, and the reference's."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ def logprob_pass(
     pi_old: bool = True,
     reference: Reference | None = None,
 ) -> Rollouts:
-    """With pi_old's scores (``pi_old``) where the sampler could not hand them over, and with the reference's, in one sweep."""
+    """Fill pi_old's log-probabilities and entropies if they are missing (``pi_old``), and the reference's, in one pass over the rows."""
     pi_old = pi_old and (rollouts.logprobs is None or rollouts.entropy is None)
     if not pi_old and reference is None:
         return rollouts

@@ -181,7 +181,7 @@ def completion_logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """What a model makes of z, which its head returns: scale * z, or cap * tanh(z / cap)."""
+    """The function a model applies to z, its head's output: scale * z, or softcap * tanh(z / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -218,7 +218,7 @@ def patched_lm_head(policy: nn.Module, by: Callable[[Tensor], Tensor], *, capped
 
 
 _CAP = "final_logit_softcapping"
-"""What transformers calls it in every model that has one; null is none."""
+"""The name of the soft cap in transformers' configs; null means none."""
 
 
 def _tried(policy: nn.Module) -> LogitTransform | None:
@@ -241,7 +241,7 @@ def _tried(policy: nn.Module) -> LogitTransform | None:
 
 
 def _returned(policy: nn.Module, z: Float[Tensor, " V"], *, capped: bool) -> Float[Tensor, " V"] | None:
-    """What the policy returns if its head returns z for every token; None if that depends on the token, or has another shape."""
+    """Return the policy's logits if its head returns z for every token; None if they depend on the token, or have another shape."""
     token = torch.zeros(1, 1, dtype=torch.long, device=z.device)
     mask = token == 0
     row = Rollouts(

@@ -12,7 +12,7 @@ from rlmod.types import Rollouts
 def rows_that_train(rollouts: Rollouts, *, every_row: bool) -> Bool[Tensor, " R"]:
     """Rows that can change the policy: some token has a weight, and an advantage unless ``every_row`` counts without one.
 
-    A loss that is proportional to the advantage has no gradient where it is 0, as in groups that are all right or all wrong, so
+    A loss that is proportional to the advantage has no gradient where it is 0, as in groups that are all correct or all incorrect, so
     leaving these rows out changes nothing but the time it takes.
     """
     assert rollouts.weights is not None and rollouts.advantages is not None

@@ -26,13 +26,13 @@ class HFPolicy:
 
     path: str
     dtype: str = "float32"
-    """Of the weights that are trained; mixed precision is trainer.precision."""
+    """Dtype of the trained weights; mixed precision is trainer.precision."""
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile of each layer, for training and scoring: a start that is slower by a minute, and then faster steps."""
     adapter: Callable[..., Any] | None = None
-    """What is trained instead of the weights; null: the weights."""
+    """The adapter that is trained instead of the weights; null: the weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -58,7 +58,7 @@ class HFPolicy:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder holds an adapter, as a run with adapter=lora saves it, rather than a whole model."""
+        """True if the folder holds an adapter, as a run with adapter=lora saves it, rather than a full model."""
         return (Path(self.location) / "adapter_config.json").is_file()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -160,7 +160,7 @@ def save_policy(
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
-    """Of what ``save_policy`` wrote, by their shapes alone."""
+    """Return the weights that ``save_policy`` wrote as meta tensors: shapes alone."""
     from safetensors import safe_open
 
     weights: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def trained_weights(policy: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
-    """By the names under which ``save_policy`` writes them: an adapter without its own name, and tied ones as often as they were saved."""
+    """Return the trained weights under the names that ``save_policy`` writes: no adapter's own name, tied ones as often as saved."""
     once = {name for name, _ in policy.named_parameters()}
     written = {
         name.replace(".default.", "."): (weight, name in once)

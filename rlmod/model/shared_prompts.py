@@ -22,7 +22,7 @@ WORTHWHILE = 0.2
 
 
 def logits(policy: nn.Module, rollouts: Rollouts) -> Float[Tensor, "R places V"]:
-    """Of the last prompt token, and of every completion token: the same numbers whether the prompt is shared or not.
+    """Return the logits at the last prompt token and at every completion token: the same whether the prompt is shared or not.
 
     Completions need no attention mask: they are padded on the right, where no counted position looks.
 
@@ -76,7 +76,7 @@ def shared_prompts(policy: nn.Module, rollouts: Rollouts) -> tuple[Int[Tensor, "
 
 
 def can_share(policy: nn.Module) -> bool:
-    """Whether keys and values say all that later tokens see, and a gradient may go through them.
+    """Return True if keys and values hold all that later tokens see, and a gradient may flow through them.
 
     Not with a recurrent state or a sliding window, whose cache forgets; not with recomputation, which keeps no cache; dropout would be
     drawn once for all rows of a group; and a sharded policy reckons with one forward pass for each backward pass.
@@ -113,7 +113,7 @@ def uncompiled(policy: nn.Module) -> AbstractContextManager[object]:
 
 
 def has_dropout(policy: nn.Module) -> bool:
-    """Whether the policy computes otherwise in training than in evaluation."""
+    """Return True if the policy computes something else in training than in evaluation."""
     config = getattr(policy, "config", None)
     rates = [value for name, value in vars(config).items() if name.endswith(("dropout", "pdrop"))] if config else []
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(

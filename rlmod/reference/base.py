@@ -16,7 +16,7 @@ class Base:
 
     Source: a property of LoRA, arXiv:2106.09685: the base weights are never changed.
     Degenerate: before the first update it is the policy, since an adapter starts as 0.
-    Needs: prompt_ids, prompt_mask, completion_ids; a policy with an adapter.
+    Reads: prompt_ids, prompt_mask, completion_ids; a policy with an adapter.
     """
 
     def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:

@@ -18,11 +18,11 @@ class Frozen:
 
     Source: GRPO, arXiv:2402.03300, sec. 4.1.1.
     Degenerate: before the first update the policy and its reference give the same log-probabilities.
-    Needs: prompt_ids, prompt_mask, completion_ids.
+    Reads: prompt_ids, prompt_mask, completion_ids.
     """
 
     policy: HFPolicy
-    """By default ${policy}, loaded a second time."""
+    """The reference policy; by default ${policy}, loaded a second time."""
 
     def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
         return completion_logprobs(self.model.to(rollouts.device), rollouts, temperature)

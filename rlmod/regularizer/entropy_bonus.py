@@ -17,7 +17,7 @@ class EntropyBonus:
 
     Source: A3C, arXiv:1602.01783, sec. 4; PPO, arXiv:1707.06347, eq. 9.
     Degenerate: weight 0 measures and changes nothing; a uniform policy has gradient 0. A negative weight sharpens the policy.
-    Needs: policy_entropy, mask.
+    Reads: policy_entropy, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"policy_entropy", "mask"})

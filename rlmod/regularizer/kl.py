@@ -1,4 +1,7 @@
-"""A price on leaving the reference policy."""
+"""A price on leaving the reference policy.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from dataclasses import dataclass
 from math import inf
@@ -26,14 +29,14 @@ class KL:
     expectation of grad k2; grad k1 has expectation 0, and grad k3 = (1 - exp(-d)) grad log pi_theta that of the other
     direction, KL(pi_ref || pi_theta). So ``value`` says what is logged and added to the loss, ``gradient`` what is followed.
 
-    ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a collection, whose tokens pi_old
+    ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a rollout batch, whose tokens pi_old
     drew; of a guide's tokens pi_old is whoever the guide says drew them.
 
     Source: the estimators: J. Schulman, "Approximating KL divergence" (2020); as a loss: GRPO, arXiv:2402.03300, eq. 4 (k3 for both).
     Differs: [D] the gradient is k2's; GRPO, TRL and verl (``low_var_kl``) follow k3's: gradient=k3 is theirs. TRL 1.16
     multiplies by the ratio with its gradient.
     Degenerate: pi_theta = pi_ref gives value and gradient 0 (k1: gradient grad log pi_theta). weight 0 measures and changes nothing.
-    Needs: reference_logprobs, mask; logprobs, with ``importance``.
+    Reads: reference_logprobs, mask; logprobs, with ``importance``.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"reference_logprobs", "logprobs", "mask"})

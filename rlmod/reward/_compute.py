@@ -8,24 +8,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlmod.interfaces import Reward
+from rlmod.interfaces import Reward, unwrap
 from rlmod.types import Texts
 
 
 class RewardError(ValueError):
-    """A reward raised, or returned what is no reward."""
+    """A reward raised, or returned something that is no reward."""
 
 
 class RewardResult(NamedTuple):
     rewards: Float[Tensor, " R"]
     terms: dict[str, Float[Tensor, " R"]]
-    """The named terms that ``rewards`` is the sum of: none where the reward returns plain numbers."""
+    """The named terms whose sum is ``rewards``; none if the reward returns plain numbers."""
     outcomes: Float[Tensor, " R"]
-    """``rewards`` without the terms that the reward's ``penalties`` name: what a completion's correctness is judged by."""
+    """``rewards`` without the reward's ``excluded_terms``: the correctness score."""
 
 
 def compute_rewards(reward: Reward, texts: Texts) -> RewardResult:
-    """Calls the reward; RewardError for whatever is not one finite number a row and term."""
+    """Call the reward; RewardError for anything but one finite number per completion and term."""
     name = _name(reward)
     try:
         result = reward(texts)
@@ -39,9 +39,9 @@ def compute_rewards(reward: Reward, texts: Texts) -> RewardResult:
     if not result:
         raise RewardError(f"the reward {name} returned a mapping without a single term")
     terms = {key: _checked(values, f"the term {key!r} of the reward {name}", texts) for key, values in result.items()}
-    penalties = getattr(reward, "penalties", ())
-    judged = [values for key, values in terms.items() if key not in penalties]
-    outcomes = torch.stack(judged).sum(0) if judged else torch.zeros(len(texts), dtype=torch.float32)
+    excluded = getattr(unwrap(reward), "excluded_terms", ())
+    counting = [values for key, values in terms.items() if key not in excluded]
+    outcomes = torch.stack(counting).sum(0) if counting else torch.zeros(len(texts), dtype=torch.float32)
     total = _checked(torch.stack(list(terms.values())).sum(0), f"the sum of the terms of the reward {name}", texts)
     return RewardResult(total, terms, outcomes)
 
@@ -53,15 +53,15 @@ def _name(reward: Reward) -> str:
 
 
 def _checked(values: Any, what: str, texts: Texts) -> Tensor:
-    """The values as float32 on the CPU, one finite number a completion."""
+    """Return the values as float32 on the CPU, one finite number per completion."""
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise RewardError(
-                f"{what} returned a tensor of shape {list(values.shape)}, expected one number a completion"
+                f"{what} returned a tensor of shape {list(values.shape)}, expected one number per completion"
             )
         values = values.detach().cpu()
     elif isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
-        raise RewardError(f"{what} returned {type(values).__name__}, expected one number a completion")
+        raise RewardError(f"{what} returned {type(values).__name__}, expected one number per completion")
     if len(values) != len(texts):
         raise RewardError(f"{what} returned {len(values)} numbers for {len(texts)} completions")
     numbers = []

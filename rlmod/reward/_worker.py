@@ -22,7 +22,7 @@ BOX = "\\boxed{"
 
 
 def final_answer(text: str) -> str:
-    """What of a completion is parsed: its last box, else its last ``#### number``, else itself, made so that the last
+    """Return the part of a completion to parse: its last box, else its last ``#### number``, else all of it, so that the last
     number or formula in it is what math-verify takes."""
     text = _plain(text)
     content = _last_box(text)

@@ -1,4 +1,7 @@
-"""A reward model: a sequence classifier of transformers with one output."""
+"""A reward model: a sequence classifier of transformers with one output.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ class Classifier:
     Source: Bradley-Terry reward models, as in arXiv:2203.02155, sec. 3.5.
     Differs: [D] a text above ``max_tokens`` loses its beginning, with a warning that counts such rows.
     Degenerate: scale 0 scores everything 0. Batches change nothing but speed.
-    Needs: problems, completions.
+    Reads: problems, completions.
     """
 
     path: str

@@ -16,7 +16,7 @@ class ExactMatch:
 
     Source: none; the plainest verifiable reward.
     Degenerate: a completion that the pattern does not match is wrong, also where the answer is empty.
-    Needs: completions, answers.
+    Reads: completions, answers.
     """
 
     pointwise: ClassVar[bool] = True

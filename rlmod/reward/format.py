@@ -1,4 +1,4 @@
-"""Whether the completion has the form that was asked for."""
+"""A reward for completions of a given form."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Format:
 
     Source: the format reward of DeepSeek-R1, arXiv:2501.12948, sec. 2.2.2, which gives no pattern.
     Degenerate: an empty completion is right only where the pattern matches the empty text.
-    Needs: completions.
+    Reads: completions.
     """
 
     pointwise: ClassVar[bool] = True

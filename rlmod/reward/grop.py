@@ -1,4 +1,7 @@
-"""GROP: right answers are punished for length, by what their group shows to be long."""
+"""GROP: correct answers are punished for length, by what their group shows to be long.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,20 +29,20 @@ class Grop:
 
     Source: GTPO, arXiv:2508.04349, App. D.
     Differs: [D] g1 is 0.75 (not stated there); the penalty is added before any shaping; where neither is the majority the wrong
-    ones are punished. It is a penalty: a right answer stays one, also where it gets exactly 1 - 1/2.
+    ones are punished. It does not count for correctness: a correct completion stays correct, even if it gets exactly 1 - 1/2.
     Degenerate: equal lengths are never punished; a group of one correct completion neither.
-    Needs: lengths, group, and what the base needs.
+    Reads: lengths, group, and what the base needs.
     """
 
     reward: Reward
-    """What tells right from wrong."""
+    """The reward that tells correct from incorrect."""
     easy: float = 0.75
     threshold: float = 0.5
     hard: Literal["none", "dapo"] = "none"
     max_tokens: int
-    """Of ``hard: dapo``, as in reward=overlong."""
+    """Token limit for ``hard: dapo``, as in reward=overlong."""
     buffer: int
-    """Of ``hard: dapo``."""
+    """Buffer for ``hard: dapo``."""
 
     def __post_init__(self) -> None:
         if not 0.5 < self.easy <= 1:
@@ -52,8 +55,8 @@ class Grop:
         return bool(declared(self.reward, "pointwise"))
 
     @property
-    def penalties(self) -> tuple[str, ...]:
-        return ("grop", *getattr(self.reward, "penalties", ()))
+    def excluded_terms(self) -> tuple[str, ...]:
+        return ("grop", *getattr(self.reward, "excluded_terms", ()))
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
         if isinstance(self.reward, SupportsPrepare):

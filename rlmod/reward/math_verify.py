@@ -40,12 +40,12 @@ class MathVerify:
     Degenerate: a completion without a readable answer is wrong. Rows that time out or fail score 0 too, with a warning
     that counts them. An answer that cannot be read is an error,
     found when the problems are read: nothing could ever match it.
-    Needs: completions, answers.
+    Reads: completions, answers.
     """
 
     pointwise: ClassVar[bool] = True
     timeout_seconds: float = 5.0
-    """Of one row, by the wall clock."""
+    """Seconds per completion, by the wall clock."""
 
     def __post_init__(self) -> None:
         if self.timeout_seconds <= 0 or not isfinite(self.timeout_seconds):
@@ -128,7 +128,7 @@ class _Worker:
 
 _one_at_a_time = threading.Lock()
 _worker: _Worker | None = None
-"""Of this process; started at the first row. Here, since a component holds no state."""
+"""The worker of this process, started at the first row. It is here because a component holds no state."""
 
 
 def _graded(completion: str, answer: str, seconds: float) -> tuple[str, str]:

@@ -8,27 +8,28 @@ from rlmod.types import Texts
 
 @dataclass(frozen=True, kw_only=True)
 class Overlong:
-    """With start = max_tokens - buffer:
+    """reward_i, with start = max_tokens - buffer:
 
         reward_i = 0                                           for |o_i| <= start
-                   penalty * (start - |o_i|) / buffer          for start < |o_i| <= max_tokens
-                   -penalty                                    beyond
+                   scale * (start - |o_i|) / buffer            for start < |o_i| <= max_tokens
+                   -scale                                      beyond
 
     Source: DAPO, arXiv:2503.14476, eq. 13, with max_tokens = L_max and buffer = L_cache.
-    Differs: ``penalty`` (there 1).
-    It is a penalty: a right answer near the limit stays a right one, and counts as such where groups are filtered.
-    Degenerate: buffer = max_tokens punishes every token from the first; penalty = 0 turns it off.
-    Needs: lengths.
+    Differs: ``scale`` (there 1).
+    It does not count for correctness: a correct completion near the limit stays correct when groups are filtered.
+    Degenerate: buffer = max_tokens punishes every token from the first; scale = 0 turns it off.
+    Reads: lengths.
     """
 
     pointwise: ClassVar[bool] = True
-    is_penalty: ClassVar[bool] = True
+    counts_for_correctness: ClassVar[bool] = False
 
     max_tokens: int
-    """Where the penalty is whole: the sampler's limit."""
+    """Tokens at which the penalty is full: the sampler's limit."""
     buffer: int
     """How many tokens before it the penalty begins."""
-    penalty: float = 1.0
+    scale: float = 1.0
+    """The largest penalty, in units of reward."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -37,8 +38,8 @@ class Overlong:
             raise ValueError(
                 f"reward.buffer must be above 0 and at most reward.max_tokens ({self.max_tokens}), got {self.buffer}"
             )
-        if self.penalty < 0:
-            raise ValueError(f"reward.penalty must be 0 or more (it is subtracted), got {self.penalty}")
+        if self.scale < 0:
+            raise ValueError(f"reward.scale must be 0 or more (it is subtracted), got {self.scale}")
 
     def __call__(self, texts: Texts) -> list[float]:
         if texts.lengths is None:
@@ -47,4 +48,4 @@ class Overlong:
                 "leave this term out"
             )
         start = self.max_tokens - self.buffer
-        return [self.penalty * min(0.0, max(-1.0, (start - length) / self.buffer)) for length in texts.lengths]
+        return [self.scale * min(0.0, max(-1.0, (start - length) / self.buffer)) for length in texts.lengths]

@@ -1,4 +1,7 @@
-"""The scorers of the library reasoning-gym."""
+"""The scorers of the library reasoning-gym.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 import importlib.util
 import re
@@ -17,7 +20,7 @@ class ReasoningGym:
     Source: reasoning-gym, arXiv:2505.24760.
     Differs: [D] nothing found is 0, where some of its scorers give a little to anything.
     Degenerate: the gold answer of an entry scores 1.
-    Needs: completions, problems of data=reasoning_gym.
+    Reads: completions, problems of data=reasoning_gym.
     """
 
     pointwise: ClassVar[bool] = True

@@ -23,12 +23,12 @@ class Weighted:
 
     Source: none.
     Degenerate: a weight of 0 still computes its term, and shows it as 0.
-    Needs: what its terms need.
+    Reads: what its terms need.
     """
 
     terms: Mapping[str, Mapping[str, Any]]
-    """name -> {weight: a number, reward: a component or a plain function}; and ``penalty: true`` for a term that is not to say
-    whether a completion is right, such as a classifier's taste beside a rule."""
+    """name -> {weight: a number, reward: a component or a plain function}; and ``counts_for_correctness: false`` for a term that does
+    not decide whether a completion is correct, such as a classifier beside a rule."""
 
     def __post_init__(self) -> None:
         if OmegaConf.is_config(self.terms):  # what Hydra passes without `_convert_: all`
@@ -42,12 +42,14 @@ class Weighted:
             for part in ("weight", "reward"):
                 if term.get(part) is None:
                     raise ValueError(f"{key}.{part} is missing; a term is {{weight: ..., reward: ...}}")
-            if unknown := sorted(set(term) - {"weight", "reward", "penalty"}):
+            if unknown := sorted(set(term) - {"weight", "reward", "counts_for_correctness"}):
                 raise ValueError(
-                    f"{key}.{unknown[0]} is unknown; a term is {{weight: ..., reward: ..., penalty: true or false}}"
+                    f"{key}.{unknown[0]} is unknown; a term is {{weight: ..., reward: ..., counts_for_correctness: true or false}}"
                 )
-            if not isinstance(term.get("penalty", False), bool):
-                raise ValueError(f"{key}.penalty must be true or false, got {term['penalty']!r}")
+            if not isinstance(term.get("counts_for_correctness", True), bool):
+                raise ValueError(
+                    f"{key}.counts_for_correctness must be true or false, got {term['counts_for_correctness']!r}"
+                )
             weight = term["weight"]
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise ValueError(f"{key}.weight must be a finite number, got {weight!r}")
@@ -59,17 +61,17 @@ class Weighted:
         return all(bool(declared(term["reward"], "pointwise")) for term in self.terms.values())
 
     @property
-    def penalties(self) -> tuple[str, ...]:
-        """Terms that say nothing about right or wrong, such as a length penalty; a reward says so by ``is_penalty``, or the config."""
+    def excluded_terms(self) -> tuple[str, ...]:
+        """Terms that do not count for correctness, such as a length penalty: the reward declares it, or the config says so."""
         own = [
             name
             for name, term in self.terms.items()
-            if term.get("penalty") or getattr(term["reward"], "is_penalty", False)
+            if not term.get("counts_for_correctness", True) or not declared(term["reward"], "counts_for_correctness")
         ]
         return (*own, *(f"{name}/{inner}" for name in self.terms for inner in self._inner(name)))
 
     def _inner(self, name: str) -> tuple[str, ...]:
-        return tuple(getattr(self.terms[name]["reward"], "penalties", ()))
+        return tuple(getattr(self.terms[name]["reward"], "excluded_terms", ()))
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
         for name, term in self.terms.items():
@@ -89,7 +91,7 @@ class Weighted:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """What a term raises says which term it was."""
+    """Add the term's name to whatever it raises."""
     try:
         yield
     except ValueError as error:

@@ -17,7 +17,7 @@ from rlmod.types import Problem, Rollouts, Texts
 
 
 def supports_async_rewards(sampler: Sampler, reward: Reward) -> bool:
-    """Whether the sampler reports finished completions (``StreamingSampler``) and the reward is pointwise (``PointwiseReward``)."""
+    """Return True if the sampler reports finished completions (``StreamingSampler``) and the reward is pointwise (``PointwiseReward``)."""
     streams = "on_finished" in signature(sampler.__call__).parameters  # pyright: ignore[reportFunctionMemberAccess]
     return streams and bool(declared(reward, "pointwise"))
 

@@ -25,13 +25,13 @@ class RewardedGroups:
     terms: dict[str, Float[Tensor, " R"]]
     """The reward's named terms, one value per completion."""
     kept: Bool[Tensor, " groups"]
-    """Whether the filter keeps the group."""
+    """True if the filter keeps the group."""
     signal: Bool[Tensor, " groups"]
-    """Whether the group holds both correct and incorrect completions."""
+    """True if the group holds both correct and incorrect completions."""
     all_correct: Bool[Tensor, " groups"]
-    """Whether every on-policy completion is correct."""
+    """True if every on-policy completion is correct."""
     all_incorrect: Bool[Tensor, " groups"]
-    """Whether every on-policy completion is incorrect."""
+    """True if every on-policy completion is incorrect."""
     first_group: int
 
     @property
@@ -48,7 +48,7 @@ class RewardedGroups:
         return replace(self.rollouts.rows(chosen), group=group[chosen], rewards=None, outcomes=None)
 
     def any_correct(self, threshold: float) -> Bool[Tensor, " groups"]:
-        """Whether some completion of the group is correct, on-policy or the guide's."""
+        """Return True for groups with a correct completion, on-policy or the guide's."""
         correct = (self.rollouts.correctness_score > threshold).float()
         return group_sum(correct, self.group_of_row, len(self.prompts)) > 0
 

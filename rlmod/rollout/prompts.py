@@ -21,7 +21,7 @@ class EncodedProblems:
 
     problems: tuple[Problem, ...]
     ids: tuple[tuple[int, ...], ...]
-    """Of each problem's prompt, without padding."""
+    """Token ids of each problem's prompt, without padding."""
     pad_id: int
     dropped: int
     """How many problems were left out because their prompt was too long."""
@@ -104,7 +104,7 @@ class PromptEncoder:
         )
 
     def _conversation(self, problem: Problem) -> list[Message] | None:
-        """What goes through the chat template; None for plain text."""
+        """Return the messages for the chat template; None for plain text."""
         if isinstance(problem.prompt, str):
             if not self.chat:
                 if self.system is not None:

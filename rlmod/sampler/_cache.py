@@ -10,7 +10,7 @@ from rlmod.sampler._sampling import CACHE_GROWTH
 
 
 class PreallocatedCacheLayer(DynamicLayer):
-    """As its base, which copies all that it holds for every token that comes; this one copies it for every ``CACHE_GROWTH`` tokens.
+    """A cache layer that copies its contents every ``CACHE_GROWTH`` tokens; its base does so for every token.
 
     ``keys`` and ``values`` are what is held, as with the base: the first places of two buffers. Without gradients. Under autocast values
     stay in 16 bits, which the base widens to the keys' 32.

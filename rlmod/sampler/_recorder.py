@@ -1,4 +1,4 @@
-"""What is noted while transformers' ``generate`` runs. Apart from hf.py, since its imports take seconds."""
+"""Records made while transformers' ``generate`` runs. Apart from hf.py, because its imports take seconds."""
 
 import torch
 from jaxtyping import Bool, Float, Int

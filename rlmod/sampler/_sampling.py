@@ -1,4 +1,4 @@
-"""What every sampler has in common: how it may be set, and the record that it fills from lists of tokens."""
+"""Common to all samplers: checks of their parameters, and the record built from lists of tokens."""
 
 import math
 from collections.abc import Sequence
@@ -62,20 +62,20 @@ def check_for_vllm(sampler: Settings) -> None:
 
 
 def draws_from_the_whole(sampler: Settings) -> bool:
-    """Whether completions are drawn from the distribution that log-probabilities are taken of."""
+    """Return True if completions are sampled from the distribution that log-probabilities are taken of."""
     return sampler.top_p == 1 and sampler.top_k == 0 and not sampler.greedy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What an engine hands over of one row."""
+    """One completion as an engine returns it."""
 
     tokens: Sequence[int]
-    """With the EOS, where there is one."""
+    """Token ids, with the EOS if there is one."""
     logprobs: Sequence[float] | None
     """In nats, at the sampling temperature; None where they are not those of the whole distribution."""
     ended: bool
-    """By an EOS, not by the limit."""
+    """True if it ended by an EOS, not by the limit."""
 
 
 def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: int) -> Rollouts:
@@ -106,7 +106,7 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
 def rows_of(
     prompts: Prompts, number: int, completions: Sequence[Completion], padding: int
 ) -> tuple[Rollouts, Int[Tensor, " n"]]:
-    """Of one prompt, and their places among those of all."""
+    """Return the completions of one prompt, with their indices in the final batch."""
     rows = rollouts_of(prompts.pick([number]), completions, padding)
     places = number * len(rows) + torch.arange(len(rows))
     return replace(rows, group=torch.full_like(rows.group, number)), places
@@ -144,5 +144,5 @@ def ends_of(policy: "PreTrainedModel") -> list[int]:
 
 
 def seed_of(seed: int, row: int) -> int:
-    """Of a request whose first row is ``row``; its other rows have the seeds after it."""
+    """Return the seed of a request whose first row is ``row``; its other rows use the seeds after it."""
     return (seed + row) % 2**31

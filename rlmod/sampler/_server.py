@@ -24,7 +24,7 @@ class NoSignOfLife(ConnectionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """As the sampler's fields of the same names say."""
+    """A vLLM server over HTTP; the fields are the sampler's of the same names."""
 
     url: str
     patience: float
@@ -80,7 +80,7 @@ class Server:
                     reason = getattr(error, "reason", None) or error
                     raise NoSignOfLife(
                         f"sampler.url={self.url}: no answer for {self.patience:.0f} s ({reason}). Start the server with rlmod-serve, with "
-                        "this run's policy and sampler, and wait until it says that it is up; a run that has checkpoints goes on from the "
+                        "this run's policy and sampler, and wait until it says that it is up; a run that has checkpoints resumes from the "
                         "last one by the same command with output=FOLDER"
                     ) from error
             time.sleep(min(1.0, self.patience / 10))
@@ -126,7 +126,7 @@ class Server:
 
 
 def _taken(queue: SimpleQueue[T]) -> Iterator[T]:
-    """What is in it now."""
+    """Yield the items that are in the queue now."""
     with suppress(Empty):
         while True:
             yield queue.get_nowait()

@@ -1,4 +1,4 @@
-"""What vLLM needs of its surroundings, said before it stumbles: packages beside it, heads that it has, its environment."""
+"""Checks of vLLM's environment before it fails: packages beside it, attention head sizes, variables."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ def check_heads(policy: "PreTrainedModel") -> None:
 
 
 def quiet_environment() -> None:
-    """What vLLM reads from the environment, where the user has not said otherwise."""
+    """Set vLLM's environment variables that the user has not set."""
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights go from the policy to the engine by reference
         "VLLM_LOGGING_LEVEL": "ERROR",

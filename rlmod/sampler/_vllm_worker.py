@@ -1,4 +1,4 @@
-"""What rlmod adds to a vLLM worker: a way to receive a policy, over vLLM's own interface for the transfer of weights.
+"""A plug-in for vLLM workers: they receive a policy over vLLM's own weight-transfer interface.
 
 vLLM finds it through the entry point ``vllm.general_plugins``, in every process of an engine; its name there is ``rlmod``.
 """
@@ -32,7 +32,7 @@ class Nothing(WeightTransferInitInfo):
 
 @dataclass
 class Source(WeightTransferUpdateInfo):
-    """Where the weights are: here, in one process, or at an address."""
+    """The source of the weights: this process, or an address."""
 
     weights: Any = None
     url: str | None = None

@@ -1,7 +1,7 @@
 """The policy's weights on their way to an engine.
 
 In one process they are handed over as they are. Elsewhere the engine's workers fetch them from the trainer over HTTP: nothing has to be
-agreed on beforehand but an address, so a server that was started anew needs no more than the next collection.
+agreed on beforehand but an address, so a server that was started anew needs no more than the next rollout batch.
 """
 
 import json
@@ -40,7 +40,7 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def computes_in(policy: nn.Module, dtype: str | None = None) -> torch.dtype:
-    """What an engine computes in: ``dtype``, or what the policy does here and now, autocast included."""
+    """Return the dtype an engine computes in: ``dtype``, or that of the policy now, autocast included."""
     if dtype is not None:
         return getattr(torch, dtype)
     parameter = next(policy.parameters())
@@ -102,7 +102,7 @@ class Publisher:
 
 
 def fetched(file: Readable) -> Iterator[tuple[str, Tensor]]:
-    """What ``Publisher.write`` wrote, weight by weight. ConnectionError where it breaks off."""
+    """Read what ``Publisher.write`` wrote, weight by weight. ConnectionError if it breaks off."""
     listed = _read(file, int.from_bytes(_read(file, HEADER), "big"))
     for weight in json.loads(bytes(listed)):
         dtype, shape = getattr(torch, weight["dtype"]), weight["shape"]

@@ -71,7 +71,7 @@ class HF:
 
         if getattr(policy, "_is_stateful", False):
             raise ValueError(
-                f"sampler=hf goes on from a key-value cache, and {type(policy).__name__} keeps a recurrent state instead; "
+                f"sampler=hf resumes from a key-value cache, and {type(policy).__name__} keeps a recurrent state instead; "
                 "give a policy with attention alone"
             )
         ids, attention = prompts.ids[group], prompts.mask[group]
@@ -125,7 +125,7 @@ class HF:
 
 
 class _Record:
-    """What has been sampled of some rows: ``done`` tokens so far, or fewer where a row has ended."""
+    """Tokens sampled so far: ``done`` per row, or fewer if a row has ended."""
 
     def __init__(self, prompts: Prompts, group: Int[Tensor, " R"], longest: int, padding: int) -> None:
         self.prompts, self.group, self.done = prompts, group, 0

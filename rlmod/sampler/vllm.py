@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VLLM:
-    """G completions a prompt from a vLLM engine in this process, one on every rank, given the policy's weights before each collection.
+    """G completions a prompt from a vLLM engine in this process, one on every rank, given the policy's weights before each iteration.
 
     It hands over the log-probability of every sampled token at the sampling temperature (``sampler_logprobs``); pi_old's own and the
     entropy, which vLLM does not report, come from the policy. ``max_difference`` bounds how far the two may be apart.
@@ -57,7 +57,7 @@ class VLLM:
     greedy: bool = False
     """Take the most likely token instead of sampling; for evaluation."""
     max_difference: float = 0.1
-    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a collection's tokens is larger."""
+    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a rollout batch's tokens is larger."""
     max_model_len: int | None = None
     """Prompt and completion together, in tokens; null: as the policy's config says. Shorter leaves room for more rows at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -206,7 +206,7 @@ class VLLM:
 
 
 _NAMES = count()
-"""Of requests: the engine outlives a run that fails."""
+"""Request names: the engine outlives a run that fails."""
 _ENGINES: dict[tuple[object, ...], Any] = {}
 
 
@@ -223,7 +223,7 @@ def _publisher() -> Publisher:
 
 @contextmanager
 def _launched(ranks: int) -> Iterator[None]:
-    """As a launcher would have set the environment, from which one of several engines takes its place among the ranks."""
+    """Set the environment like a launcher: from it, one of several engines takes its place among the ranks."""
     places = (
         {"RANK": dist.get_rank(), "LOCAL_RANK": int(os.environ.get("LOCAL_RANK", 0)), "WORLD_SIZE": ranks}
         if ranks > 1

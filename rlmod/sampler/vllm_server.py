@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _VERSIONS: dict[str, str] = {}
-"""Of the weights that each server was last given, by its address."""
+"""Version of the weights that each server was last given, by its address."""
 FRESH = "default"
 """vLLM's version of the weights that a server was started with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMServer:
-    """G completions a prompt from a vLLM server, which is given the policy's weights before each collection.
+    """G completions a prompt from a vLLM server, which is given the policy's weights before each iteration.
 
     ``rlmod-serve`` starts it. It fetches the weights from the trainer's first rank, over vLLM's interface for their transfer; one that was
     started anew is given them again. ``max_difference`` and the rest as with ``sampler=vllm``.
@@ -47,7 +47,7 @@ class VLLMServer:
     """
 
     url: str = "http://127.0.0.1:8000"
-    """Of the server."""
+    """Address of the server."""
     completions_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
@@ -57,7 +57,7 @@ class VLLMServer:
     greedy: bool = False
     """Take the most likely token instead of sampling; for evaluation."""
     max_difference: float = 0.1
-    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a collection's tokens is larger."""
+    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a rollout batch's tokens is larger."""
     weights_host: str = "127.0.0.1"
     """This machine's address, as the server sees it: weights are fetched from there."""
     weights_port: int = 0
@@ -134,7 +134,7 @@ class VLLMServer:
             if self._check_undisturbed() == FRESH:
                 raise ValueError(
                     f"sampler.url={self.url}: the server was started anew while it was sampled from, and some completions may be of other "
-                    "weights; the same command with output=FOLDER goes on from the last checkpoint"
+                    "weights; the same command with output=FOLDER resumes from the last checkpoint"
                 )
 
         try:
@@ -182,7 +182,7 @@ class VLLMServer:
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConnectionError(
-                f"sampler.url={self.url}: the connection broke off within a collection; the same command with output=FOLDER goes on "
+                f"sampler.url={self.url}: the connection broke off within a rollout batch; the same command with output=FOLDER goes on "
                 "from the last checkpoint"
             )
         self._send(policy)

@@ -1,4 +1,4 @@
-"""What the two entropy shapers of GTPO share: the classes, the shaped rewards, and the three ways to normalise them."""
+"""Shared by GTPO's two entropy shapers: classes, shaped rewards, and the three ways to normalize them."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args

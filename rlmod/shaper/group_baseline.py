@@ -15,7 +15,7 @@ from rlmod.types import Rollouts
 class GroupBaseline:
     """a_i = r_i - mean(r) over the group of row i;   A_{i,t} = (a_i - mean(a)) / (std(a) + eps) over the tokens of the batch
 
-    One std for the whole batch: a group that is nearly all right or all wrong is not blown up, as it is when each group is
+    One std for the whole batch: a group that is nearly all correct or all incorrect is not blown up, as it is when each group is
     divided by its own.
 
     Source: REINFORCE++, arXiv:2501.03262, the variant with a group-mean baseline.
@@ -24,7 +24,7 @@ class GroupBaseline:
     penalty of its own (regularizer=[kl]).
     Degenerate: a batch whose groups all have equal rewards gives exactly 0; in a mixed batch such a group gets minus the batch's
     mean, which is 0 where all completions have the same length.
-    Needs: rewards, group, mask.
+    Reads: rewards, group, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask"})

@@ -17,7 +17,7 @@ class LeaveOneOut:
     Source: RLOO, arXiv:2402.14740, eq. 7.
     Differs: in nothing; RLOO's whole completion as one action is a matter of the loss (see conf/experiment/rloo.yaml).
     Degenerate: equal rewards give exactly 0; so does a group of one row.
-    Needs: rewards, group, mask.
+    Reads: rewards, group, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask"})

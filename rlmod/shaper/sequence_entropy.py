@@ -1,4 +1,7 @@
-"""GRPO-S: rewards shaped completion by completion by the mean entropy of the policy that sampled."""
+"""GRPO-S: rewards shaped completion by completion by the mean entropy of the policy that sampled.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceEntropy:
-    """With Hbar_i = mean_t H_{i,t}, for a correct completion (reward > threshold) and a wrong one of a group:
+    """r+ and r-, with Hbar_i = mean_t H_{i,t}, of a correct completion (reward > threshold) and an incorrect one of a group:
 
         r+_i =  b1 r_i + b2 n Hbar_i / sum_{k correct} Hbar_k
         r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k wrong} (1/Hbar_k)
@@ -28,7 +31,7 @@ class SequenceEntropy:
     and eps 1e-6.
     Degenerate: b2 = 0 gives GRPO's z-score (shaper=uniform) for rewards of 0 and 1; so do equal entropies. A group of one class
     carries no signal: advantage 0.
-    Needs: rewards, group, mask, entropy.
+    Reads: rewards, group, mask, entropy.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})
@@ -41,7 +44,7 @@ class SequenceEntropy:
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5
-    """A completion is correct when its reward, without penalties, is above this."""
+    """A completion is correct if its correctness score is above this."""
     eps: float = 1e-6
     """Added to the std."""
 

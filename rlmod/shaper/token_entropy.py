@@ -1,4 +1,7 @@
-"""GTPO: rewards shaped token by token by the entropy of the policy that sampled."""
+"""GTPO: rewards shaped token by token by the entropy of the policy that sampled.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ class TokenEntropy:
     Degenerate: a2 = 0 gives token-mean GRPO with the baseline sum |o| r / sum |o|; equal entropies shape uniformly; one class
     member left at t has r+ = a1 r + a2. A group of one class carries no signal: advantage 0, and it is left out of the
     statistics of the batch, so that dropping it changes nothing [D].
-    Needs: rewards, group, mask, entropy.
+    Reads: rewards, group, mask, entropy.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})
@@ -49,7 +52,7 @@ class TokenEntropy:
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
     threshold: float = 0.5
-    """A completion is correct when its reward, without penalties, is above this."""
+    """A completion is correct if its correctness score is above this."""
     eps: float = 1e-6
     """Added to the std."""
 

@@ -1,4 +1,7 @@
-"""The reward against its group, the same for every token of a completion."""
+"""The reward against its group, the same for every token of a completion.
+
+[S] stated by the source, [D] our decision, [R] our reconstruction.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,14 +17,14 @@ from rlmod.types import Rollouts
 class Uniform:
     """A_{i,t} = (r_i - mean(r)) / (std(r) + eps), over the group of row i.
 
-    ``divide_by_std=False`` leaves the division out (Dr. GRPO). ``pool="own"`` takes mean and std from the policy's own completions
+    ``divide_by_std=False`` leaves the division out (Dr. GRPO). ``pool="own"`` takes mean and std from the policy's on-policy completions
     alone, and judges the guide's by them.
 
     Source: GRPO, arXiv:2402.03300, sec. 4.1.2; Dr. GRPO, arXiv:2503.20783, sec. 3.2; ``pool``: [R] MIX, arXiv:2507.12931.
     Differs: the std has ddof 1 and eps 1e-6, as in verl and NeMo-RL (TRL: 1e-4). [D] Where the own rewards are all equal, the
     guide's are centred by them and not divided.
     Degenerate: equal rewards give exactly 0; so does a group of one row.
-    Needs: rewards, group, mask.
+    Reads: rewards, group, mask.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask", "from_guide"})

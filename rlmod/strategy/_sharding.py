@@ -1,4 +1,4 @@
-"""What a strategy that shards the policy offers besides Lightning's part."""
+"""Operations of a strategy that shards the policy, beyond Lightning's."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,11 +24,11 @@ class Sharding(Protocol):
         ...
 
     def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
-        """What rank 0 saves: a policy, and all its weights where it has but a share of them itself. Every rank calls this."""
+        """Return what rank 0 saves: a policy, and its full weights if it holds only a shard. Every rank calls this."""
         ...
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
-        """Of the whole gradient."""
+        """Return the norm of the full gradient."""
         ...
 
 
@@ -60,6 +60,6 @@ def check_readable(strategy: object, checkpoint: Path) -> None:
         and OmegaConf.select(OmegaConf.load(checkpoint / "config.yaml"), "trainer.strategy._target_") != name
     ):
         raise ValueError(
-            f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: go on with that one, "
+            f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: resume with that one, "
             f"trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint / 'policy'}"
         )

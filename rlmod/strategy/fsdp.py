@@ -16,10 +16,10 @@ from rlmod.model.shared_prompts import layers
 
 
 class FSDP(FSDPStrategy):
-    """As strategy=fsdp2, for what still needs the older implementation.
+    """The older implementation of sharding, for what strategy=fsdp2 cannot do.
 
     The policy itself is the root of what is wrapped. It cannot be called with its weights gathered, so that sampling has a copy of it
-    on every rank, in the precision that the layers compute in, brought up to date before each collection.
+    on every rank, in the precision that the layers compute in, brought up to date before each iteration.
     Checkpoints are sharded: a folder with a file a rank.
 
     Source: PyTorch FSDP, arXiv:2304.11277.

@@ -1,4 +1,4 @@
-"""Where a run left off: its newest whole checkpoint, and its files as they were then."""
+"""Checkpoints and resuming: the newest intact checkpoint of a run, and its files as they were then."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
-"""Of a checkpoint: the size of each of its files."""
+"""Manifest of a checkpoint: the size of each of its files."""
 RECORDS = ("metrics.csv", "samples.jsonl")
-"""What a run writes line by line. A checkpoint has a copy, so that a run that goes on from it repeats no line and lacks none."""
+"""Files that a run writes line by line. A checkpoint has a copy, so that a resumed run repeats no line and lacks none."""
 
 
 def seal(folder: Path) -> None:
@@ -42,7 +42,7 @@ def on_disk(path: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole."""
+    """Return what is wrong with a checkpoint; None if it is intact."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -58,7 +58,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _unreadable(folder: Path) -> str | None:
-    """Of a whole state its index and its structure are read, not its weights; a sharded one is left to the strategy."""
+    """Return why the trainer's state cannot be read. Weights are not read; a sharded state is left to the strategy."""
     state = folder / "trainer.ckpt"
     if state.is_file():
         try:
@@ -99,7 +99,7 @@ def newest_whole(place: Path) -> Path | None:
 
 
 def start(folder: Path, cfg: DictConfig) -> Path | None:
-    """The checkpoint that a run in ``folder`` goes on from; None where it has to begin.
+    """The checkpoint that a run in ``folder`` resumes from; None where it has to begin.
 
     A checkpoint of its own that ``resume`` names, or the newest of its own, or what ``resume`` names elsewhere: in this order, so that
     the same command goes on where it was killed.
@@ -116,7 +116,7 @@ def start(folder: Path, cfg: DictConfig) -> Path | None:
 
 
 def asks_for_own(folder: Path, cfg: DictConfig) -> bool:
-    """Whether ``resume`` names the run's own folder, or something in it."""
+    """Return True if ``resume`` names the run's own folder, or something in it."""
     return bool(cfg.resume) and Path(cfg.resume).resolve().is_relative_to(folder.resolve())
 
 
@@ -127,12 +127,12 @@ def step(folder: Path, checkpoint: Path | None) -> int | None:
 
 
 def is_own(folder: Path, checkpoint: Path, cfg: DictConfig) -> bool:
-    """Whether it was made by the run in ``folder`` with these very settings."""
+    """Return True if the run in ``folder`` made the checkpoint with exactly these settings."""
     return step(folder, checkpoint) is not None and not changed(checkpoint, cfg)
 
 
 def changed(checkpoint: Path, cfg: DictConfig) -> list[str]:
-    """What was otherwise when it was made: by its own config.yaml, which no rank is writing now."""
+    """Return the settings that differ from those in the checkpoint's own config.yaml, which no rank is writing now."""
     before = _plain(OmegaConf.load(checkpoint / "config.yaml"))
     return [f"{key} was {old!r}, now {new!r}" for key, old, new in _differences(before, _plain(cfg))]
 
@@ -148,7 +148,7 @@ def left_off(folder: Path, cfg: DictConfig) -> Path | None:
         key, before, now = differing[0]
         raise ValueError(
             f"output={folder} holds a run with other settings ({key} was {before!r}, now {now!r}): give another output=FOLDER; or "
-            f"resume={folder}, to go on from its checkpoint with the new settings"
+            f"resume={folder}, to resume from its checkpoint with the new settings"
         )
     found = newest_whole(folder)
     if found is None and checkpoints(folder):
@@ -173,7 +173,7 @@ def note_config(folder: Path, cfg: DictConfig) -> None:
 def rewind(folder: Path, checkpoint: Path | None) -> None:
     """The run's files as they were at its own checkpoint, or none of them where it begins (anew, or from another run's).
 
-    Newer checkpoints are set aside, or the next start would go on from them; no checkpoint is deleted.
+    Newer checkpoints are set aside, or the next start would resume from them; no checkpoint is deleted.
     """
     chosen = step(folder, checkpoint)
     for name in RECORDS:
@@ -212,11 +212,11 @@ def check_same_policy(saved: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]
         )
 
 
-def check_collections(done: int, collections: int | None) -> None:
+def check_iterations(done: int, iterations: int | None) -> None:
     """ValueError where a run that goes on is to end before where it goes on."""
-    if collections is not None and done > collections:
+    if iterations is not None and done > iterations:
         raise ValueError(
-            f"trainer.max_epochs={collections}: the checkpoint to go on from comes after {done} collections; give at least as many"
+            f"trainer.max_epochs={iterations}: the checkpoint to resume from comes after {done} iterations; give at least as many"
         )
 
 
@@ -225,7 +225,7 @@ def check_optimizer(checkpoint: Path, cfg: DictConfig) -> None:
     before, now = (OmegaConf.select(c, "optimizer._target_") for c in (OmegaConf.load(checkpoint / "config.yaml"), cfg))
     if before != now:
         raise ValueError(
-            f"optimizer._target_={now}: {checkpoint} holds the state of {before}; go on with that one, or begin a run with the weights "
+            f"optimizer._target_={now}: {checkpoint} holds the state of {before}; resume with that one, or begin a run with the weights "
             f"alone, policy.path={checkpoint / 'policy'}"
         )
 

@@ -57,7 +57,7 @@ from rlmod.rollout.validation import sample_and_grade, validation_seed
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.uniform import Uniform
 from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_full_parameters, gradient_norm
-from rlmod.training.checkpoint import check_collections, check_same_policy
+from rlmod.training.checkpoint import check_iterations, check_same_policy
 from rlmod.training.metrics import MeanAtK, PassAtK
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
 from rlmod.training.own_components import check_constant_per_completion, names_component
@@ -116,7 +116,7 @@ class RLModule(L.LightningModule):
         self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
         """Result of the last validation, and the optimizer step after which it ran."""
         self.own_checkpoint = False
-        """Whether the checkpoint that is resumed was made in the run's folder with the run's settings, so that ``held_out`` still holds."""
+        """True if the resumed checkpoint was made in the run's folder with the run's settings, so that ``held_out`` still holds."""
         self.tokens_sampled = 0
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
@@ -131,7 +131,7 @@ class RLModule(L.LightningModule):
 
     @property
     def every_row_trains(self) -> bool:
-        """Whether completions without advantage have a gradient too."""
+        """True if completions without advantage have a gradient too."""
         return bool(self.regularizer) or not declared(self.loss, "proportional_to_advantage")
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class RLModule(L.LightningModule):
 
     @property
     def logprobs_can_wait(self) -> bool:
-        """Whether the training step itself yields pi_old's log-probabilities, and nothing reads them, or the entropy, before.
+        """True if the training step itself yields pi_old's log-probabilities, and nothing reads them, or the entropy, before.
 
         That needs one training step per completion (pi_old is then the policy in training), and no component that reads them earlier.
         """
@@ -340,7 +340,7 @@ class RLModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
-        check_collections(checkpoint["epoch"] + 1, self.trainer.max_epochs)
+        check_iterations(checkpoint["epoch"] + 1, self.trainer.max_epochs)
         self.tokens_sampled = checkpoint["tokens_sampled"]
         self.history = checkpoint["history"]
         self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: as the config says, also where a run goes on from a checkpoint that was made with another config."""
+"""The optimizer and its schedule: as the config says, also where a run resumes from a checkpoint that was made with another config."""
 
 from collections.abc import Sequence
 from inspect import signature

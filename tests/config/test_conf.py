@@ -56,7 +56,7 @@ def test_every_option_is_a_module_with_a_class_of_its_name_and_all_its_fields(st
     assert {key for key in node if not key.startswith("_")} == described
     doc = get_class(node._target_).__doc__ or ""
     if stage in ("reference", "shaper", "correction", "aggregation", "loss", "regularizer"):
-        for part in ("Source:", "Degenerate:", "Needs:"):
+        for part in ("Source:", "Degenerate:", "Reads:"):
             assert part in doc, f"{name} lacks {part}"
 
 

@@ -49,7 +49,7 @@ def test_a_run_that_submitit_interrupts_writes_a_checkpoint_and_is_gone_on_with(
     finally:
         kill(process)
     assert "SIGUSR2: finishing this iteration" in (sweep / "0" / "train.log").read_text()
-    assert "going on from" in (sweep / "0" / "train.log").read_text()
+    assert "resuming from" in (sweep / "0" / "train.log").read_text()
     result = json.loads((sweep / "0" / "result.json").read_text())
     assert result["completed"]
     assert result["steps"] == 60

@@ -52,9 +52,9 @@ def test_named_terms_are_summed():
         (["1", "2"], r"returned '1' for row 0, which is no number"),
         (torch.zeros(2, 1), r"a tensor of shape \[2, 1\]"),
         (torch.tensor(1.0), r"a tensor of shape \[\]"),
-        (None, r"returned NoneType, expected one number a completion"),
-        ("12", r"returned str, expected one number a completion"),
-        (1.0, r"returned float, expected one number a completion"),
+        (None, r"returned NoneType, expected one number per completion"),
+        ("12", r"returned str, expected one number per completion"),
+        (1.0, r"returned float, expected one number per completion"),
         ({}, r"a mapping without a single term"),
     ],
 )

@@ -81,10 +81,10 @@ def test_the_base_may_have_terms_and_penalties_of_its_own():
 
 
 def test_as_a_term_of_a_sum_its_penalty_stays_one():
-    """One right of eight, 100 tokens long: DAPO's penalty of -1 must not make its group all-wrong."""
+    """One right of eight, 100 tokens long: DAPO's penalty of -1 must not make its group all incorrect."""
     sum_of_one = Weighted(terms={"correct": {"weight": 2.0, "reward": Grop(**{**SETTINGS, "hard": "dapo"})}})
     scores = compute_rewards(sum_of_one, texts([1] + [0] * 7, [100] + [10] * 7))
-    assert sum_of_one.penalties == ("correct/grop",)
+    assert sum_of_one.excluded_terms == ("correct/grop",)
     assert scores.outcomes.tolist() == [2] + [0] * 7
     assert scores.rewards.tolist() == [0] * 8
     assert scores.terms["correct/grop"].tolist() == [-2] + [0] * 7

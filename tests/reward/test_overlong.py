@@ -18,7 +18,7 @@ def test_equation_13_by_hand():
 
 
 def test_the_penalty_scales_it():
-    assert Overlong(max_tokens=100, buffer=20, penalty=0.4)(texts(80, 90, 100, 130)) == pytest.approx(
+    assert Overlong(max_tokens=100, buffer=20, scale=0.4)(texts(80, 90, 100, 130)) == pytest.approx(
         [0, -0.2, -0.4, -0.4]
     )
 
@@ -38,7 +38,7 @@ def test_without_lengths_it_says_what_it_needs():
         ({"max_tokens": 10, "buffer": 0}, "reward.buffer"),
         ({"max_tokens": 10, "buffer": 11}, "reward.buffer"),
         ({"max_tokens": 0, "buffer": 1}, "reward.max_tokens"),
-        ({"max_tokens": 10, "buffer": 1, "penalty": -1.0}, "reward.penalty"),
+        ({"max_tokens": 10, "buffer": 1, "scale": -1.0}, "reward.scale"),
     ],
 )
 def test_a_field_out_of_range_is_named(fields, key):

@@ -33,7 +33,7 @@ def test_the_weighted_terms_add_up_to_the_reward():
     # overlong: (6 - 10)/4 = -1, (6 - 8)/4 = -0.5, 0; halved
     assert {name: term.tolist() for name, term in terms.items()} == {"correct": [2, 0, 2], "overlong": [-0.5, -0.25, 0]}
     assert total.tolist() == [1.5, -0.25, 2]
-    # The penalty does not make a right answer wrong.
+    # The penalty does not make a correct answer wrong.
     assert outcomes.tolist() == [2, 0, 2]
 
 

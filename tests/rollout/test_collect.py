@@ -73,7 +73,7 @@ def test_a_penalty_does_not_make_a_right_answer_wrong():
     """Right answers are worth 1 - 0.5 here: exactly the threshold, as GROP's largest penalty makes them."""
 
     class Punished:
-        penalties = ("long",)
+        excluded_terms = ("long",)
 
         def __call__(self, texts):
             return {"right": exact(texts), "long": [-0.5] * len(texts)}

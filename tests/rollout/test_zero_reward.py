@@ -1,4 +1,4 @@
-"""The guide within a collection, with scripted completions: who joins whom, what is filtered, rescued and counted."""
+"""The guide within a rollout batch, with scripted completions: who joins whom, what is filtered, rescued and counted."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ def rows_of(prompts: Prompts, number: int, right: list[int], logprob: float) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Scripted:
-    """A prompt ``2/1`` has 2 right own completions, and 1 right one by the guide."""
+    """A prompt ``2/1`` has 2 right on-policy completions, and 1 right one by the guide."""
 
     completions_per_prompt: int = G
     temperature: float = 1.0
@@ -97,12 +97,12 @@ def test_the_guides_rows_join_each_prompts_own():
 
 @pytest.mark.parametrize(("over", "trained"), [("union", ["1/2", "0/1", "3/0"]), ("own", ["1/2"])])
 def test_what_the_filter_looks_at(over, trained):
-    """Of 1/2, 0/1, 3/0, 0/0, 3/2 the union has signal in three, the own completions in one."""
+    """Of 1/2, 0/1, 3/0, 0/0, 3/2 the union has signal in three, the on-policy completions in one."""
     collected = run(["1/2", "0/1", "3/0", "0/0", "3/2"], 5, ScriptedGuide(), dynamic_sampling=True, over=over,
                     max_generation_batches=1)  # fmt: skip
     counted = {p.prompt for p, m in zip(collected.texts.problems, collected.rollouts.mask, strict=True) if m.any()}
     assert counted == set(trained)
-    # What is said of the prompts is said of the policy's own completions.
+    # What is said of the prompts is said of the policy's on-policy completions.
     shares = [collected.metrics[f"prompts/{kind}"] for kind in ("all_correct", "mixed", "all_incorrect")]
     assert shares == pytest.approx([0.4, 0.2, 0.4])
     assert collected.metrics["reward/mean"] == pytest.approx(7 / 15)
@@ -197,7 +197,7 @@ def test_room_is_shared_among_ranks():
 
 
 def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
-    """With one seed for both, a guide that is much like the policy would repeat the policy's own completions."""
+    """With one seed for both, a guide that is much like the policy would repeat the policy's on-policy completions."""
     seeds: list[int] = []
 
     class Noting(ScriptedGuide):

@@ -69,7 +69,7 @@ def test_two_nodes_take_the_steps_of_one_process_and_go_on_after_a_kill(launch, 
         outputs = [ended(node) for node in nodes]
     finally:
         kill_all(nodes)
-    assert "".join(outputs).count("going on from") <= 1  # 0: the first time it had come to its end already
+    assert "".join(outputs).count("resuming from") <= 1  # 0: the first time it had come to its end already
     assert_same_steps(tmp_path / "run", one)
     # Written once.
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -89,13 +89,13 @@ def test_a_slurm_job_that_is_told_of_its_end_goes_on_when_it_is_queued_again(tmp
         wait_until(lambda: file.exists() and "reward/mean" in file.read_text(), nodes[0])
         for node in nodes:
             node.send_signal(signal.SIGUSR1)
-        assert "stopped; go on with" in ended(nodes[0], status=138)
+        assert "stopped; resume with" in ended(nodes[0], status=138)
         ended(nodes[1])
     finally:
         kill_all(nodes)
     nodes = srun(tmp_path, *settings)
     try:
-        assert "going on from" in ended(nodes[0])
+        assert "resuming from" in ended(nodes[0])
         ended(nodes[1])
     finally:
         kill_all(nodes)

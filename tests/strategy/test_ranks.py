@@ -1,4 +1,4 @@
-"""Several ranks as one run: killed and gone on with bit for bit, stopped together, ended together. Real processes, over gloo."""
+"""Several ranks as one run: killed and resumed bit for bit, stopped together, ended together. Real processes, over gloo."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_
             time.sleep(draw.random() / 2)
         finally:
             kill(process)
-    assert "going on from" in ended(started(*settings, f"output={folder}"))
+    assert "resuming from" in ended(started(*settings, f"output={folder}"))
     assert metrics(folder) == metrics(whole)
     for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
         newest = [run / "checkpoints" / "step-000020" / name for run in (folder, whole)]
@@ -64,7 +64,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path):
         output = ended(process, status=128 + signal.SIGTERM, seconds=120)
     finally:
         kill(process)
-    assert output.count("stopped; go on with resume=") == 1
+    assert output.count("stopped; resume with resume=") == 1
     assert "Traceback" not in output
     assert len(list((tmp_path / "a" / "checkpoints").glob("step-*"))) == 1
     assert not json.loads((tmp_path / "a" / "result.json").read_text())["completed"]

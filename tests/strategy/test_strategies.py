@@ -30,7 +30,7 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
     finally:
         kill(process)
     output = ended(started(*overrides, cwd=tmp_path))
-    assert "going on from" in output or "has come to its end" in output
+    assert "resuming from" in output or "has come to its end" in output
     assert_same_steps(tmp_path / "run", one)
     tokens = [json.loads((run / "result.json").read_text())["tokens"] for run in (tmp_path / "run", one)]
     assert tokens[0] == tokens[1]

@@ -196,7 +196,7 @@ def test_without_a_gpu_bench_gpu_says_so_and_smoke_prints_its_table():
     assert done.returncode == 0, done.stderr
     found = dict(cells(done.stdout.splitlines()))
     assert found["parameters, rows, completion tokens"].endswith("16, 256")
-    stages = [float(found[f"{stage}, s"]) for stage in ("sampling", "rest of the collection", "training")]
+    stages = [float(found[f"{stage}, s"]) for stage in ("sampling", "rest of the rollout batch", "training")]
     assert float(found["step, s"]) == pytest.approx(sum(stages), abs=2e-3)
     assert found["MFU of training"].endswith("% of 1 TFLOP/s")
 

@@ -34,7 +34,7 @@ def same(checkpoint: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """Four collections, with a checkpoint after each."""
+    """Four iterations, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("run") / "a"
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_train(monkeypatch, *QUICK, "callbacks.checkpoints.keep=9", f"output={folder}")
@@ -78,7 +78,7 @@ def test_a_broken_checkpoint_is_set_aside_and_does_not_count_among_those_that_ar
     log = (run / "train.log").read_text()
     for step in ("step-000003", "step-000004"):
         assert f"{folder / step} is broken and is passed over: trainer.ckpt has 1,000 of" in log
-    assert f"going on from {folder / 'step-000002'}" in log
+    assert f"resuming from {folder / 'step-000002'}" in log
     # The older broken one stays, and the new one is the one that is kept.
     assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001", "step-000004"]
     assert sorted(path.name for path in folder.glob("passed-over-*")) == [
@@ -104,10 +104,10 @@ def test_a_checkpoint_copied_elsewhere_under_another_name_begins_a_run(run, fini
     run_train(monkeypatch, *command(other), f"resume={best}")
     assert steps(other) == steps(finished)[3:]
     assert same(other / "checkpoints" / "step-000004", finished / "checkpoints" / "step-000004")
-    # Begun from another's checkpoint and killed, the same command goes on from its own.
+    # Begun from another's checkpoint and killed, the same command resumes from its own.
     (other / "result.json").unlink()
     run_train(monkeypatch, *command(other), f"resume={best}")
-    assert f"going on from {other / 'checkpoints' / 'step-000004'}" in (other / "train.log").read_text()
+    assert f"resuming from {other / 'checkpoints' / 'step-000004'}" in (other / "train.log").read_text()
     assert json.loads((other / "result.json").read_text())["completed"]
     assert steps(other) == steps(finished)[3:]
 

@@ -49,7 +49,7 @@ def test_recorded_demonstrations_train_as_the_same_completions_sampled_live(tmp_
         return rows
 
     monkeypatch.setattr(Policy, "__call__", recording)
-    # Every problem is drawn once: 4 collections of 8 prompts.
+    # Every problem is drawn once: 4 iterations of 8 prompts.
     quick = (*SHORT, *GUIDE, "trainer.max_epochs=4", "data.train.size=32", "data.validation=null")
     run_train(monkeypatch, *quick, f"output={tmp_path / 'live'}")
     demonstrations = ("guide=demonstrations", f"guide.path={file}", "loss=mixed_surrogate", *quick[len(SHORT) + 2 :])
@@ -64,7 +64,7 @@ def test_recorded_demonstrations_train_as_the_same_completions_sampled_live(tmp_
 
 @pytest.fixture(scope="module")
 def with_everything(tmp_path_factory) -> Path:
-    """Guide, zero-reward batch, moving reference, corrections and regularizers at once, two updates a collection."""
+    """Guide, zero-reward batch, moving reference, corrections and regularizers at once, two updates a rollout batch."""
     folder = tmp_path_factory.mktemp("run") / "a"
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_train(monkeypatch, *EVERYTHING, "trainer.max_epochs=4", f"output={folder}")

@@ -1,4 +1,4 @@
-"""The optimizer's settings are the config's, also where a run goes on from a checkpoint that was made with others."""
+"""The optimizer's settings are the config's, also where a run resumes from a checkpoint that was made with others."""
 
 import csv
 import math
@@ -82,4 +82,4 @@ def test_another_optimizer_is_refused_before_weights_are_loaded(run, tmp_path, m
 
 def test_fewer_collections_than_there_are_is_a_sentence(run, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, *QUICK, "trainer.max_epochs=2", f"resume={run}")
-    assert "trainer.max_epochs=2: the checkpoint to go on from comes after 4 collections" in message
+    assert "trainer.max_epochs=2: the checkpoint to resume from comes after 4 iterations" in message

@@ -47,7 +47,7 @@ def test_a_signal_writes_a_checkpoint_and_exits(number, tmp_path):
     folder = tmp_path / "a"
     process = started(*QUICK, "trainer.max_epochs=10000", f"output={folder}")
     try:
-        file = folder / "metrics.csv"  # written before training, and again after ten collections
+        file = folder / "metrics.csv"  # written before training, and again after ten iterations
         wait_until(
             lambda: file.exists() and any(row.get("reward/mean") for row in csv.DictReader(file.open())), process
         )
@@ -103,7 +103,7 @@ def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path, mon
             time.sleep(draw.random() / 2)
         finally:
             kill(process)
-    assert "going on from" in ended(started(*QUICK, *settings, f"output={folder}"))
+    assert "resuming from" in ended(started(*QUICK, *settings, f"output={folder}"))
     assert metrics(folder) == metrics(tmp_path / "whole")
     for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
         newest = [run / "checkpoints" / "step-000040" / name for run in (folder, tmp_path / "whole")]

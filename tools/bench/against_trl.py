@@ -84,7 +84,7 @@ def stages(answer: Answer) -> Answer:
     """CPU seconds by stage."""
     return {
         "sampling": answer["generate"],
-        "rest of the collection": answer["collect"] - answer["generate"],
+        "rest of the rollout batch": answer["collect"] - answer["generate"],
         "training": answer["whole"] - answer["collect"],
     }
 

@@ -1,4 +1,4 @@
-"""Growth in tokens: shaper, aggregation, and what a collection does after sampling. The sampler here hands over rollouts that are ready."""
+"""How the time of an iteration grows with its size: aggregation, shaping, and sampling with a scripted sampler."""
 
 import statistics
 import time
@@ -64,7 +64,7 @@ def no_text(rollouts: Rollouts) -> list[str]:
 def table(repetitions: int, tokens: tuple[int, ...] = TOKENS) -> list[str]:
     tokenizer = HFPolicy(path="tiny").tokenizer()
     peak.kept_pages()
-    names = ("shaper `token_entropy`", "aggregation `rollout_mean`", "collection after sampling", "decoding to text")
+    names = ("shaper `token_entropy`", "aggregation `rollout_mean`", "rollout batch after sampling", "decoding to text")
     lines = ["| tokens | " + " | ".join(f"{name}, s | ns a token" for name in names) + " |", "|---" * 9 + "|"]
     for number in tokens:
         rows = max(number // LENGTH // (2 * G), 1) * 2 * G  # at least two groups: one of them has signal

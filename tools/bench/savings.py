@@ -133,7 +133,7 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     ragged = f"completions {min(half.lengths)} to {longest}"
     always = replace(step.module.batch, score="always")
     scoring = off(step, step.module, "batch", always)
-    yield Saving("pi_old's scores not taken", f"collection and training; {ragged}", step, scoring)
+    yield Saving("pi_old's scores not taken", f"rollout batch and training; {ragged}", step, scoring)
     yield Saving(
         "rows sorted by length", f"training; {ragged}", step, off(step, datamodule, "pack_by_length", shuffled)
     )

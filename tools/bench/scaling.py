@@ -1,4 +1,4 @@
-"""A whole step, as the rows of a collection grow, and as they are shared out among processes on one machine."""
+"""A whole step, as the rows of a rollout batch grow, and as they are shared out among processes on one machine."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A step of GTPO against a step of GRPO: one run whose shaper changes with every collection, all else the same."""
+"""A step of GTPO against a step of GRPO: one run whose shaper changes with every iteration, all else the same."""
 
 import random
 import statistics
@@ -18,7 +18,7 @@ WARM_UP = 2
 
 
 class Turns(L.Callback):
-    """CPU seconds and peak bytes of the collections, GTPO's and GRPO's in turn."""
+    """CPU seconds and peak bytes of the iterations, GTPO's and GRPO's in turn."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -34,7 +34,7 @@ class Turns(L.Callback):
         self.resident, self.started = peak.start(), time.process_time()
 
     def pairs(self, measured: Sequence[float]) -> tuple[list[float], list[float]]:
-        """GTPO's and GRPO's, collection by collection."""
+        """GTPO's and GRPO's, rollout batch by rollout batch."""
         counted = measured[2 * WARM_UP :]
         return list(counted[::2]), list(counted[1::2])
 

@@ -48,7 +48,7 @@ class Workload:
 class Lengths(LogitsProcessor):
     """A row's EOS is certain at its prescribed length, and impossible before.
 
-    ``generate`` may be interrupted and go on with the rows that have not ended, in their order, as rlmod's sampler does.
+    ``generate`` may be interrupted and resume with the rows that have not ended, in their order, as rlmod's sampler does.
     """
 
     def __init__(self, lengths: tuple[int, ...], eos: int) -> None:

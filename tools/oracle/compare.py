@@ -56,7 +56,7 @@ NOT_COMPARED = """
 | gradient of the KL penalty k3 | k3's | k3's; `k3+` follows k2 | k2's by default (`penalty.kl.gradient`) |
 | KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `penalty.kl.importance`: without it |
 | entropy bonus | a mean over tokens, always | the loss's aggregation | the loss's weights: TRL's under token_mean |
-| forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the collection |
+| forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the rollout batch |
 | log-ratios beyond +-20 | kept | clamped | kept |
 | GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | here; nothing to compare with |
 """

@@ -1,4 +1,4 @@
-"""What the training forward pass leaves behind for the backward pass: counted tensor by tensor, nothing fitted.
+"""Activations that the training forward pass keeps for the backward pass, counted tensor by tensor; nothing is fitted.
 
 Symbols: R rows of L tokens, N = R L of them; D hidden, F intermediate, A the width of all queries, K that of all keys, d that of a head,
 V vocabulary; c the width in bytes of what products give, s of the residual stream, w = max(s, 4) of what norms compute in.
@@ -24,7 +24,7 @@ from rlmod.commands.plan.run import Run
 
 
 def kept(run: Run) -> int:
-    """By one micro-batch at the end of its forward pass, in bytes, without what the head keeps of its logits."""
+    """Return the bytes one micro-batch keeps at the end of its forward pass, without the logits that the head keeps."""
     s, n = run.shape, run.rows * run.length
     one = n * s.hidden * run.residual if run.checkpointing else of_layer(run)
     last_norm = n * s.hidden * (_wide(run) + (run.residual if run.adapter is None else 0)) + 4 * n
@@ -33,7 +33,7 @@ def kept(run: Run) -> int:
 
 
 def of_layer(run: Run) -> int:
-    """By one layer."""
+    """Return the bytes one layer keeps."""
     s, n = run.shape, run.rows * run.length
     trained = run.residual if run.adapter is None else 0
     norms = 2 * (n * s.hidden * (_wide(run) + trained) + 4 * n)
@@ -45,7 +45,7 @@ def of_layer(run: Run) -> int:
 
 
 def _inputs(run: Run) -> int:
-    """What comes into the linear layers whose weights, or adapters, are trained."""
+    """Return the inputs of the linear layers whose weights, or adapters, are trained."""
     s, n = run.shape, run.rows * run.length
     if run.adapter is None:
         copies = 5 if run.casts else 2

@@ -8,7 +8,7 @@ from rlmod.commands.plan import duration, memory
 from rlmod.commands.plan.run import Run
 
 Ways = dict[str, list[tuple[str, Run]]]
-"""What could be changed, by name: the override and the run with it; of a size that can be halved, each half."""
+"""Return possible changes by name: the override and the run with it; each half of a size that can be halved."""
 
 
 def cheapest(run: Run) -> list[str] | None:
@@ -22,7 +22,7 @@ def cheapest(run: Run) -> list[str] | None:
 
 
 def _taken(run: Run, chosen: tuple[str, ...]) -> tuple[list[str], Run]:
-    """With the chosen changes, one after the other; a size is halved until the phases of that name fit."""
+    """Return the run after the chosen changes, one after the other; a size is halved until the phases of that name fit."""
     overrides: list[str] = []
     for name in chosen:
         steps = ways(run).get(name, [])

@@ -1,4 +1,4 @@
-"""Seconds of one collection and its optimizer steps, by stage, from the rates of the machine. An estimate: rates are assumed."""
+"""Seconds of one rollout batch and its optimizer steps, by stage, from the rates of the machine. An estimate: rates are assumed."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Stage:
     name: str
     seconds: float
     bound: str
-    """What it waits for."""
+    """The resource that it waits for."""
 
 
 def stages(run: Run) -> list[Stage]:
@@ -33,14 +33,14 @@ def stages(run: Run) -> list[Stage]:
 
 
 def forward_flops(shape: Shape, prompt: float, completion: float) -> float:
-    """Of one row: two for each weight and token, attention over all pairs, logits of the completion."""
+    """FLOPs of one row: two per weight and token, attention over all pairs, logits of the completion."""
     length = prompt + completion
     attention = 4 * shape.layers * shape.queries * length**2
     return 2 * shape.layers * shape.layer_products * length + attention + 2 * shape.embedding * completion
 
 
 def training_flops(run: Run) -> float:
-    """Of one row: backward is twice forward (as much again, for inputs alone, with an adapter); the head is taken twice forward, and
+    """FLOPs of one row: backward is twice forward (once, for inputs alone, with an adapter); the head runs forward twice, and
     with checkpointing so are the layers."""
     forward = forward_flops(run.shape, run.mean_prompt, run.mean_completion)
     head = 2 * run.shape.embedding * run.mean_completion
@@ -50,7 +50,7 @@ def training_flops(run: Run) -> float:
 
 
 def model_flops(run: Run) -> float:
-    """Of one row, as MFU counts them: three forward passes, whatever is computed again."""
+    """FLOPs of one row, as MFU counts them: three forward passes, whatever is recomputed."""
     return 3 * forward_flops(run.shape, run.mean_prompt, run.mean_completion)
 
 
@@ -87,7 +87,7 @@ def _decoding(run: Run, model: Run | Model, rows: int, entries_per_chunk: int) -
 
 
 def _scored(run: Run) -> float:
-    """Of the rows that need a forward pass, or two: the guide's, an engine's, and all for a reference."""
+    """Forward FLOPs of the rows that need one pass or two: the guide's, an engine's, and all for a reference."""
     by_policy = run.guide_rows + (run.own_rows * run.draws if run.sampling.engine else 0)
     work = by_policy * forward_flops(run.shape, run.mean_prompt, run.mean_completion)
     if run.reference is not None:

@@ -6,12 +6,12 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What one accelerator can do: its maker's numbers, and what share of them a run is assumed to get."""
+    """Specifications of one accelerator: its maker's numbers, and the share of them a run is assumed to reach."""
 
     name: str
     kind: Literal["cuda", "cpu"] = "cuda"
     memory_gib: float
-    """Of one accelerator, as the driver reports it."""
+    """Memory of one accelerator, as the driver reports it."""
     reserve_gib: float
     """Assumed: the driver's context, the buffers of collectives, and what an allocator cannot use."""
     bf16_tflops: float

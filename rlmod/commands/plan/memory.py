@@ -56,7 +56,7 @@ def peak(run: Run) -> Phase:
 
 
 def fits(run: Run, phase: str | None = None) -> bool:
-    """Whether every phase does, or the one of that name."""
+    """Return True if every phase fits, or the one of that name."""
     there = (run.hardware.memory_gib - run.hardware.reserve_gib) * 2**30
     named = [p for p in phases(run) if p.name == phase] or phases(run)
     return all(p.total <= there for p in named)
@@ -68,7 +68,7 @@ def scores(run: Run) -> bool:
 
 
 def standing(run: Run) -> dict[str, float]:
-    """What is there in every phase.
+    """Memory that every phase holds.
 
     Gradients too: Lightning sets them free just before the next backward pass, so that they lie there while the policy samples.
     """
@@ -91,7 +91,7 @@ def _bytes(model: Model | None) -> int:
 
 
 def _sampling(run: Run, rows: int) -> Iterator[dict[str, float]]:
-    """Of so many rows at once: as weights come together, at the prompts, at the last token; the guide samples after the policy."""
+    """Memory of sampling so many rows together: as weights are gathered, at the prompts, at the last token. The guide samples later."""
     base = standing(run) | {"engine": run.sampling.share * run.hardware.memory_gib * 2**30}
     if run.strategy == "fsdp":
         yield _added(base, {"weights gathered": run.shape.parameters * run.weight})
@@ -192,7 +192,7 @@ def _update(run: Run) -> dict[str, float]:
 
 
 def head_buffers(run: Run, *, entropy: bool) -> tuple[float, float]:
-    """What rlmod/model/logprobs.py holds of logits at once: forward, and backward.
+    """Logits that rlmod/model/logprobs.py holds together: forward, and backward.
 
     b entries in a chunk, in float32. Forward: the chunk and a copy inside its log-sum-exp, or the chunk before it; with entropies the
     log-probabilities, the probabilities and their negative besides. Backward: a chunk and the one before it; with entropies the
@@ -215,13 +215,13 @@ def _cast_weights(run: Run) -> float:
 
 
 def _gathered_in_training(run: Run) -> float:
-    """What is in no layer, a layer and the next one, and the buffer that the next one comes into."""
+    """Weights gathered together: those in no layer, a layer and the next one, and the buffer of the next one."""
     copy = standing(run)["weights gathered"]
     return copy + (run.gathered * (run.shape.root + 3 * run.shape.layer) if run.sharded else 0)
 
 
 def _gradient_in_flight(run: Run) -> float:
-    """Of weights, before it is added up: of one linear layer, or of a sharded layer, with the buffer that sends it."""
+    """Weight gradients before they are accumulated: of one linear layer, or of a sharded layer with its send buffer."""
     s = run.shape
     if run.adapter is not None:
         return 0

@@ -31,10 +31,10 @@ STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adagrad":
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """What a plan asks beside the run's own config."""
+    """Settings of a plan beyond the run's own config."""
 
     prompt_tokens: int | None = None
-    """Of the longest prompt; null: data.encoder.max_tokens."""
+    """Tokens of the longest prompt; null: data.encoder.max_tokens."""
     mean_prompt_tokens: float | None = None
     """For the times alone, as the two below; null: as long as the longest."""
     mean_completion_tokens: float | None = None

@@ -15,7 +15,7 @@ class Model:
     width: int
     """Bytes of a weight."""
     rows: int = 0
-    """That it samples at once, on one rank."""
+    """Rows sampled together on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the policy's own completions are drawn."""
+    """How the policy's on-policy completions are drawn."""
 
     engine: bool = False
     """An engine of its own beside the policy (vLLM), not the policy itself."""
     rows_at_once: int | None = None
     share: float = 0.0
-    """Of the accelerator's memory, that the engine takes; 0 where it runs on others."""
+    """Share of the accelerator's memory that the engine takes; 0 if it runs elsewhere."""
     sleeps: bool = False
     """It hands its memory back while the policy trains."""
 
@@ -66,15 +66,15 @@ class Run:
     draws: float
     """Prompts sampled for each that trains; above 1 with dynamic sampling."""
     prompts: int
-    """Of a collection."""
+    """Prompts per rollout batch."""
     own_rows: int
-    """That the policy samples for a collection, refills apart."""
+    """Rows that the policy samples per rollout batch, without refills."""
     guide_rows: int
-    """That the guide supplies, those of the zero-reward batch included."""
+    """Rows that the guide supplies, those of the zero-reward batch included."""
     collected_rows: int
-    """That train at the most: own ones, the guide's, and the zero-reward batch."""
+    """Rows that train, at most: on-policy ones, the guide's, and the zero-reward batch."""
     validation_rows: int
-    """That a validation samples at once; 0 where there is none."""
+    """Rows that a validation samples together; 0 without validation."""
     minibatches: int
     epochs: int
     micro_batch: int
@@ -131,16 +131,16 @@ class Run:
 
     @property
     def step_rows(self) -> int:
-        """Of an optimizer step, at the most."""
+        """Return the most rows of an optimizer step."""
         return math.ceil(self.collected_rows / self.minibatches)
 
     @property
     def rows(self) -> int:
-        """That go through the policy at once in training, at the most, all as long as can be."""
+        """Return the most rows that go through the policy together in training, all at full length."""
         by_tokens = self.step_rows if self.micro_batch_tokens is None else self.micro_batch_tokens // self.length
         return max(min(self.micro_batch, self.step_rows, by_tokens), 1)
 
     @property
     def micro_batches(self) -> int:
-        """Of an optimizer step, where every row trains and is as long as can be."""
+        """Return the micro-batches of an optimizer step in which every row trains at full length."""
         return math.ceil(self.step_rows / self.rows)

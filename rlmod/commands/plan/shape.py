@@ -1,4 +1,4 @@
-"""What a model's config.json says of its size: no weights, no transformers, whose import takes seconds."""
+"""A model's size from its config.json: no weights, and no transformers, whose import takes seconds."""
 
 import json
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Shape:
 
     @property
     def root(self) -> int:
-        """What is in no layer: the embedding, the last norm, and the head where it is not the embedding."""
+        """Parameters in no layer: the embedding, the last norm, and the head if it is not the embedding."""
         return self.embedding * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -83,7 +83,7 @@ class Shape:
 
 
 def shape_of(location: str, key: str) -> Shape:
-    """Of a folder with a config.json, a name that rlmod knows, or a name on the hub.
+    """Read the shape from a folder with a config.json, a name that rlmod knows, or a name on the hub.
 
     Raises: ValueError that names ``key``.
     """

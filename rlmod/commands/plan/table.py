@@ -18,7 +18,7 @@ def _title(run: Run) -> str:
     trained = "" if run.adapter is None else f"; an adapter of {run.trained / 1e6:.1f} M is trained"
     precision = f"weights {8 * run.weight} bit, products {8 * run.compute} bit"
     rows = (
-        f"{run.own_rows} rows a collection on each rank, up to {run.prompt} + {run.completion} tokens; "
+        f"{run.own_rows} rows a rollout batch on each rank, up to {run.prompt} + {run.completion} tokens; "
         f"{run.step_rows} rows a step in {run.micro_batches} micro-batches of {run.rows}"
     )
     return f"{what}{trained}\n{run.strategy} on {run.ranks} x {run.hardware.name}; {precision}\n{rows}"
@@ -63,7 +63,7 @@ def _verdict(run: Run) -> str:
 def _traffic(run: Run) -> str:
     sent = traffic.sent(run)
     size, writers = traffic.checkpoint(run)
-    lines = [["GB that a rank sends, one collection and its steps", ""]]
+    lines = [["GB that a rank sends, one rollout batch and its steps", ""]]
     lines += [[name, f"{value / 1e9:.1f}"] for name, value in sent.items()]
     if not sent:
         lines.append(["nothing: one rank", "0.0"])
@@ -73,7 +73,7 @@ def _traffic(run: Run) -> str:
 def _times(run: Run) -> str:
     stages = duration.stages(run)
     total = sum(stage.seconds for stage in stages)
-    lines = [["seconds, one collection and its steps", "", "waits for"]]
+    lines = [["seconds, one rollout batch and its steps", "", "waits for"]]
     lines += [[stage.name, f"{stage.seconds:.1f}", stage.bound] for stage in stages]
     lines.append(["total, nothing overlapping", f"{total:.1f}", ""])
     tokens = run.ranks * run.own_rows * run.draws * run.mean_completion

@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in one collection and its optimizer steps; it receives as many.
+"""Bytes that one rank sends in one rollout batch and its optimizer steps; it receives as many.
 
 With n ranks in a ring, an all-gather and a reduce-scatter of B bytes take B (n - 1) / n each, and an all-reduce is one of each. What else
 goes between ranks (statistics over groups, counts, the gradient's norm) is a few numbers a row.
@@ -8,7 +8,7 @@ from rlmod.commands.plan.run import Run
 
 
 def sent(run: Run) -> dict[str, float]:
-    """By what it is for; nothing where there is one rank."""
+    """Bytes on the wire by purpose; none with one rank."""
     share = (run.ranks - 1) / run.ranks
     steps = run.minibatches * run.epochs
     found: dict[str, float] = {}

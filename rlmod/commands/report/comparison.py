@@ -35,7 +35,7 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """What differs between the runs: the overrides that not all of them share, else the folder's name."""
+    """Label each run by the overrides that not all share, else by its folder's name."""
     common = set.intersection(*(set(run.overrides) for run in runs))
     names = [", ".join(o for o in run.overrides if o not in common) or run.folder.resolve().name for run in runs]
     twice = {name for name in names if names.count(name) > 1}

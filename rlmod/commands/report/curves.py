@@ -1,4 +1,4 @@
-"""What metrics.csv holds, column by column, and how it is smoothed."""
+"""The columns of metrics.csv, and their smoothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ Curves = Mapping[str, Curve]
 
 
 def window(points: int) -> int:
-    """Of the moving average, in points: odd, about a sixteenth of the curve; 1 (no smoothing) below 20 points."""
+    """Return the width of the moving average in points: odd, about a sixteenth of the curve; 1 (no smoothing) below 20 points."""
     return 1 if points < 20 else min(51, max(3, points // 16 // 2 * 2 + 1))
 
 

@@ -15,11 +15,11 @@ from rlmod.commands.report.runs import Run, Sample
 
 MOST_PAIRS = 60
 SHOWN_PAIRS = 6
-"""Of the before-and-after samples; the others fold away."""
+"""Number of before-and-after samples shown; the others are folded."""
 DEEPEST = 75
 """Per cent of colour at the largest advantage: the text stays readable on it."""
 MOST_TOKENS = 500
-"""Of one sample in the view by token: a page of 100,000 coloured spans cannot be scrolled."""
+"""Most tokens of one sample in the token view: a page of 100,000 coloured spans cannot be scrolled."""
 
 
 def run_page(run: Run) -> str:
@@ -167,7 +167,7 @@ def has_headline(run: Run) -> bool:
 
 
 def headline(run: Run) -> Any:
-    # AsyncRewards the metric of the headline, the widest pass@K: whether the right answer is among the samples at all.
+    # AsyncRewards the metric of the headline, the widest pass@K: whether the correct answer is among the samples at all.
     passes = [name for name in run.held_out if name.startswith("val/pass@") and name not in (run.metric, "val/pass@1")]
     if run.metric and run.before is not None and run.after is not None:
         title = f"Held-out {short(run.metric)}: {run.before:.2f} → {run.after:.2f}"
@@ -185,7 +185,7 @@ def composition(run: Run) -> dict[str, str]:
 
 
 def _name(component: object) -> str:
-    """Of a policy its path or hub name, else its class in snake_case, which is its key on the command line."""
+    """Return a policy's path or hub name, else the class in snake_case, which is its key on the command line."""
     if isinstance(component, str):
         return component
     if not isinstance(component, dict):

@@ -18,7 +18,7 @@ class Panel:
     name: str
     title: str
     hint: str
-    """What to look for in it."""
+    """A hint what to look for."""
     columns: tuple[str, ...]
     draw: Callable[[Figure, Curves, Theme], None]
 
@@ -158,7 +158,7 @@ def _terms_panel(terms: Sequence[str]) -> Panel:
             line(axes, curves[name], theme.series[i % len(theme.series)], " " + name.removeprefix("reward/"))
         figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=1.0, columnspacing=0.9)
 
-    hint = "Their sum is the reward: see that a cheap one does not grow at the cost of the right answer."
+    hint = "Their sum is the reward: see that a cheap one does not grow at the cost of the correct answer."
     return Panel(name="terms", title="Reward terms", hint=hint, columns=tuple(terms), draw=draw)
 
 

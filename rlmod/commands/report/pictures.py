@@ -23,7 +23,7 @@ DPI = 200
 @dataclass(frozen=True, kw_only=True)
 class Theme:
     suffix: str
-    """Of the file name: the dark picture stands beside the light one."""
+    """Suffix of the file name: the dark picture stands beside the light one."""
     surface: str
     ink: str
     faint: str

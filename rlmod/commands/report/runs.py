@@ -52,7 +52,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_text: str = ""
     overrides: tuple[str, ...] = ()
-    """As given on the command line."""
+    """Overrides as given on the command line."""
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Of training."""
+        """Seconds of training."""
         value = _mapping(self.result, "seconds").get("training")
         return float(value) if _is_number(value) else None
 

@@ -26,15 +26,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``checkpoints/step-N/`` every so many collections and after the last one, and keeps the newest ``keep`` whole ones.
+    """Writes ``checkpoints/step-N/`` every so many iterations and after the last one, and keeps the newest ``keep`` whole ones.
 
-        trainer.ckpt   weights, optimizer, schedule, position in the data, random states: what a run goes on from
+        trainer.ckpt   weights, optimizer, schedule, position in the data, random states: what a run resumes from
         policy/        AutoModelForCausalLM.from_pretrained loads it
         config.yaml    the resolved config of the run
         metrics.csv, samples.jsonl   the run's records up to here
         complete.json  the size of each of these files
 
-    A folder gets its name when it is complete, after the collection's metrics have been logged. The first Ctrl-C, SIGTERM, SIGUSR1
+    A folder gets its name when it is complete, after the rollout batch's metrics have been logged. The first Ctrl-C, SIGTERM, SIGUSR1
     or SIGUSR2 lets the iteration finish and writes one; a second stops at once.
     """
 
@@ -58,7 +58,7 @@ class Checkpoints(Checkpoint):
         if number or last or done % self.every == 0:
             self.write(trainer, pl_module)
 
-    # The Trainer logs a collection's metrics after on_train_epoch_end: only now are they in metrics.csv.
+    # The Trainer logs a rollout batch's metrics after on_train_epoch_end: only now are they in metrics.csv.
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.publish(trainer)

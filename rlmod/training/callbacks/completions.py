@@ -17,7 +17,7 @@ TOKENS_SHOWN = 512
 
 
 class Completions(L.Callback):
-    """Shows ``rows`` completions of a collection every ``every`` collections (0: never), and records ``recorded`` of each validation."""
+    """Shows ``rows`` completions of a rollout batch every ``every`` iterations (0: never), and records ``recorded`` of each validation."""
 
     def __init__(self, *, folder: str, every: int = 20, rows: int = 4, recorded: int = 16) -> None:
         if every < 0 or rows < 1 or recorded < 1:
@@ -37,7 +37,7 @@ class Completions(L.Callback):
         samples = list(records(pl_module.rollout_batch, self.rows, pl_module, trainer.global_step, "train"))
         self._append(samples)
         if self.every and done % self.every == 0:
-            Console().print(_table(samples, f"completions of collection {done}"))
+            Console().print(_table(samples, f"completions of iteration {done}"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)

@@ -1,4 +1,4 @@
-"""metrics.csv, gone on with where a run is."""
+"""metrics.csv, resumed where a run is."""
 
 import csv
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 
 class MetricsCSV(CSVLogger):
-    """Lightning's, but the rows that the file holds already stay: they are the earlier part of a run that is gone on with."""
+    """Lightning's, but the rows that the file holds already stay: they are the earlier part of a run that is resumed."""
 
     @property
     @rank_zero_experiment

@@ -1,4 +1,4 @@
-"""One bar for the whole run, a step a collection."""
+"""One bar for the whole run, a step a rollout batch."""
 
 import lightning as L
 from rich.console import Console
@@ -37,7 +37,7 @@ class ProgressBar(L.Callback):
             disable=not (trainer.is_global_zero and self.console.is_terminal),
         )
         self.task = self.progress.add_task(
-            "collections", total=trainer.max_epochs, completed=trainer.current_epoch, numbers=""
+            "iterations", total=trainer.max_epochs, completed=trainer.current_epoch, numbers=""
         )
         self.progress.start()
 
@@ -49,7 +49,7 @@ class ProgressBar(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
-        # This collection's own come last: the Trainer's are those of the collection before, until the module has logged them.
+        # This rollout batch's own come last: the Trainer's are those of the rollout batch before, until the module has logged them.
         metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.rollout_batch.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
         numbers = "  ".join([shown[0], *([self.held_out] if self.held_out else []), *shown[1:]])
@@ -61,7 +61,7 @@ class ProgressBar(L.Callback):
             and not self.console.is_terminal
             and done * self.lines // total > (done - 1) * self.lines // total
         ):
-            self.console.print(f"collection {done}/{total}  {numbers}", soft_wrap=True, highlight=False)
+            self.console.print(f"iteration {done}/{total}  {numbers}", soft_wrap=True, highlight=False)
             self.held_out = ""  # a line says it once
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

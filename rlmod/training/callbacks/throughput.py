@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes."""
+"""Timing of an iteration."""
 
 import time
 from typing import Any

@@ -30,7 +30,7 @@ def test_the_paper_s_setting_on_64_gpus(monkeypatch, capsys, tmp_path):
     for expected in (
         "7.62 B weights",
         "fsdp2 on 64 x H100",
-        "32 rows a collection",
+        "32 rows a rollout batch",
         "fits: ",
         "activations",
         "KV cache",
