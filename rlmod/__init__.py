@@ -1,3 +1,70 @@
-"""rlmod: post-training of language models with reinforcement learning, composed from swappable parts."""
+"""rlmod: post-training of language models with reinforcement learning, composed from swappable components.
+
+    import rlmod
+    rlmod.train(["experiment=quickstart", "seed=1"])       # what rlmod-train does; returns the run's result
+    rlmod.evaluate(["policy=hf", "policy.path=FOLDER"])    # what rlmod-eval does; returns the summary
+    rlmod.RLModule, rlmod.RLData                           # for a lightning.Trainer of your own
+
+Names are loaded when they are first used: ``import rlmod`` imports neither torch nor Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlmod import train as train
+    from rlmod.commands.evaluate import evaluate_from_python as evaluate
+    from rlmod.config.sizes import Batch, Validation
+    from rlmod.model.policy import HFPolicy
+    from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
+    from rlmod.training.datamodule import RLData
+    from rlmod.training.module import RLModule
+    from rlmod.types import Problem, Prompts, Rollouts, Texts, build_rollouts
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "EncodedProblems",
+    "HFPolicy",
+    "Problem",
+    "PromptEncoder",
+    "Prompts",
+    "RLData",
+    "RLModule",
+    "Rollouts",
+    "Texts",
+    "Validation",
+    "build_rollouts",
+    "evaluate",
+    "train",
+]
+
+_PLACES = {
+    "Batch": "rlmod.config.sizes",
+    "Validation": "rlmod.config.sizes",
+    "HFPolicy": "rlmod.model.policy",
+    "EncodedProblems": "rlmod.rollout.prompts",
+    "PromptEncoder": "rlmod.rollout.prompts",
+    "RLData": "rlmod.training.datamodule",
+    "RLModule": "rlmod.training.module",
+    "Problem": "rlmod.types",
+    "Prompts": "rlmod.types",
+    "Rollouts": "rlmod.types",
+    "Texts": "rlmod.types",
+    "build_rollouts": "rlmod.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # the module itself is callable
+        return import_module("rlmod.train")
+    if name == "evaluate":
+        return import_module("rlmod.commands.evaluate").evaluate_from_python
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'rlmod' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

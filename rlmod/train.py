@@ -4,9 +4,12 @@ import json
 import logging
 import platform
 import signal
+import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +31,26 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> float | None:
-    """One run: checks, data, policy, validation, training, report. Returns the held-out accuracy, for a Hydra sweeper."""
+    """Run the command: train in the folder that Hydra made, and return the held-out accuracy, for a sweeper."""
+    result = run(cfg, _folder(cfg))
+    return result["held_out"] and result["held_out"]["after"]
+
+
+def train_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
+    """Train as ``rlmod-train OVERRIDES`` does; return the run's result (result.json), with its ``folder``.
+
+    ``overrides`` are words of the command line, such as ``["experiment=quickstart", "seed=1"]``, or a composed config. ValueError for
+    what the command would refuse.
+    """
+    cfg = overrides if isinstance(overrides, DictConfig) else cli.compose("train", overrides)
+    folder = Path(cfg.output)
+    cfg.output = str(folder)  # names by the time are fixed here
+    folder.mkdir(parents=True, exist_ok=True)
+    return {**run(cfg, folder), "folder": str(folder)}
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run once: checks, data, policy, validation, training, report. Return the result, which result.json holds too."""
     started = time.perf_counter()
     # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
     from rlmod import distributed
@@ -38,7 +60,6 @@ def train(cfg: DictConfig) -> float | None:
     from rlmod.interfaces import prepare
     from rlmod.training import checkpoint as checkpoints
 
-    folder = _folder(cfg)
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     parts = Components.from_config(cfg)
@@ -49,7 +70,7 @@ def train(cfg: DictConfig) -> float | None:
                 f"trainer.{key} must be a whole number of iterations, at least 1, got {cfg.trainer[key]!r}"
             )
     if (finished := _finished(folder, cfg)) is not None:
-        return finished["held_out"] and finished["held_out"]["after"]
+        return finished
     if (checkpoint := checkpoints.start(folder, cfg)) is not None:
         checkpoints.check_optimizer(checkpoint, cfg)
     if distributed.is_rank_zero():
@@ -192,7 +213,7 @@ def _data(cfg: DictConfig, parts: "Components", problems: Any, held_out: Any) ->
 
 def _fitted(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
-) -> float | None:
+) -> dict[str, Any]:
     from rlmod.commands.report import write_report
     from rlmod.model.policy import saved_weights, trained_weights
     from rlmod.strategy._sharding import Sharding, check_readable
@@ -238,7 +259,7 @@ def _fitted(
         if signal.getsignal(interrupted) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
             signal.raise_signal(interrupted)  # a launcher's turn: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
-    return after
+    return result
 
 
 def _held_out(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
@@ -264,6 +285,15 @@ def _say(result: dict[str, Any], page: Path) -> None:
 def main() -> None:
     cli.run(train, "train")
 
+
+class _Callable(ModuleType):
+    """``rlmod.train`` is this module and, as a function, its ``train_from_python``: both are called ``train``."""
+
+    def __call__(self, overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
+        return train_from_python(overrides)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,23 @@ Z = 1.959964  # of a 95 % interval
 
 
 def evaluate(cfg: DictConfig) -> float:
-    """Returns mean@n, or the mean reward of recorded completions."""
+    """Run the command; return mean@n, or the mean reward of recorded completions."""
+    summary = run(cfg)
+    if cfg.completions is not None:
+        return summary["mean_reward"]
+    return summary[f"mean@{cfg.sampler.completions_per_prompt}"]["value"]
+
+
+def evaluate_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
+    """Evaluate as ``rlmod-eval OVERRIDES`` does; return the summary (summary.json), with its ``folder``.
+
+    With ``completions=FILE`` it returns ``mean_reward``, ``completions`` and ``output``. ValueError for what the command would refuse.
+    """
+    return run(overrides if isinstance(overrides, DictConfig) else cli.compose("eval", overrides))
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate a policy, or compute the rewards of recorded completions; return the summary."""
     from rlmod.config.build import build_reward
 
     logging.captureWarnings(True)
@@ -34,8 +50,8 @@ def evaluate(cfg: DictConfig) -> float:
     return _evaluate_policy(cfg, reward)
 
 
-def _score_file(source: Path, reward: Any, output: str | None) -> float:
-    """Adds ``reward`` (and its named terms) to each line; the output is written whole or not at all."""
+def _score_file(source: Path, reward: Any, output: str | None) -> dict[str, Any]:
+    """Add ``reward`` (and its named terms) to each line; the output is written completely or not at all."""
     from rlmod.reward._compute import compute_rewards
     from rlmod.types import Texts
 
@@ -61,7 +77,7 @@ def _score_file(source: Path, reward: Any, output: str | None) -> float:
     os.replace(partial, target)
     mean = float(rewards.mean())
     print(f"mean reward {mean:.4f} of {len(records)} completions; {target}")
-    return mean
+    return {"mean_reward": mean, "completions": len(records), "output": str(target)}
 
 
 def _culprit(reward: Any, located: list[tuple[str, dict[str, Any]]]) -> str | None:
@@ -102,7 +118,7 @@ def _text(answer: str | int | float) -> str:
     return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
 
 
-def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
+def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     from rlmod.config.sizes import check_seed
     from rlmod.config.validation import check_types, check_value
     from rlmod.interfaces import prepare
@@ -110,6 +126,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> float:
 
     n = cfg.sampler.completions_per_prompt
     check_seed(cfg.seed, "seed")
+    check_seed(cfg.run_seed, "run_seed")
     check_value(cfg.pass_at, Sequence[int], "pass_at")
     check_value(cfg.threshold, float, "threshold")
     check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
@@ -155,39 +172,42 @@ def _device(name: str) -> str:
 def _sampled(
     cfg: DictConfig, policy: Any, tokenizer: Any, encoded: Any, sampler: Any, reward: Any, device: str, file: Path
 ) -> list[dict[str, Any]]:
-    """Every completion with its reward, written batch by batch."""
-    from numpy.random import SeedSequence
+    """Sample and grade batch by batch, as validation does while training; write every completion as it comes."""
     from rich.progress import track
 
+    from rlmod.config.sizes import Validation
     from rlmod.interfaces import sync
     from rlmod.model.policy import completion_texts
-    from rlmod.reward._compute import compute_rewards
-    from rlmod.rollout.groups import texts_for_reward
+    from rlmod.rollout.validation import sample_and_grade, validation_seed
 
     samples: list[dict[str, Any]] = []
+    settings = Validation(sampler=sampler, reward=reward, threshold=cfg.threshold)
     sync(sampler, policy)
     starts = range(0, len(encoded.problems), cfg.prompts_per_batch)
     with file.open("w", encoding="utf-8") as stream:
-        for start in track(starts, description="evaluating"):
+        for batch, start in enumerate(track(starts, description="evaluating")):
             stop = min(start + cfg.prompts_per_batch, len(encoded.problems))
-            prompts = encoded.batch(range(start, stop)).to(device)
-            seed = int(SeedSequence([cfg.seed, start]).generate_state(1)[0])
-            rollouts = sampler(policy, prompts, seed)
-            texts = texts_for_reward(rollouts, prompts.problems, lambda rows: completion_texts(tokenizer, rows))
-            rewards, _, outcomes = compute_rewards(reward, texts)
+            graded = sample_and_grade(
+                policy,
+                encoded.batch(range(start, stop)).to(device),
+                settings,
+                decode=lambda rows: completion_texts(tokenizer, rows),
+                seed=validation_seed(cfg.run_seed, cfg.seed, batch),
+            )
+            texts = graded.texts
             for row, problem in enumerate(texts.problems or ()):
                 sample = {
                     "source": problem.source,
                     "prompt": problem.prompt,
                     "answer": problem.answer,
                     "completion": texts.completions[row],
-                    "reward": float(rewards[row]),
-                    "correct": bool(outcomes[row] > cfg.threshold),
+                    "reward": float(graded.rewards[row]),
+                    "correct": bool(graded.correct[row]),
                     "truncated": (texts.truncated or ())[row],
                     "length": (texts.lengths or ())[row],
                 }
                 if cfg.record_tokens:
-                    sample |= _tokens(rollouts, row)
+                    sample |= _tokens(graded.rollouts, row)
                 samples.append(sample)
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
             stream.flush()
@@ -205,7 +225,7 @@ def _tokens(rollouts: Any, row: int) -> dict[str, Any]:
     }
 
 
-def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> float:
+def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> dict[str, Any]:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -231,7 +251,7 @@ def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: in
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     Console().print(table)
     print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated; {folder}")
-    return summary[f"mean@{n}"]["value"]
+    return {**summary, "folder": str(folder)}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

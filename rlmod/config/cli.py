@@ -9,16 +9,17 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -52,6 +53,22 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a config as the command would, from Python; ValueError for what the command would refuse."""
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            with open_dict(cfg):  # the run's folder, which ${hydra:runtime.output_dir} names
+                cfg.output = cfg.output and str(cfg.output)
+                cfg.hydra.runtime.output_dir = cfg.output
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return cfg
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explained(error)) from error
+
+
 def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     """Runs ``task`` with the composed config.
 
@@ -81,7 +98,8 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if with_traceback:
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {explained(error)}")
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        sys.exit(f"{Path(sys.argv[0]).name}: {explained(error)}{notes}")
     except Stopped as stop:
         sys.exit(stop.told())
     except KeyboardInterrupt:

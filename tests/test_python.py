@@ -1,0 +1,194 @@
+"""The door for Python: light to import, the same results as the commands, and settings that cannot be right are refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rlmod
+from rlmod.config.build import Components
+from rlmod.training.datamodule import RLData
+from rlmod.training.module import RLModule
+from tests.command_line import SHORT, run_eval, run_train
+from tests.config.composing import composed
+
+SETTINGS = (
+    "debug=short", "callbacks.completions.every=0", "data.validation=null", "batch.prompts=8", "batch.minibatches=2",
+    "batch.micro_batch=4", "sampler.completions_per_prompt=4", "shaper=token_entropy", "trainer.max_epochs=2",
+    "optimizer.lr=1e-3", "trainer.gradient_clip_val=1.0",
+)  # fmt: skip
+"""16 rows per optimizer step in 4 micro-batches, 2 optimizer steps per iteration."""
+
+
+def test_importing_it_is_light():
+    code = (
+        "import time, sys; start = time.process_time(); import rlmod; took = time.process_time() - start; "
+        "print(took, [m for m in ('torch', 'lightning', 'transformers', 'hydra') if m in sys.modules], rlmod.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, rest = done.stdout.split(" ", 1)
+    assert float(seconds) < 3  # about 0.01 s unloaded
+    assert rest.startswith("[]")
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_told():
+    for name in rlmod.__all__:
+        assert getattr(rlmod, name) is not None
+    assert set(rlmod.__all__) <= set(dir(rlmod))
+    with pytest.raises(AttributeError, match="'rlmod' has no attribute 'trian'"):
+        rlmod.trian  # noqa: B018
+
+
+def parts(*overrides: str):
+    cfg = composed(*SETTINGS, *overrides)
+    cfg.output = "unused"
+    return Components.from_config(cfg)
+
+
+def module_and_data(components: Components, **data) -> tuple[RLModule, RLData]:
+    tokenizer = components.policy.tokenizer()
+    problems = components.encoder.encode(components.train(), tokenizer)
+    module = RLModule(
+        policy=components.policy.model(tokenizer), tokenizer=tokenizer, sampler=components.sampler,
+        reward=components.reward, shaper=components.shaper, loss=components.loss, optimizer=components.optimizer,
+        batch=components.batch,
+    )  # fmt: skip
+    return module, RLData(train=problems, aggregation=components.aggregation, **data)
+
+
+def plain_trainer(**settings) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(
+        **{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 2, "gradient_clip_val": 1.0, **settings}
+    )
+
+
+def command_weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return AutoModelForCausalLM.from_pretrained(newest / "policy").state_dict()
+
+
+def test_a_plain_trainer_trains_what_the_command_trains_bit_for_bit(tmp_path, monkeypatch):
+    run_train(monkeypatch, *SETTINGS, f"output={tmp_path / 'run'}")
+    module, data = module_and_data(parts())
+    trainer = plain_trainer()
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 4  # two iterations of two optimizer steps, not one per micro-batch
+    assert trainer.accumulate_grad_batches == 4
+    for name, weight in command_weights(tmp_path / "run").items():
+        assert torch.equal(module.policy.state_dict()[name], weight), name
+
+
+def test_sanity_validation_changes_no_weight():
+    components = parts()
+    weights = []
+    for sanity in (0, 2):
+        module, data = module_and_data(components)
+        data.held_out = replace(data.train, problems=data.train.problems[:8], ids=data.train.ids[:8])
+        plain_trainer(max_epochs=1, num_sanity_val_steps=sanity).fit(module, datamodule=data)
+        weights.append(module.policy.state_dict())
+        assert module.held_out["problems"] == 8
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+WRONG = {
+    "accumulate_grad_batches": (3, "an optimizer step has 4 micro-batches"),
+    "limit_train_batches": (2, "would cut an iteration"),
+    "overfit_batches": (1, "would cut an iteration"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_settings_of_a_trainer_that_cannot_be_right_are_refused(name):
+    value, message = WRONG[name]
+    module, data = module_and_data(parts())
+    with pytest.raises(ValueError, match=rf"trainer\.{name}={value}.*{message}"):
+        plain_trainer(**{name: value}).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_so_are_they_on_the_command_line(name, tmp_path, monkeypatch):
+    value, message = WRONG[name]
+    with pytest.raises(SystemExit) as stopped:
+        run_train(monkeypatch, *SETTINGS, f"+trainer.{name}={value}", f"output={tmp_path / 'run'}")
+    assert message in str(stopped.value)
+
+
+def test_sizes_that_module_and_data_see_differently_are_refused():
+    components = parts()
+    module, data = module_and_data(components, batch=replace(components.batch, minibatches=1))
+    with pytest.raises(ValueError, match="give it to RLModule alone"):
+        plain_trainer().fit(module, datamodule=data)
+
+
+def test_only_four_arguments_of_the_module_and_one_of_the_data_are_required():
+    components = parts()
+    tokenizer = components.policy.tokenizer()
+    module = rlmod.RLModule(
+        policy=components.policy.model(tokenizer),
+        tokenizer=tokenizer,
+        sampler=components.sampler,
+        reward=components.reward,
+    )
+    assert module.batch == rlmod.Batch()
+    rlmod.RLData(train=components.encoder.encode(components.train()[:4], tokenizer))
+
+
+def test_train_and_evaluate_from_python_are_the_commands(tmp_path, monkeypatch):
+    """And the policy of a run's checkpoint has one number: its own validation's."""
+    short = (*SHORT, "trainer.max_epochs=2", "validation.sampler.completions_per_prompt=2")
+    run_train(monkeypatch, *short, f"output={tmp_path / 'command'}")
+    result = rlmod.train([*short, f"output={tmp_path / 'python'}"])
+    ours, theirs = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("python", "command"))
+    assert ours["held_out"] == theirs["held_out"] == result["held_out"]
+    assert result["folder"] == str(tmp_path / "python")
+    first, second = command_weights(tmp_path / "python"), command_weights(tmp_path / "command")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    policy = sorted((tmp_path / "python" / "checkpoints").glob("step-*"))[-1] / "policy"
+    evaluation = [
+        "policy=hf", f"policy.path={policy}", "data.validation.size=64", "prompts_per_batch=64",
+        "sampler.completions_per_prompt=2", "sampler.max_new_tokens=40", "device=cpu", f"output={tmp_path / 'eval'}",
+    ]  # fmt: skip
+    summary = rlmod.evaluate(evaluation)
+    assert summary["mean@2"]["value"] == pytest.approx(ours["held_out"]["after"], abs=1e-12)
+    run_eval(monkeypatch, *evaluation[:-1], f"output={tmp_path / 'again'}")
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["mean@2"] == summary["mean@2"]
+
+
+def test_a_mistake_is_a_value_error_in_python():
+    with pytest.raises(ValueError, match="did you mean shaper"):
+        rlmod.train(["shapr=uniform"])
+
+
+TWO_RANKS = """
+import sys, torch
+from lightning.pytorch.strategies import DDPStrategy
+from tests.test_python import module_and_data, parts, plain_trainer
+module, data = module_and_data(parts())
+trainer = plain_trainer(devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+trainer.fit(module, datamodule=data)
+if trainer.is_global_zero:
+    torch.save(module.policy.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_plain_trainer_train_what_two_ranks_of_the_command_train(tmp_path):
+    root = Path(__file__).parents[1]
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    environment = {**__import__("os").environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    run = partial(subprocess.run, cwd=root, env=environment, check=True, timeout=900, capture_output=True)
+    run([sys.executable, str(tmp_path / "two.py"), str(tmp_path / "plain.pt")])
+    run([sys.executable, "-m", "rlmod.train", *SETTINGS, "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu",
+         f"output={tmp_path / 'run'}"])  # fmt: skip
+    plain = torch.load(tmp_path / "plain.pt")
+    for name, weight in command_weights(tmp_path / "run").items():
+        assert torch.equal(plain[name], weight), name
