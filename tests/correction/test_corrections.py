@@ -115,5 +115,5 @@ def test_sequence_level_truncated_importance_by_hand():
     )
     out = TruncatedImportance(level="sequence")(rows).advantages
     torch.testing.assert_close(out, torch.tensor([[1.5, 1.5], [-2.0, -2.0]]))
-    assert TruncatedImportance().varies_over_tokens
-    assert not TruncatedImportance(level="sequence").varies_over_tokens
+    assert TruncatedImportance().granularity == "token"
+    assert TruncatedImportance(level="sequence").granularity == "sequence"

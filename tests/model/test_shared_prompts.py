@@ -79,7 +79,7 @@ def test_a_prompt_is_gone_through_once(monkeypatch):
         (lambda model, rows: (setattr(model.config, "_attn_implementation", "flash_attention_2"), rows)[1], "untried"),
         (lambda model, rows: rows.rows(torch.arange(3)), "one row a prompt"),
         (lambda model, rows: ragged(prompt=11, length=60), "the prompt is next to nothing"),
-        (lambda model, rows: build_rollouts(**{**vars(rows), "group": None}), "nobody knows whose rows they are"),
+        (lambda model, rows: build_rollouts(**{**vars(rows), "group": torch.arange(len(rows))}), "each has a prompt of its own"),
     ],
 )  # fmt: skip
 def test_where_it_is_not_shared(change, why):

@@ -21,7 +21,7 @@ from rlmod.adapter.lora import LoRA
 from rlmod.data.arithmetic import Arithmetic
 from rlmod.model.logprob_pass import logprob_pass
 from rlmod.model.policy import HFPolicy
-from rlmod.rollout.metrics import agreement, check_agreement
+from rlmod.rollout.metrics import check_agreement, sampler_agreement
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
 from rlmod.types import Rollouts
@@ -58,7 +58,7 @@ def sampler(**settings):
 
 def apart(policy, rollouts, temperature=1.0):
     with torch.no_grad():
-        return agreement(logprob_pass(policy, rollouts, temperature, rows=64))
+        return sampler_agreement(logprob_pass(policy, rollouts, temperature, rows=64))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,6 +9,7 @@ import torch
 
 from rlmod.shaper.sequence_entropy import SequenceEntropy
 from rlmod.shaper.uniform import Uniform
+from rlmod.types import concatenate
 from tests.rollouts import ragged
 from tests.shaper.test_token_entropy import NORMALIZATIONS, SEEDS, group
 
@@ -78,13 +79,7 @@ def test_a_row_masked_out_whole_changes_nothing_for_others():
     extra = replace(
         rows.rows(slice(0, 1)), mask=torch.zeros(1, rows.mask.shape[1], dtype=torch.bool), group=torch.tensor([0])
     )
-    joined = replace(
-        rows,
-        **{
-            n: torch.cat([getattr(rows, n), getattr(extra, n)])
-            for n in ("mask", "group", "rewards", "entropy", "logprobs")
-        },
-    )
+    joined = concatenate([rows, extra])
     a = SequenceEntropy()(joined)
     torch.testing.assert_close(a[:-1], SequenceEntropy()(rows))
     assert (a[-1] == 0).all()

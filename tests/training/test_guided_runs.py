@@ -166,11 +166,11 @@ def test_parts_that_cannot_work_together_are_refused(overrides, parts, tmp_path,
     assert all(part in message for part in parts), message
 
 
-def test_warnings_of_what_works_but_not_as_one_may_think(tmp_path, monkeypatch):
+def test_settings_that_may_not_do_what_one_expects_are_warned_of(tmp_path, monkeypatch):
     quick = (*SHORT, *GUIDE, "guide.sampler.top_p=0.9", "reference=frozen", "trainer.max_epochs=1")
     with (
         pytest.warns(UserWarning, match=r"guide\.sampler\.top_p=0\.9 with guide\.ratio=guide"),
-        pytest.warns(UserWarning, match="reference without a"),
+        pytest.warns(UserWarning, match="reference is unused"),
     ):
         run_train(monkeypatch, *quick, f"output={tmp_path / 'a'}")
     assert (tmp_path / "a" / "result.json").is_file()  # warned of, and done

@@ -64,10 +64,10 @@ def run_of(cfg: DictConfig) -> Run:
         raise ValueError(
             f"zero_reward.weight={zero_reward.weight} without a guide: give guide=policy or guide=demonstrations"
         )
-    extra = zero_reward.rows(batch.prompts // ranks, ranks, per_prompt + guided)
+    extra = zero_reward.max_rows(batch.prompts // ranks, ranks, per_prompt + guided)
     batch.micro_batches(per_prompt + guided, ranks, extra)
     prompts = batch.prompts // ranks
-    rescued = zero_reward.room(prompts, ranks)
+    rescued = zero_reward.max_groups(prompts, ranks)
     prompt, completion = _longest_prompt(cfg, lengths), positive(cfg, "sampler.max_new_tokens")
     strategy, settings = _strategy(cfg, ranks)
     own, width, autocast = _precision(cfg, policy)

@@ -134,7 +134,7 @@ REFUSED = {
     "devices, auto": (["trainer.devices=auto"], ["trainer.devices must be a whole number", "trainer.devices=8"]),
     "no devices": (["trainer.devices=0"], ["trainer.devices must be a whole number", "0"]),
     "nodes": (["trainer.num_nodes=1.5"], ["trainer.num_nodes must be a whole number", "1.5"]),
-    "ranks": (["trainer.devices=5"], ["batch.prompts=32 cannot be shared out among 5 ranks"]),
+    "ranks": (["trainer.devices=5"], ["batch.prompts=32 cannot be divided among 5 ranks"]),
     "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 rows", "32, 64"]),
     "strategy": (["trainer.strategy=deepspeed"], ["trainer.strategy=deepspeed", "ddp, fsdp and fsdp2"]),
     "precision": (["trainer.precision=8-bit"], ["trainer.precision=8-bit", "bf16-mixed"]),
