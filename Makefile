@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-slow test-vllm check bench bench-gpu docs recipes oracle policies clean
+.PHONY: help quickstart test test-fast test-slow test-vllm test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
 	@echo "make test         set up, run the tests"
+	@echo "make test-fast    formulas, contracts and config alone (under a minute of CPU)"
 	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
 	@echo "make test-vllm    those that run vLLM, on the CPU, in an environment of their own"
+	@echo "make test-all     all of them, one after the other"
+	@echo "make coverage     the share of lines that make test-fast runs"
 	@echo "make check        lint, types, layer contracts"
+	@echo "make gpu-rehearsal  every stage of tools/gpu in its small form, on a CPU"
 	@echo "make bench        a step against TRL's and a bare loop; parts, growth, memory: writes docs/benchmarks.md (half an hour)"
 	@echo "make bench-gpu    prints a step of 0.5 B parameters on a GPU, by stage, as a table for docs/benchmarks.md"
 	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
@@ -33,6 +37,22 @@ quickstart: $(READY)
 # One worker a core, each with one thread: more threads only get in each other's way.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm"
+
+# Formulas, contracts and words: what a change of a component needs first.
+FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regularizer tests/filter tests/rollout/test_collect.py \
+	tests/rollout/test_zero_reward.py tests/reward/test_weighted.py tests/reward/test_grop.py tests/reward/test_overlong.py \
+	tests/reward/test_exact_match.py tests/reward/test_format.py tests/test_ops.py tests/test_types.py tests/test_words.py \
+	tests/test_contracts.py
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
+
+test-all: test test-slow test-vllm
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=rlmod --cov-report=term:skip-covered $(FAST)
+
+gpu-rehearsal: $(READY)
+	$(BIN)/python tools/gpu/rehearse.py
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm"

@@ -104,7 +104,7 @@ class Curve:
 
     tokens: list[int]
     accuracy: list[float]
-    all_wrong: float
+    all_incorrect: float
     """Share of the first rollout batch's prompts."""
 
     @property
@@ -122,7 +122,7 @@ def read(folder: Path) -> Curve:
                 shares.append(float(row["prompts/all_incorrect"]))
             if row.get("val/mean@1"):
                 points[tokens] = float(row["val/mean@1"])
-    return Curve(tokens=list(points), accuracy=list(points.values()), all_wrong=shares[0])
+    return Curve(tokens=list(points), accuracy=list(points.values()), all_incorrect=shares[0])
 
 
 def picture(curves: dict[str, list[Curve]], path: Path) -> None:
@@ -155,7 +155,7 @@ def page(curves: dict[str, list[Curve]], seeds: int) -> str:
         )
         shown = ", ".join("not reached" if cost is None else f"{cost:,}" for cost in costs)
         lines.append(f"| {arm} | {shown} | {share} | {', '.join(f'{c.accuracy[-1]:.3f}' for c in of_arm)} |")
-    shares = [curve.all_wrong for of_arm in curves.values() for curve in of_arm]
+    shares = [curve.all_incorrect for of_arm in curves.values() for curve in of_arm]
     return PAGE.format(
         rows="\n".join(lines), seeds=seeds, low=100 * min(shares), high=100 * max(shares), goal=GOAL, runs=len(shares)
     )

@@ -1,0 +1,131 @@
+"""Components of one's own, run by the command: what they declare, what they return, and what they raise."""
+
+import re
+import sys
+
+import pytest
+
+from tests.command_line import SHORT, run_train
+
+MINE = """
+from dataclasses import dataclass
+
+import torch
+
+def by_token(rollouts):
+    return torch.arange(rollouts.mask.shape[1]) * rollouts.mask.float()
+
+def to_reference(logprobs, rollouts):
+    return (logprobs - rollouts.reference_logprobs).square() * rollouts.mask, {"train/distance": 0.5}
+to_reference.reads = frozenset({"reference_logprobs", "mask"})
+
+def breaks(rollouts):
+    return rollouts.rewards + None
+
+def keeps_nothing(rollouts):
+    return torch.zeros(int(rollouts.group.max()) + 1, dtype=torch.bool)
+
+def keeps_too_much(rollouts):
+    return torch.ones(len(rollouts), dtype=torch.bool)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def refusal(monkeypatch, folder, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run_train(monkeypatch, *SHORT, *overrides, f"output={folder / 'run'}")
+    return str(stopped.value)
+
+
+def function(stage: str, name: str) -> tuple[str, ...]:
+    return (f"{stage}._target_=mine.{name}", f"+{stage}._partial_=true")
+
+
+def test_an_own_token_level_shaper_with_a_sequence_loss_is_refused(mine, monkeypatch):
+    message = refusal(
+        monkeypatch,
+        mine,
+        "shaper=leave_one_out",
+        *function("shaper", "by_token"),
+        "loss=sequence_surrogate",
+        "aggregation=rollout_mean",
+    )
+    assert "one ratio per completion" in message
+    assert "by_token" in message
+
+
+def test_an_own_loss_that_reads_the_reference_needs_one_and_counts_as_reading_it(mine, monkeypatch, recwarn):
+    fields_of_loss = ("~loss.clip_low", "~loss.clip_high", *function("loss", "to_reference"))
+    message = refusal(monkeypatch, mine, *fields_of_loss)
+    assert "loss reads reference_logprobs, and there is no reference" in message
+    run_train(
+        monkeypatch, *SHORT, *fields_of_loss, "reference=frozen", "trainer.max_epochs=1", f"output={mine / 'run'}"
+    )
+    assert not [w for w in recwarn if "reference is unused" in str(w.message)]
+    header, *_ = (mine / "run" / "metrics.csv").read_text().splitlines()
+    assert "train/distance" in header.split(",")
+    assert "train/train/distance" not in header
+
+
+def test_a_traceback_inside_an_own_component_names_it_and_its_stage(mine, monkeypatch):
+    with pytest.raises(TypeError) as raised:
+        run_train(monkeypatch, *SHORT, "shaper=leave_one_out", *function("shaper", "breaks"), f"output={mine / 'run'}")
+    assert "raised in the component mine.breaks, which is shaper" in "\n".join(raised.value.__notes__)
+
+
+def test_a_filter_that_drops_everything_is_told_and_trains_nothing(mine, monkeypatch, capfd):
+    run_train(
+        monkeypatch, *SHORT, *function("filter", "keeps_nothing"), "trainer.max_epochs=1", f"output={mine / 'run'}"
+    )
+    said = "".join(capfd.readouterr())
+    assert re.search("The filter dropped all|has signal", said), said
+
+
+def test_a_filter_of_the_wrong_shape_is_refused(mine, monkeypatch):
+    message = refusal(monkeypatch, mine, *function("filter", "keeps_too_much"))
+    assert "one entry per group" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("filter=unknown", ["filter", "keep_all"]),
+        ("batch=unknown", ["batch=unknown", "batch.KEY=VALUE"]),
+        ("zero_reward=unknown", ["zero_reward=unknown", "zero_reward.KEY=VALUE"]),
+        ("validation=unknown", ["validation=unknown", "validation.KEY=VALUE"]),
+    ],
+)
+def test_a_value_in_the_place_of_a_group_gets_a_sentence(tmp_path, monkeypatch, override, words):
+    message = refusal(monkeypatch, tmp_path, override)
+    assert all(word in message for word in words), message
+
+
+def test_a_regularizer_without_its_package_line_is_told_what_to_write(mine, monkeypatch):
+    folder = mine / "conf" / "regularizer"
+    folder.mkdir(parents=True)
+    (folder / "distance.yaml").write_text("_target_: mine.to_reference\n_partial_: true\n")
+    with pytest.raises(SystemExit) as stopped:
+        run_train(
+            monkeypatch, "--config-dir", str(mine / "conf"), *SHORT, "regularizer=[distance]", f"output={mine / 'run'}"
+        )
+    message = str(stopped.value)
+    assert "# @package regularizer.NAME" in message
+
+
+def test_an_own_loss_without_partial_is_told_what_to_write(mine, monkeypatch):
+    message = refusal(monkeypatch, mine, "~loss.clip_low", "~loss.clip_high", "loss._target_=mine.to_reference")
+    assert "_partial_: true" in message
+
+
+def test_overlong_filtering_alone_forces_no_logprob_pass(tmp_path, monkeypatch):
+    run_train(monkeypatch, *SHORT, "correction=[overlong_filtering]", "trainer.max_epochs=1", "sampler._target_=tests.silent.Silent",
+              "validation.sampler._target_=rlmod.sampler.hf.HF", f"output={tmp_path / 'run'}")  # fmt: skip
+    assert "completions/entropy" not in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
