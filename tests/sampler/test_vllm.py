@@ -180,7 +180,8 @@ def test_heads_that_vllm_has_not_are_named_before_it_stumbles():
 
 
 def command(name: str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", f"rlmod.{name}", *overrides]
+    module = "rlmod.train" if name == "train" else f"rlmod.commands.{name}"
+    return [sys.executable, "-m", module, *overrides]
 
 
 def environment() -> dict[str, str]:

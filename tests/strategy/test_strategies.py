@@ -81,7 +81,8 @@ def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(over
     run = ("trainer.max_epochs=1", "output=run")
     ended(started(*SETTINGS, *overrides, *precision, *run, cwd=folder_of_runs(tmp_path)))
     mine, theirs = measured(tmp_path / "run")[0]["train/grad_norm"], measured(one)[0]["train/grad_norm"]
-    assert mine == pytest.approx(theirs, rel=0.02)
+    # As in the test above: how far 16 bits are off depends on the CPU's bfloat16 kernels (below 2 % on one kind, 2.4 % on another).
+    assert mine == pytest.approx(theirs, rel=0.05)
     assert mine != pytest.approx(theirs, rel=1e-5)  # they did
     saved = weights(
         tmp_path / "run", step=1
