@@ -107,7 +107,7 @@ def compile_layers(policy: nn.Module) -> None:
 
 
 def uncompiled(policy: nn.Module) -> AbstractContextManager[object]:
-    """For passes with a key-value cache, for each of whose lengths and layers the layers would be compiled again."""
+    """Switch compilation off for passes with a key-value cache: every length and layer would be compiled again."""
     compiled = any(module._compiled_call_impl is not None for module in policy.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 

@@ -1,4 +1,4 @@
-"""From problems to the token ids a policy is prompted with."""
+"""Encode problems as the token ids that prompt a policy."""
 
 import logging
 from collections.abc import Sequence

@@ -1,9 +1,13 @@
 """Composed configs for tests."""
 
+from pathlib import Path
+
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from rlmod.config import cli
+
+ROOT = Path(__file__).parents[2]
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:

@@ -3,19 +3,15 @@
 import inspect
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from omegaconf import DictConfig
 
-from rlmod.config import cli
 from rlmod.config.build import Components
 from rlmod.config.validation import check_types
 from rlmod.training.module import RLModule
+from tests.config.composing import ROOT, composed
 
-ROOT = Path(__file__).parents[2]
 WAY = [
     "sampler",
     "guide",
@@ -38,11 +34,6 @@ OPTIONS = [
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
 DEBUGS = sorted(file.stem for file in (ROOT / "conf" / "debug").glob("*.yaml"))
 GIVEN = ["policy=tiny", "data=arithmetic"]
-
-
-def composed(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
 
 
 @pytest.mark.parametrize(("stage", "option"), OPTIONS)

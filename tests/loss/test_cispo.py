@@ -3,8 +3,7 @@ import torch
 
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
-from tests.loss.test_losses import rows_with
-from tests.rollouts import measured
+from tests.rollouts import measured, rows_with
 
 
 def test_by_hand():

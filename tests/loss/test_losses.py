@@ -11,7 +11,7 @@ from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts, build_rollouts
-from tests.rollouts import measured
+from tests.rollouts import measured, rows_with
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -49,15 +49,6 @@ def test_the_numbers_that_others_agree_on(loss, aggregation, value, norm):
     total.backward()
     assert total.item() == pytest.approx(value, abs=1e-8)
     assert lp.grad.norm().item() == pytest.approx(norm, abs=1e-8)
-
-
-def rows_with(
-    ratios: list[list[float]], advantages: list[list[float]], mask: list[list[int]]
-) -> tuple[torch.Tensor, Rollouts]:
-    lp = torch.tensor(ratios).double().log().requires_grad_()
-    kept = torch.tensor(mask).bool()
-    old = torch.zeros_like(lp).masked_fill(~kept, torch.nan)
-    return lp, build_rollouts(mask=kept, logprobs=old.detach(), advantages=torch.tensor(advantages).double())
 
 
 def test_clipped_surrogate_by_hand():

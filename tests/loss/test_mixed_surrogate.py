@@ -5,8 +5,7 @@ import torch
 
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.mixed_surrogate import MixedSurrogate
-from tests.loss.test_losses import rows_with
-from tests.rollouts import measured
+from tests.rollouts import measured, rows_with
 
 RATIOS = [[1.5, 0.5], [1.5, 0.5]]
 OF_GUIDE = torch.tensor([False, True])

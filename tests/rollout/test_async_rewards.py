@@ -18,7 +18,7 @@ from rlmod.reward.weighted import Weighted
 from rlmod.rollout.async_rewards import AsyncRewards, supports_async_rewards
 from rlmod.sampler.hf import HF
 from rlmod.types import Problem, Prompts, Rollouts, Texts, build_rollouts
-from tests.rollout.test_collect import G, Scripted, run
+from tests.rollout.scripted import G, Scripted, run
 
 
 def rollouts(groups: int = 4, g: int = 2) -> Rollouts:

@@ -5,13 +5,12 @@ import torch
 
 from rlmod.shaper.leave_one_out import LeaveOneOut
 from rlmod.shaper.uniform import Uniform
-from tests.rollouts import ragged
-from tests.shaper.test_uniform import four
+from tests.rollouts import group_of_four, ragged
 
 
 def test_by_hand():
     # 1 - (0 + 0.5 + 0)/3, 0 - 1.5/3, 0.5 - 1/3, 0 - 1.5/3
-    a = LeaveOneOut()(four([1, 0, 0.5, 0]))
+    a = LeaveOneOut()(group_of_four([1, 0, 0.5, 0]))
     torch.testing.assert_close(a[:, 0], torch.tensor([5 / 6, -0.5, 1 / 6, -0.5]))
     assert torch.equal(a[:, 0], a[:, 1])
 
@@ -19,7 +18,7 @@ def test_by_hand():
 @pytest.mark.parametrize("value", [0.1, 0.35])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_equal_rewards_and_a_single_row_give_exactly_zero(value, rows):
-    assert (LeaveOneOut()(four([value] * 4).rows(slice(0, rows))) == 0).all()
+    assert (LeaveOneOut()(group_of_four([value] * 4).rows(slice(0, rows))) == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,7 +31,7 @@ def test_it_is_the_centred_reward_times_g_over_g_minus_1(seed):
 
 
 def test_a_row_masked_out_whole_is_nobodys_other():
-    rows = four([1, 0, 0, 100])
+    rows = group_of_four([1, 0, 0, 100])
     mask = rows.mask.clone()
     mask[3] = False
     a = LeaveOneOut()(replace(rows, mask=mask))

@@ -10,13 +10,12 @@ import torch
 from rlmod.shaper.sequence_entropy import SequenceEntropy
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import concatenate
-from tests.rollouts import ragged
-from tests.shaper.test_token_entropy import NORMALIZATIONS, SEEDS, group
+from tests.rollouts import NORMALIZATIONS, SEEDS, one_group, ragged
 
 
 def test_by_hand():
     # Correct: Hbar 3 and 1, mean 2. Wrong: Hbar 4 and 1, so 1/Hbar 1/4 and 1, mean 5/8.
-    rows = group([1, 1, 0, 0], [[2, 4], [1, 1], [3, 5], [1, 1]])
+    rows = one_group([1, 1, 0, 0], [[2, 4], [1, 1], [3, 5], [1, 1]])
     plus, minus, _ = SequenceEntropy().shaped(rows)
     assert plus[:, 0].tolist() == pytest.approx([1.15, 1.05, 0, 0])
     assert minus[:, 0].tolist() == pytest.approx([0, 0, -1.04, -1.16])

@@ -9,19 +9,7 @@ import torch
 
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.types import Rollouts, build_rollouts
-from tests.rollouts import ragged
-
-NORMALIZATIONS = ["zero_inclusive", "joint", "own_class"]
-SEEDS = range(4)
-
-
-def group(rewards: list[float], entropy: list[list[float]]) -> Rollouts:
-    return build_rollouts(
-        mask=torch.ones(len(rewards), len(entropy[0]), dtype=torch.bool),
-        group=torch.zeros(len(rewards), dtype=torch.long),
-        rewards=torch.tensor(rewards).double(),
-        entropy=torch.tensor(entropy).double(),
-    )
+from tests.rollouts import NORMALIZATIONS, SEEDS, one_group, ragged
 
 
 def by_loops(r: Rollouts, s: TokenEntropy) -> list[list[float]]:
@@ -74,7 +62,7 @@ def by_loops(r: Rollouts, s: TokenEntropy) -> list[list[float]]:
 
 def test_the_numbers_of_the_paper_by_hand():
     # Correct: H at t = 0 is 3 and 1, mean 2: shares 1.5 and 0.5. Wrong: 1/H is 1/4 and 1, mean 5/8: shares 0.4 and 1.6.
-    rows = group([1, 1, 0, 0], [[3, 1], [1, 3], [4, 1], [1, 4]])
+    rows = one_group([1, 1, 0, 0], [[3, 1], [1, 3], [4, 1], [1, 4]])
     plus, minus, _ = TokenEntropy().shaped(rows)
     torch.testing.assert_close(plus[:2], torch.tensor([[1.15, 1.05], [1.05, 1.15]]).double(), atol=1e-7, rtol=0)
     torch.testing.assert_close(minus[2:], torch.tensor([[-1.04, -1.16], [-1.16, -1.04]]).double(), atol=1e-7, rtol=0)
@@ -135,7 +123,7 @@ def test_own_class_without_entropy_has_no_signal():
 
 
 def test_one_member_left_has_a1_plus_a2_whatever_its_entropy():
-    rows = group([1, 1, 0], [[3, 0.2], [1, 9.0], [1, 1]])
+    rows = one_group([1, 1, 0], [[3, 0.2], [1, 9.0], [1, 1]])
     rows = replace(rows, mask=torch.tensor([[True, True], [True, False], [True, True]]))
     plus, minus, _ = TokenEntropy().shaped(rows)
     assert plus[0, 1].item() == pytest.approx(1.1)
@@ -166,7 +154,7 @@ def test_symmetries(seed):
 
 
 def test_entropy_clip_clips_before_the_shares():
-    rows = group([1, 1, 0], [[3.0], [0.1], [1.0]])
+    rows = one_group([1, 1, 0], [[3.0], [0.1], [1.0]])
     plus, _, _ = TokenEntropy(entropy_clip=(0.2, 0.28)).shaped(rows)
     assert plus[:2, 0].tolist() == pytest.approx([1 + 0.1 * 0.28 / 0.24, 1 + 0.1 * 0.2 / 0.24])
 

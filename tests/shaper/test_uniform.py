@@ -5,22 +5,14 @@ import torch
 
 from rlmod.shaper.uniform import Uniform
 from rlmod.types import Rollouts, build_rollouts
-from tests.rollouts import ragged
-
-
-def four(rewards: list[float]) -> Rollouts:
-    return build_rollouts(
-        mask=torch.ones(4, 2, dtype=torch.bool),
-        group=torch.zeros(4, dtype=torch.long),
-        rewards=torch.tensor(rewards).float(),
-    )
+from tests.rollouts import group_of_four, ragged
 
 
 def test_by_hand():
     # mean 1/4, std with ddof 1: sqrt((9/16 + 3/16) / 3) = 1/2
-    a = Uniform()(four([1, 0, 0, 0]))
+    a = Uniform()(group_of_four([1, 0, 0, 0]))
     torch.testing.assert_close(a[:, 0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
-    a = Uniform(divide_by_std=False)(four([1, 0, 0, 0]))
+    a = Uniform(divide_by_std=False)(group_of_four([1, 0, 0, 0]))
     torch.testing.assert_close(a[:, 1], torch.tensor([0.75, -0.25, -0.25, -0.25]))
 
 
@@ -49,7 +41,7 @@ def test_invariances(seed):
 
 
 def test_a_row_masked_out_whole_is_in_nobodys_statistics():
-    rows = four([1, 0, 0, 100])
+    rows = group_of_four([1, 0, 0, 100])
     mask = rows.mask.clone()
     mask[3] = False
     a = Uniform()(replace(rows, mask=mask))
@@ -58,7 +50,7 @@ def test_a_row_masked_out_whole_is_in_nobodys_statistics():
 
 
 def guided(rewards: list[float], from_guide: list[bool]) -> Rollouts:
-    return replace(four(rewards), from_guide=torch.tensor(from_guide))
+    return replace(group_of_four(rewards), from_guide=torch.tensor(from_guide))
 
 
 def test_with_the_pool_own_the_guide_is_judged_by_the_policys_own_rewards():
@@ -66,7 +58,7 @@ def test_with_the_pool_own_the_guide_is_judged_by_the_policys_own_rewards():
     a = Uniform(pool="own")(guided([1, 0, 0.5, 2], [False, False, False, True]))
     torch.testing.assert_close(a[:, 0], torch.tensor([1.0, -1.0, 0.0, 3.0]), atol=1e-5, rtol=0)
     union = Uniform()(guided([1, 0, 0.5, 2], [False, False, False, True]))
-    torch.testing.assert_close(union, Uniform()(four([1, 0, 0.5, 2])))
+    torch.testing.assert_close(union, Uniform()(group_of_four([1, 0, 0.5, 2])))
     nobody = guided([1, 0, 0.5, 2], [False] * 4)
     assert torch.equal(Uniform(pool="own")(nobody), Uniform()(nobody))
 

@@ -1,4 +1,4 @@
-"""From the composed config of a run to its sizes."""
+"""Read the sizes of a run from its composed config."""
 
 import json
 import math

@@ -10,7 +10,7 @@ from rlmod.commands.plan import memory, plan
 from rlmod.commands.plan.read import run_of
 from rlmod.commands.plan.run import Adapter
 from tests.command_line import answer, run_command
-from tests.config.test_conf import ROOT, composed
+from tests.config.composing import ROOT, composed
 
 PAPER = ("experiment=gtpo", "policy.path=Qwen/Qwen2.5-7B", "strategy=fsdp2", "trainer.devices=64")
 
