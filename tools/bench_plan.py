@@ -180,7 +180,7 @@ def make_policy(folder: Path, config: dict[str, Any]) -> None:
     settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
     transformers_logging.disable_progress_bar()
     AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "rlmod" / "policies" / "tiny").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "rlmod" / "model" / "policies" / "tiny").save_pretrained(folder)
 
 
 def overrides(case: Case, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update is trained, the weights under it stay as they are."""
+"""LoRA: trains a low-rank update, while the base weights stay frozen."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 class LoRA:
     """W x becomes W x + (alpha / rank) B A x, with A [rank, in] random and B [out, rank] zero at first
 
-    Source: LoRA, arXiv:2106.09685, sec. 4.1; by the library peft.
-    Degenerate: before the first update the policy is its base model, which stays at hand as reference=base.
+    Source: LoRA, arXiv:2106.09685, sec. 4.1; implemented by the library peft.
+    Degenerate: before the first update the policy equals its base model, which remains available as reference=base.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    """Names of modules, as in [q_proj, v_proj]; all-linear: every linear layer but the head."""
+    """Names of modules, as in [q_proj, v_proj]; all-linear: every linear layer except the head."""
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("peft") is None:
@@ -49,5 +49,5 @@ class LoRA:
         except ValueError as error:
             raise ValueError(f"policy.adapter.targets={self.targets}: {error}") from error
         if model.is_gradient_checkpointing:
-            model.enable_input_require_grads()  # or no gradient would reach the checkpointed layers
+            model.enable_input_require_grads()  # otherwise no gradient would reach the checkpointed layers
         return cast("PreTrainedModel", adapted)

@@ -1,4 +1,4 @@
-"""Every token counts the same, by a number that no completion's length enters."""
+"""Every token has the same weight, which does not depend on the completions' lengths."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,11 +15,11 @@ from rlmod.types import Rollouts
 class Constant:
     """w_{i,t} = 1 / (R ``length``), over the R completions of the optimizer step and all ranks.
 
-    The loss neither favours short correct answers nor long wrong ones, and does not change with the other completions' lengths.
-    The weights sum to mean |o| / length, at most 1 when ``length`` is the sampler's limit.
+    The loss favours neither short correct completions nor long incorrect ones, and does not depend on the other completions' lengths.
+    The weights sum to mean |o| / length, which is at most 1 if ``length`` is the sampler's limit.
 
     Source: Dr. GRPO, arXiv:2503.20783, sec. 3.2.
-    Differs: a row that is masked out whole does not count in R.
+    Differs: a fully masked completion does not count in R.
     Degenerate: a step without a counted token has all weights 0.
     Reads: mask.
     """
@@ -27,7 +27,7 @@ class Constant:
     reads: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     length: int
-    """Tokens; usually ${sampler.max_new_tokens}."""
+    """Number of tokens; usually ${sampler.max_new_tokens}."""
 
     def __post_init__(self) -> None:
         if self.length < 1:

@@ -1,4 +1,4 @@
-"""Every completion counts the same, whatever its length."""
+"""Every completion has the same weight, whatever its length."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ class RolloutMean:
     """w_{i,t} = 1 / (R |o_i|), over the R completions of the optimizer step and all ranks.
 
     Source: GRPO, arXiv:2402.03300, eq. 3; GRPO-S, arXiv:2508.04349, eq. 10.
-    Differs: a row that is masked out whole does not count in R, as in verl (TRL counts it), so that the weights sum to 1.
+    Differs: a fully masked completion does not count in R, as in verl (TRL counts it), so that the weights sum to 1.
     Degenerate: a step without a counted token has all weights 0.
     Reads: mask.
     """

@@ -1,4 +1,4 @@
-"""Every token counts the same."""
+"""Every token has the same weight."""
 
 from dataclasses import dataclass
 from typing import ClassVar

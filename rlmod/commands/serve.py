@@ -18,19 +18,19 @@ from rlmod.config import cli
 def serve(cfg: DictConfig) -> None:
     """Becomes the server, which has the policy's shape and tokenizer but no weights: a run hands them over."""
     from rlmod.config.validation import check_types
-    from rlmod.sampler._surroundings import check_neighbours, not_installed
+    from rlmod.sampler._vllm_environment import check_torch_extensions, explain_missing_vllm
 
     for key in ("policy", "sampler"):
         check_types(cfg[key], key)
     if not str(cfg.sampler._target_).endswith("VLLMServer"):
         raise ValueError(f"rlmod-serve is for sampler=vllm_server, not for {cfg.sampler._target_}")
     if find_spec("vllm") is None:
-        raise ValueError(not_installed("sampler=vllm_server"))
+        raise ValueError(explain_missing_vllm("sampler=vllm_server"))
     sampler, policy = instantiate(cfg.sampler), instantiate(cfg.policy)
     address = urlparse(sampler.url)
     host, port = address.hostname or "127.0.0.1", address.port or 8000
     _check_free(host, port)
-    check_neighbours()
+    check_torch_extensions()
     folder = Path(cfg.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     policy.tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Only the tokens where the policy could have gone another way are trained on.
+"""Training on the tokens of highest entropy only (forking tokens), where the policy could have continued differently.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -17,12 +17,12 @@ from rlmod.types import Rollouts
 class ForkingTokens:
     """A_{i,t} = 0 unless H_{i,t} >= tau, where the top ``share`` of the batch's tokens have an entropy of at least tau
 
-    The other tokens stay in the normaliser, so that the gradient is that of the whole loss with their terms left out.
+    The other tokens stay in the normaliser, so the gradient is that of the full loss without their terms.
 
     Source: FORK, arXiv:2506.01939, eq. 5 and 6, with share 0.2.
-    Differs: [D] the batch is the whole rollout batch, over all ranks, with the entropies of pi_old; TRL takes those of the current
-    policy in each step. Entropies that equal tau are all kept.
-    Degenerate: share 1 changes nothing; where all entropies are equal every token is kept.
+    Differs: [D] the batch is the whole rollout batch, over all ranks, with the entropies of pi_old; TRL uses those of the current
+    policy in each step. All tokens whose entropy equals tau are kept.
+    Degenerate: share 1 changes nothing; if all entropies are equal, every token is kept.
     Reads: entropy, mask, advantages.
     """
 
@@ -40,6 +40,6 @@ class ForkingTokens:
         entropies = all_gathered(rollouts.entropy[rollouts.mask])
         if not len(entropies):
             return rollouts
-        kept = max(math.ceil(self.share * len(entropies) - 1e-6), 1)  # 0.07 of 100 is 7, however floats round
+        kept = max(math.ceil(self.share * len(entropies) - 1e-6), 1)  # so that 0.07 of 100 is 7 despite rounding
         tau = entropies.kthvalue(len(entropies) - kept + 1).values
         return replace(rollouts, advantages=torch.where(rollouts.entropy >= tau, rollouts.advantages, 0))

@@ -1,4 +1,4 @@
-"""Truncated completions teach nothing: they are left out of the loss.
+"""Truncated completions are excluded from the loss.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -15,11 +15,11 @@ from rlmod.types import Rollouts
 class OverlongFiltering:
     """mask_{i,t} = False and A_{i,t} = 0 for every token of a completion that hit the token limit
 
-    The row leaves the numerator and the normaliser alike. Its reward has had its say in the group's statistics before.
+    The completion is removed from both the numerator and the normaliser. Its reward still counts in the group's statistics.
 
     Source: DAPO, arXiv:2503.14476, sec. 3.4 ("overlong filtering"), which masks the loss of truncated samples.
-    Differs: [D] in nothing stated; that the group's mean and std still count the row is TRL's reading too.
-    Degenerate: no truncated row: nothing changes. Every row truncated: the step is left out, with the sampler's warning.
+    Differs: in nothing stated. [D] The group's mean and std still count the completion, as in TRL.
+    Degenerate: without truncated completions nothing changes. If all are truncated the step is skipped, with the sampler's warning.
     Reads: truncated, mask, advantages.
     """
 

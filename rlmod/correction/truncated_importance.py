@@ -12,18 +12,18 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedImportance:
-    """A_{i,t} <- min(rho, cap) A_{i,t}, with pi_old as the trainer computes it and pi_sampler as the engine said:
+    """A_{i,t} <- min(rho, cap) A_{i,t}, with pi_old as computed by the trainer and pi_sampler as reported by the engine:
 
         token       rho = pi_old / pi_sampler of the token
-        sequence    rho = the product over the completion's tokens, which a loss with one ratio a completion needs
+        sequence    rho = the product over the completion's tokens, which a loss with one ratio per completion needs
 
-    Two engines with the same weights disagree (other kernels, other precision), and completions are drawn by the sampler's
-    distribution. The factor is positive and has no gradient, so that it comes to the same whether it multiplies the advantage or
-    the loss of the token.
+    Two engines with the same weights disagree (other kernels, other precision), and completions are samples from the sampler's
+    distribution. The factor is positive and has no gradient, so multiplying the advantage is equivalent to multiplying the loss of
+    the token.
 
     Source: TIS, truncated importance sampling between sampler and trainer, as described by Yao et al. (2025); cap = C, 2 there.
-    Differs: [D] the logarithm of rho is held between -20 and 20.
-    Degenerate: where both agree the factor is 1; so it is with sampler=hf, whose log-probabilities are the trainer's.
+    Differs: [D] the logarithm of rho is clamped to [-20, 20].
+    Degenerate: if both agree the factor is 1; so it is with sampler=hf, whose log-probabilities are the trainer's.
     Reads: logprobs, sampler_logprobs, mask, advantages.
     """
 
@@ -44,7 +44,8 @@ class TruncatedImportance:
         assert rollouts.logprobs is not None and rollouts.advantages is not None
         if rollouts.sampler_logprobs is None:
             raise ValueError(
-                "correction.truncated_importance needs the sampler's log-probabilities, and this sampler gives none"
+                "correction.truncated_importance needs the sampler's log-probabilities, but this sampler returns none; use "
+                "sampler.top_p=1, top_k=0 and greedy=false with vLLM, or remove the correction"
             )
         log_rho = log_ratio(rollouts.logprobs, rollouts.sampler_logprobs, rollouts.mask)
         if self.level == "sequence":

@@ -1,4 +1,4 @@
-"""From records, as files and data sets hold them, to problems."""
+"""Conversion of records, as files and data sets hold them, to problems."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """Which records are taken, and what of each becomes the prompt and the answer."""
+    """Selects records, and reads the prompt and the answer from each."""
 
     prompt_field: str
     answer_field: str
@@ -39,15 +39,15 @@ class Conversion:
             _check_pattern(self.answer_pattern)
 
     def __call__(self, records: Iterable[tuple[str, object]], name: str) -> list[Problem]:
-        """The problems of (source, record) pairs; beyond the limit nothing is read. ``name`` says whose they are."""
+        """Convert (source, record) pairs to problems. Nothing is read beyond the limit. ``name`` is for error messages."""
         stop = None if self.limit is None else self.skip + self.limit
-        problems = [self._problem(record, source) for source, record in itertools.islice(records, self.skip, stop)]
+        problems = [self._convert(record, source) for source, record in itertools.islice(records, self.skip, stop)]
         if not problems:
-            after = f" after the {self.skip} that data.skip (or data.validation_skip) leaves out" if self.skip else ""
+            after = f" after the {self.skip} that data.skip (or data.validation_skip) skips" if self.skip else ""
             raise ValueError(f"{name} holds no problems{after}")
         return problems
 
-    def _problem(self, record: object, source: str) -> Problem:
+    def _convert(self, record: object, source: str) -> Problem:
         if not isinstance(record, Mapping):
             raise ValueError(f"{source}: a record must be an object with named fields, got {type(record).__name__}")
         return Problem(prompt=self._prompt(record, source), answer=self._answer(record, source), source=source)
@@ -60,7 +60,7 @@ class Conversion:
             except (TypeError, ValueError) as error:
                 if str(error).startswith(source):
                     raise
-                # Or it is a format or a conversion that the field's value does not have.
+                # Otherwise the template asks for a format or a conversion that the field's value does not support.
                 raise ValueError(f"{source}: {key}={self.template!r}: {error}") from error
         else:
             key = "data.prompt_field"
@@ -69,22 +69,22 @@ class Conversion:
             raise ValueError(f"{source}: {key} must give text or a list of chat messages, got {type(prompt).__name__}")
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"{source}: the prompt that {key} gives is empty")
-        prompt = prompt if isinstance(prompt, str) else _messages(prompt, source)
+        prompt = prompt if isinstance(prompt, str) else _to_messages(prompt, source)
         for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
             if half := SURROGATE.search(text):
                 raise ValueError(
-                    f"{source}: the prompt holds {half[0]!r}, half a character: a surrogate without its pair is no text"
+                    f"{source}: the prompt holds {half[0]!r}, half a character: a surrogate without its pair is not valid text"
                 )
         return prompt
 
     def _answer(self, record: Mapping, source: str) -> str:
         key = f"data.answer_field={self.answer_field}"
-        answer = _text(_lookup(record, self.answer_field, key, source), key, source)
+        answer = _to_text(_lookup(record, self.answer_field, key, source), key, source)
         if self.answer_pattern is not None:
             matches = list(re.finditer(self.answer_pattern, answer))
             if not matches:
                 raise ValueError(
-                    f"{source}: data.answer_pattern={self.answer_pattern} is found nowhere in {self.answer_field}, "
+                    f"{source}: data.answer_pattern={self.answer_pattern} does not match anywhere in {self.answer_field}, "
                     f"which ends in {answer[-60:]!r}"
                 )
             answer = matches[-1].group(1) or ""
@@ -94,26 +94,26 @@ class Conversion:
 
 
 def _check_template(template: str) -> None:
-    doubled = "a brace that is meant literally is doubled, as in \\boxed{{}}"
+    doubled = "write a literal brace twice, as in \\boxed{{}}"
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ValueError(f"data.template={template!r} is no str.format template: {error}; {doubled}") from error
+        raise ValueError(f"data.template={template!r} is not a str.format template: {error}; {doubled}") from error
     if not names or "" in names:
-        raise ValueError(f"data.template={template!r} must name the fields it takes, as in {{question}}; {doubled}")
+        raise ValueError(f"data.template={template!r} must name the fields it uses, as in {{question}}; {doubled}")
 
 
 def _check_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"data.answer_pattern={pattern} is no regular expression: {error}") from error
+        raise ValueError(f"data.answer_pattern={pattern} is not a regular expression: {error}") from error
     if not groups:
         raise ValueError(f"data.answer_pattern={pattern} needs a group around the answer, as in '#### (.+)'")
 
 
 class _Template(string.Formatter):
-    """str.format whose names are a record's fields, dotted ones too. What a field holds is put in as it is."""
+    """Formats with the fields of a record, dotted names included. A field's value is inserted unchanged."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -122,29 +122,29 @@ class _Template(string.Formatter):
         return _lookup(kwargs, field_name, f"data.template asks for {field_name!r}", self.source), field_name
 
     def format_field(self, value: object, format_spec: str) -> str:
-        return format(value, format_spec) if format_spec else _text(value, "data.template", self.source)
+        return format(value, format_spec) if format_spec else _to_text(value, "data.template", self.source)
 
 
-def _lookup(record: Mapping, field: str, asked: str, source: str) -> object:
-    """The field of this name, or what a dotted name leads to: through objects by key, through lists by index."""
-    value = _plain(record[field]) if field in record else _nested(record, field)
+def _lookup(record: Mapping, field: str, key: str, source: str) -> object:
+    """Return the field of this name. A dotted name goes through objects by key and through lists by index."""
+    value = _to_python(record[field]) if field in record else _lookup_nested(record, field)
     if value is None:
-        raise ValueError(f"{source}: {asked}, but the record has no such field or nothing in it; {_fields(record)}")
+        raise ValueError(f"{source}: {key}, but the record has no such field, or it is empty; {_list_fields(record)}")
     return value
 
 
-def _nested(value: object, field: str) -> object:
+def _lookup_nested(value: object, field: str) -> object:
     for part in field.split("."):
         if isinstance(value, Mapping):
-            value = _plain(value.get(part))
+            value = _to_python(value.get(part))
         elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdecimal() and int(part) < len(value):
-            value = _plain(value[int(part)])
+            value = _to_python(value[int(part)])
         else:
             return None
     return value
 
 
-def _fields(record: Mapping) -> str:
+def _list_fields(record: Mapping) -> str:
     names = [
         f"{name}.{inner}" if inner else str(name)
         for name, value in record.items()
@@ -153,14 +153,14 @@ def _fields(record: Mapping) -> str:
     return f"there are: {', '.join(names)}" if names else "there are no fields"
 
 
-def _plain(value: Any) -> object:
-    """Python's own objects for numpy's, and None for the NaN that stands for an empty cell."""
+def _to_python(value: Any) -> object:
+    """Convert numpy's objects to Python's, and the NaN of an empty cell to None."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _text(value: object, key: str, source: str) -> str:
-    """27.0 is 27: data sets keep whole numbers as floats."""
+def _to_text(value: object, key: str, source: str) -> str:
+    """Return the value as text. 27.0 becomes 27, because data sets store whole numbers as floats."""
     if isinstance(value, str | bool):
         return str(value)
     if isinstance(value, int | float | Decimal):
@@ -168,7 +168,7 @@ def _text(value: object, key: str, source: str) -> str:
     raise ValueError(f"{source}: {key} must give text or a number, got {type(value).__name__}")
 
 
-def _messages(turns: Sequence, source: str) -> tuple[Message, ...]:
+def _to_messages(turns: Sequence, source: str) -> tuple[Message, ...]:
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
@@ -180,7 +180,7 @@ def _messages(turns: Sequence, source: str) -> tuple[Message, ...]:
             raise ValueError(f"{source}: a chat message's content must be text, got {type(turn['content']).__name__}")
         messages.append({"role": turn["role"], "content": turn["content"]})
     if messages[-1]["role"] == "assistant":
-        # Conversations kept for supervised training end so: the prompt would hold what the policy is to find.
+        # Conversations for supervised training end this way: the prompt would contain the answer that the policy has to find.
         raise ValueError(
             f"{source}: the last chat message is the assistant's; a prompt ends before the assistant's turn"
         )

@@ -14,12 +14,12 @@ HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Problems such as ``3+5*2:``, read from left to right, every step modulo ``modulus``; the answer is ``6``.
+    """Problems such as ``3+5*2:``, evaluated from left to right, every step modulo ``modulus``; the answer is ``6``.
 
     A worked solution writes each step, ``3+5=8,8*2=6#6``; a direct one only the answer, ``#6``.
 
-    Train and held-out are disjoint whatever the sizes and seeds: a hash of the problem's text decides which of the two
-    it belongs to (a tenth is held out). Within one set no problem stands twice.
+    The train and held-out splits are disjoint for all sizes and seeds: a hash of the problem's text decides the split (a tenth is held
+    out). No problem appears twice in a split.
     """
 
     split: Literal["train", "held_out"]
@@ -44,7 +44,7 @@ class Arithmetic:
         if self.modulus < 2:
             raise ValueError(f"data.*.modulus must be at least 2, got {self.modulus}")
         if not self.operations or set(self.operations) - set(OPERATIONS):
-            raise ValueError(f"data.*.operations must be made of {''.join(OPERATIONS)}, got {self.operations!r}")
+            raise ValueError(f"data.*.operations must contain only {''.join(OPERATIONS)}, got {self.operations!r}")
         distinct = sum(
             self.modulus**n * len(set(self.operations)) ** (n - 1)
             for n in range(self.min_numbers, self.max_numbers + 1)
@@ -54,16 +54,16 @@ class Arithmetic:
             raise ValueError(
                 f"data.*.size is {self.size}, but only about {int(distinct * share)} {self.split} problems of "
                 f"{self.min_numbers} to {self.max_numbers} numbers exist; at most half of them can be drawn: "
-                "ask for fewer, longer, or a larger modulus"
+                "lower data.*.size, or raise data.*.max_numbers or data.*.modulus"
             )
 
     def __call__(self) -> list[Problem]:
-        draw = random.Random(f"{self.split}-{self.seed}")
+        rng = random.Random(f"{self.split}-{self.seed}")
         problems: dict[str, Problem] = {}
         while len(problems) < self.size:
-            n = draw.randint(self.min_numbers, self.max_numbers)
-            numbers = [draw.randrange(self.modulus) for _ in range(n)]
-            operations = [draw.choice(self.operations) for _ in range(n - 1)]
+            n = rng.randint(self.min_numbers, self.max_numbers)
+            numbers = [rng.randrange(self.modulus) for _ in range(n)]
+            operations = [rng.choice(self.operations) for _ in range(n - 1)]
             text = str(numbers[0]) + "".join(o + str(x) for o, x in zip(operations, numbers[1:], strict=True))
             if is_held_out(text) == (self.split == "held_out") and text not in problems:
                 _, answer = solve(text, self.modulus)
@@ -75,18 +75,18 @@ def is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
-def solve(text: str, modulus: int, wrong: float = 0.0, draw: random.Random | None = None) -> tuple[list[str], str]:
-    """The worked steps of a chain and its result: ``3+5*2`` modulo 10 -> ``(["3+5=8", "8*2=6"], "6")``.
+def solve(text: str, modulus: int, error_rate: float = 0.0, rng: random.Random | None = None) -> tuple[list[str], str]:
+    """Return the worked steps of a chain and its result: ``3+5*2`` modulo 10 -> ``(["3+5=8", "8*2=6"], "6")``.
 
-    With ``wrong`` and ``draw``, each step is replaced with that probability by a random result, which the next step then
-    takes up: a solver that slips.
+    With ``error_rate`` and ``rng``, the result of each step is replaced with that probability by a random one, and the next step
+    continues from it: a solver that makes mistakes.
     """
     ((value, rest),) = re.findall(r"^(\d+)(.*)$", text)
     steps = []
     for operation, number in re.findall(r"([+\-*])(\d+)", rest):
         result = OPERATIONS[operation](int(value), int(number)) % modulus
-        if draw is not None and draw.random() < wrong:
-            result = draw.randrange(modulus)
+        if rng is not None and rng.random() < error_rate:
+            result = rng.randrange(modulus)
         steps.append(f"{value}{operation}{number}={result}")
         value = str(result)
     return steps, value

@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SAVED = ("dataset_dict.json", "state.json")
-"""Files that ``save_to_disk`` writes: for several splits, for one data set."""
+"""Files that ``save_to_disk`` writes: the first for several splits, the second for a single data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
     """The problems of one split, in its order.
 
-    ``name`` is a name on the hub, a local folder of data files, or a folder that ``save_to_disk`` made; in the last, a
-    single data set counts as the split it is of, or as ``train`` where it is of none.
+    ``name`` is a name on the hub, a local folder of data files, or a folder that ``save_to_disk`` wrote. A single saved data set counts
+    as its own split, or as ``train`` if it has none.
 
-    A source is ``name[split]:index``, counted from 0 as the data set counts. The fields that are not explained here are
-    those of rlmod.data.problem_file.ProblemFile.
+    A source is ``name[split]:index``, with indices from 0. Fields that are not explained here mean the same as in
+    rlmod.data.problem_file.ProblemFile.
     """
 
     name: str
     config: str | None = None
-    """The subset, for a data set that has several: ``main`` of openai/gsm8k."""
+    """The subset, if a data set has several: ``main`` of openai/gsm8k."""
     split: str = "train"
     prompt_field: str = "prompt"
     answer_field: str = "answer"
@@ -39,11 +39,11 @@ class HubDataset:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("data.name must be a name on the hub or a local folder, got nothing")
-        self._conversion()
+        self._build_conversion()
 
     def __call__(self) -> list[Problem]:
         name = f"{self.name}[{self.split}]"
-        return self._conversion()(((f"{name}:{i}", record) for i, record in enumerate(self._dataset())), name)
+        return self._build_conversion()(((f"{name}:{i}", record) for i, record in enumerate(self._dataset())), name)
 
     def _dataset(self) -> "Dataset":
         try:
@@ -57,7 +57,7 @@ class HubDataset:
                 path = str(folder) if folder.is_dir() else self.name
                 return datasets.load_dataset(path, name=self.config, split=self.split)
             loaded = datasets.load_from_disk(str(folder))
-        except Exception as error:  # network, hub, script, file format: datasets raises whatever it meets
+        except Exception as error:  # network, hub, script, file format: datasets raises exceptions of many types
             cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"data.name={self.name} (data.config={self.config}, split {self.split}) cannot be loaded, neither as a "
@@ -71,7 +71,7 @@ class HubDataset:
             )
         return splits[self.split]
 
-    def _conversion(self) -> Conversion:
+    def _build_conversion(self) -> Conversion:
         return Conversion(
             prompt_field=self.prompt_field,
             answer_field=self.answer_field,

@@ -12,27 +12,27 @@ from rlmod.types import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemFile:
-    """The problems of a file, one record each, in its order.
+    """The problems of a file, one per record, in the file's order.
 
-    ``.jsonl`` has one object a line, ``.json`` one list of objects, ``.csv`` a header; ``.parquet`` may nest. The cells
-    of a CSV are text and stay as they are; elsewhere a whole number kept as a float loses its ``.0``.
+    ``.jsonl`` has one object per line, ``.json`` one list of objects, ``.csv`` a header; ``.parquet`` may nest. The cells
+    of a CSV are text and stay unchanged. In the other formats a whole number stored as a float loses its ``.0``.
 
-    A source is ``path:line``; in JSON and Parquet, which have no lines to speak of, ``path:record``, counted from 1.
+    A source is ``path:line``, or ``path:record`` in JSON and Parquet. Both count from 1.
     """
 
     path: str | Path
     prompt_field: str = "prompt"
-    """Holds text, or a list of chat messages. Dotted names lead into objects and lists: ``reward_model.ground_truth``,
+    """A field with text or a list of chat messages. A dotted name goes into objects and lists: ``reward_model.ground_truth``,
     ``prompt.0.content``."""
     answer_field: str = "answer"
     template: str | None = None
-    """Makes the prompt of several fields, in place of prompt_field: ``{Body} {Question}``."""
+    """Builds the prompt from several fields, instead of prompt_field: ``{Body} {Question}``."""
     answer_pattern: str | None = None
     """A regular expression; the first group of its last match in the answer field is the answer: ``#### (.+)``."""
     limit: int | None = None
-    """At most so many problems; null: all of them."""
+    """Maximum number of problems; null: all of them."""
     skip: int = 0
-    """Problems to leave out at the beginning, so that one file can be both the training and the held-out set."""
+    """Number of problems to skip at the beginning, so that one file can hold both the training and the held-out set."""
 
     def __post_init__(self) -> None:
         if Path(self.path).suffix.lower() not in READERS:
@@ -40,22 +40,22 @@ class ProblemFile:
                 f"data.path (or data.validation_path) must end in {', '.join(READERS)}, got {self.path}; "
                 "for a folder or a name on the hub: data=hub_dataset"
             )
-        self._conversion()
+        self._build_conversion()
 
     def __call__(self) -> list[Problem]:
         path = Path(self.path).expanduser()
         if path.is_dir():
             raise ValueError(
                 f"data.path (or data.validation_path): {self.path} is a folder; "
-                "name a file in it, or take the folder with data=hub_dataset"
+                "name a file in it, or use data=hub_dataset for the folder"
             )
         if not path.is_file():
             below = "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
             raise ValueError(f"data.path (or data.validation_path): there is no file {self.path}{below}")
         records = READERS[path.suffix.lower()](path)
-        return self._conversion()(((f"{self.path}:{line}", record) for line, record in records), str(self.path))
+        return self._build_conversion()(((f"{self.path}:{line}", record) for line, record in records), str(self.path))
 
-    def _conversion(self) -> Conversion:
+    def _build_conversion(self) -> Conversion:
         return Conversion(
             prompt_field=self.prompt_field,
             answer_field=self.answer_field,
@@ -71,7 +71,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # the latter of an endless nesting
+            except (ValueError, RecursionError) as error:  # RecursionError: the nesting is too deep
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(f"{path}:{number}: each line must be one JSON object: {reason}") from error
 
@@ -81,7 +81,7 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
     try:
         records = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        hint = "; if every line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
+        hint = "; if each line is one object, name the file .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(
             f"{path}:{error.lineno}: the file must be one JSON list of objects: {error.msg}{hint}"
         ) from error
@@ -98,9 +98,9 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     try:
         names = list(reader.fieldnames or ())
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{path}:1: two columns have the name {twice[0]!r}; each needs one of its own")
+            raise ValueError(f"{path}:1: two columns have the name {twice[0]!r}; give each column its own name")
         for row in reader:
-            # A quoted cell can hold newlines: a record starts on the line after the one before ended.
+            # A quoted cell can hold newlines, so a record starts on the line after the end of the previous record.
             line, start = reader.line_num, line + 1
             if None in row or None in row.values():
                 raise ValueError(
@@ -123,14 +123,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # utf-8-sig: spreadsheets put a byte-order mark before the first column's name.
+    # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
     with path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else None) as file:
         number = 0
         try:
             for number, line in enumerate(file, 1):
                 yield number, line
         except UnicodeDecodeError as error:
-            # Text is read ahead in blocks: the byte is in this line or a later one.
+            # Text is decoded in blocks, ahead of the lines: the byte may be in a later line.
             raise ValueError(f"{path}: the file must be UTF-8 text: {error}, after line {number}") from error
 
 

@@ -1,4 +1,4 @@
-"""Problems of the library reasoning-gym: a hundred generated tasks, each with a scorer of its own."""
+"""Problems of the library reasoning-gym: a hundred generated tasks, each with its own scorer."""
 
 import difflib
 import hashlib
@@ -13,15 +13,15 @@ from rlmod.types import Problem
 log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.1
-MOST_DRAWS_PER_PROBLEM = 50
-"""Questions drawn for each one that is wanted, before the task is called too small."""
+MAX_DRAWS_PER_PROBLEM = 50
+"""Maximum number of questions drawn per requested problem. If they do not suffice, the task is too small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
     """``size`` distinct problems of ``task``; score them with reward=reasoning_gym.
 
-    Train and held-out are disjoint whatever the sizes and seeds: a hash of the question decides which of the two it belongs to.
+    The train and held-out splits are disjoint for all sizes and seeds: a hash of the question decides the split.
     """
 
     task: str
@@ -29,7 +29,7 @@ class ReasoningGym:
     size: int
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The task's own settings, as in {min_animals: 5}."""
+    """Settings of the task, as in {min_animals: 5}."""
     template: str = "{question}"
 
     def __post_init__(self) -> None:
@@ -50,15 +50,15 @@ class ReasoningGym:
                 f"data.task={self.task}: reasoning-gym has no such task among its {len(DATASETS)}; did you mean {', '.join(close)}?"
             )
         try:
-            drawn = reasoning_gym.create_dataset(
-                self.task, seed=self.seed, size=MOST_DRAWS_PER_PROBLEM * self.size, **self.options
+            entries = reasoning_gym.create_dataset(
+                self.task, seed=self.seed, size=MAX_DRAWS_PER_PROBLEM * self.size, **self.options
             )
         except (TypeError, AssertionError, ValueError) as error:
             raise ValueError(f"data.options of {self.task}: {error}") from error
         log.info("drawing %d %s problems of %s", self.size, self.split, self.task)
         problems: dict[str, Problem] = {}
-        for number in range(MOST_DRAWS_PER_PROBLEM * self.size):
-            entry = drawn[number]
+        for number in range(MAX_DRAWS_PER_PROBLEM * self.size):
+            entry = entries[number]
             question = entry["question"].strip()
             if is_held_out(question) == (self.split == "held_out") and question not in problems:
                 answer = "" if entry["answer"] is None else str(entry["answer"])
@@ -68,8 +68,8 @@ class ReasoningGym:
             if len(problems) == self.size:
                 return list(problems.values())
         raise ValueError(
-            f"data.*.size is {self.size}, but {MOST_DRAWS_PER_PROBLEM * self.size} draws of {self.task} gave only {len(problems)} distinct "
-            f"{self.split} problems: ask for fewer, or widen the task by data.options"
+            f"data.*.size is {self.size}, but {MAX_DRAWS_PER_PROBLEM * self.size} draws of {self.task} gave only {len(problems)} distinct "
+            f"{self.split} problems: lower data.*.size, or make the task larger with data.options"
         )
 
 

@@ -1,4 +1,4 @@
-"""Recorded completions, one or several for each prompt.
+"""A guide that replays recorded completions, one or several per prompt.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -32,20 +32,21 @@ class Demonstration(NamedTuple):
 class Demonstrations:
     """``completions_per_prompt`` of a prompt's recorded completions, drawn without replacement
 
-    A line of the file is a JSON object with ``prompt`` (as the problems have it) and ``completion`` (text), and optionally
-    ``completion_ids`` (tokens with EOS; else the text is tokenized and an EOS added), ``logprobs`` (nats, one a token, of who
-    wrote it) and ``truncated`` (else: whether the tokens lack an EOS). ``rlmod-eval ... record_tokens=true`` writes such a file.
+    Each line of the file is a JSON object with ``prompt`` (the same as in the problems) and ``completion`` (text). Optional are
+    ``completion_ids`` (tokens with EOS; by default the text is tokenized and an EOS added), ``logprobs`` (nats, one per token, of the
+    policy that wrote the completion) and ``truncated`` (by default True if the tokens lack an EOS). ``rlmod-eval ...
+    record_tokens=true`` writes such a file.
 
     Source: [R] MIX, arXiv:2507.12931, with LUFFY's demonstrations, arXiv:2504.14945.
     Differs: [D] without recorded log-probabilities ``ratio`` must be ``one``; a prompt without enough completions is an error.
-    Degenerate: as many recorded as asked for: all of them, in the file's order, whatever the seed.
+    Degenerate: if exactly as many are recorded as requested, all are used, in the file's order, for every seed.
     """
 
     path: str
     completions_per_prompt: int = 2
     ratio: Literal["guide", "one"] = "guide"
     max_tokens: int | None = None
-    """Longer completions are cut here and count as truncated; null: none is cut."""
+    """Longer completions are cut to this length and count as truncated; null: no limit."""
 
     def __post_init__(self) -> None:
         check_completions(self.completions_per_prompt)
@@ -56,40 +57,40 @@ class Demonstrations:
 
     @cached_property
     def recorded(self) -> dict[str, list[Demonstration]]:
-        """Prompt -> its demonstrations; filled by ``prepare``."""
+        """The demonstrations by prompt; filled by ``prepare``."""
         return {}
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Reads the file. ValueError that names the line, or the problem that has no demonstration."""
-        known = {_key(problem) for problem in problems}
+        """Read the file. Raise ValueError with the line at fault, or the problem that lacks demonstrations."""
+        known = {_prompt_key(problem) for problem in problems}
         for where, record in jsonl.objects(Path(self.path)):
-            prompt = _prompt(record, where)
+            prompt = _parse_prompt(record, where)
             if prompt not in known:
                 raise ValueError(
-                    f"{where}: no problem of data.train has this prompt, or it is too long for data.encoder: {_short(prompt)}"
+                    f"{where}: no problem of data.train has this prompt, or it is too long for data.encoder: {_shorten(prompt)}"
                 )
-            self.recorded.setdefault(prompt, []).append(_demonstration(record, where, self, tokenizer))
+            self.recorded.setdefault(prompt, []).append(_parse_demonstration(record, where, self, tokenizer))
         wanted = max(self.completions_per_prompt, 1)
         for problem in problems:
-            found = len(self.recorded.get(_key(problem), ()))
+            found = len(self.recorded.get(_prompt_key(problem), ()))
             if found < wanted:
-                lacking = sum(len(self.recorded.get(_key(p), ())) < wanted for p in problems)
+                lacking = sum(len(self.recorded.get(_prompt_key(p), ())) < wanted for p in problems)
                 raise ValueError(
                     f"guide.path={self.path}: {found} of the {wanted} demonstrations that the prompt of {problem.source} needs "
-                    f"({_short(_key(problem))}); so it is with {lacking} of {len(problems)} problems"
+                    f"({_shorten(_prompt_key(problem))}); {lacking} of {len(problems)} problems lack demonstrations"
                 )
 
     def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
-        draw = torch.Generator().manual_seed(seed)
-        chosen = [d for problem in prompts.problems for d in self._drawn(problem, completions_per_prompt, draw)]
+        generator = torch.Generator().manual_seed(seed)
+        chosen = [d for problem in prompts.problems for d in self._draw(problem, completions_per_prompt, generator)]
         device = prompts.ids.device
         group = torch.arange(len(prompts), device=device).repeat_interleave(completions_per_prompt)
-        mask = _rows([[True] * len(d.ids) for d in chosen], torch.bool).to(device)
-        logprobs = _rows([d.logprobs for d in chosen], torch.float32).to(device)
+        mask = _pad_rows([[True] * len(d.ids) for d in chosen], torch.bool).to(device)
+        logprobs = _pad_rows([d.logprobs for d in chosen], torch.float32).to(device)
         return Rollouts(
             prompt_ids=prompts.ids[group],
             prompt_mask=prompts.mask[group],
-            completion_ids=_rows([d.ids for d in chosen], torch.long).to(device),
+            completion_ids=_pad_rows([d.ids for d in chosen], torch.long).to(device),
             mask=mask,
             group=group,
             logprobs=logprobs,
@@ -97,48 +98,50 @@ class Demonstrations:
             truncated=torch.tensor([d.truncated for d in chosen], device=device),
         )
 
-    def _drawn(self, problem: Problem, number: int, draw: torch.Generator) -> list[Demonstration]:
-        found = self.recorded[_key(problem)]
-        picked = sorted(torch.randperm(len(found), generator=draw)[:number].tolist())
-        # The zero-reward batch may ask for more than there are: then they come round again.
+    def _draw(self, problem: Problem, number: int, generator: torch.Generator) -> list[Demonstration]:
+        found = self.recorded[_prompt_key(problem)]
+        picked = sorted(torch.randperm(len(found), generator=generator)[:number].tolist())
+        # The zero-reward batch may ask for more than there are: then they repeat.
         return [found[picked[i % len(picked)]] for i in range(number)]
 
 
-def _rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+def _pad_rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True)
 
 
-def _key(problem: Problem) -> str:
+def _prompt_key(problem: Problem) -> str:
     return problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
 
 
-def _short(prompt: str) -> str:
+def _shorten(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
 
 
-def _prompt(record: Mapping[str, Any], where: str) -> str:
+def _parse_prompt(record: Mapping[str, Any], where: str) -> str:
     prompt = record.get("prompt")
     if isinstance(prompt, list):
         return json.dumps(prompt, sort_keys=True)
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: prompt must be text or a list of messages, as the problems have it, got {prompt!r}")
+        raise ValueError(
+            f"{where}: prompt must be text or a list of messages, the same as in the problems, got {prompt!r}"
+        )
     return prompt
 
 
-def _demonstration(
+def _parse_demonstration(
     record: Mapping[str, Any], where: str, settings: Demonstrations, tokenizer: "PreTrainedTokenizerBase"
 ) -> Demonstration:
-    ids = _ids(record, where, tokenizer)
-    logprobs = _logprobs(record, where, len(ids), settings.ratio)
+    ids = _parse_ids(record, where, tokenizer)
+    logprobs = _parse_logprobs(record, where, len(ids), settings.ratio)
     cut = settings.max_tokens is not None and len(ids) > settings.max_tokens
     limit = settings.max_tokens if cut else None
-    unended = ids[-1] != tokenizer.eos_token_id
-    truncated = cut or bool(record.get("truncated", unended))
+    lacks_eos = ids[-1] != tokenizer.eos_token_id
+    truncated = cut or bool(record.get("truncated", lacks_eos))
     return Demonstration(tuple(ids[:limit]), tuple(logprobs[:limit]), truncated)
 
 
-def _ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens as recorded, or the text's and an EOS."""
+def _parse_ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the recorded tokens, or those of the text and an EOS."""
     text, ids = record.get("completion"), record.get("completion_ids")
     eos, end = cast(int, tokenizer.eos_token_id), cast(str, tokenizer.eos_token)
     if not isinstance(text, str | None) or (text is None and ids is None):
@@ -151,17 +154,17 @@ def _ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedTokenizerB
         raise ValueError(f"{where}: completion_ids must be token ids from 0 to {vocabulary - 1}, at least one")
     if eos in ids[:-1]:
         raise ValueError(
-            f"{where}: completion_ids has an EOS ({eos}) in place {ids.index(eos)} and goes on after it: a completion ends there"
+            f"{where}: completion_ids has an EOS ({eos}) at index {ids.index(eos)} and tokens after it: a completion must end there"
         )
     decoded = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
     if text is not None and decoded.split() != text.removesuffix(end).split():
         raise ValueError(
-            f"{where}: completion and completion_ids differ: {_short(text)}, but the tokens say {_short(decoded)}"
+            f"{where}: completion and completion_ids differ: {_shorten(text)}, but the tokens decode to {_shorten(decoded)}"
         )
     return ids
 
 
-def _logprobs(record: Mapping[str, Any], where: str, tokens: int, ratio: Literal["guide", "one"]) -> list[float]:
+def _parse_logprobs(record: Mapping[str, Any], where: str, tokens: int, ratio: Literal["guide", "one"]) -> list[float]:
     logprobs = record.get("logprobs")
     if logprobs is None:
         if ratio == "guide":
@@ -170,7 +173,7 @@ def _logprobs(record: Mapping[str, Any], where: str, tokens: int, ratio: Literal
             )
     elif not isinstance(logprobs, list) or len(logprobs) != tokens:
         found = len(logprobs) if isinstance(logprobs, list) else repr(logprobs)
-        raise ValueError(f"{where}: logprobs must be one number a token: {tokens} tokens (EOS included), got {found}")
-    elif wrong := [p for p in logprobs if not (isinstance(p, int | float) and isfinite(p) and p <= 0)]:
-        raise ValueError(f"{where}: a log-probability is a finite number of at most 0, got {wrong[0]!r}")
+        raise ValueError(f"{where}: logprobs must be one number per token: {tokens} tokens (EOS included), got {found}")
+    elif invalid := [p for p in logprobs if not (isinstance(p, int | float) and isfinite(p) and p <= 0)]:
+        raise ValueError(f"{where}: a log-probability is a finite number of at most 0, got {invalid[0]!r}")
     return [0.0] * tokens if ratio == "one" else cast(list[float], logprobs)

@@ -1,4 +1,4 @@
-"""A frozen model that samples and scores.
+"""A guide that is a frozen model: it samples completions and computes their log-probabilities.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """``completions_per_prompt`` completions a prompt, drawn by pi_phi, with log pi_phi of each token at the guide's own temperature
+    """``completions_per_prompt`` completions per prompt, sampled from pi_phi, with log pi_phi of each token at the guide's temperature
 
-    ``ratio="one"`` hands over log-probabilities of 0 instead (pi_phi := 1), as if the guide were certain of every token.
+    ``ratio="one"`` returns log-probabilities of 0 instead (pi_phi := 1), as if the guide were certain of every token.
 
     Source: [R] MIX, arXiv:2507.12931: "a frozen, pre-trained, stable guiding policy"; ratio one: LUFFY, arXiv:2504.14945.
-    Degenerate: 0 completions a prompt: it serves the zero-reward batch alone.
+    Degenerate: with 0 completions per prompt only the zero-reward batch uses the guide.
     """
 
     policy: HFPolicy
-    """May be larger than the policy that is trained, but must share its tokenizer."""
+    """The guide. It may be larger than the trained policy, but must share its tokenizer."""
     sampler: Sampler
-    """The guide's own sampler settings: temperature, limits."""
+    """The guide's sampler, with its own temperature and limits."""
     completions_per_prompt: int = 2
     ratio: Literal["guide", "one"] = "guide"
     device: str | None = None
-    """null: where the trained policy is."""
+    """null: the device of the trained policy."""
 
     def __post_init__(self) -> None:
         check_completions(self.completions_per_prompt)
@@ -49,39 +49,39 @@ class Policy:
         return self.policy.frozen()
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
-        """ValueError for a guide whose token ids mean something else."""
+        """Load the model. Raise ValueError if the guide's vocabulary differs from the policy's."""
         own = self.policy.tokenizer()
         mine, theirs = own.get_vocab(), tokenizer.get_vocab()
         if mine != theirs or own.eos_token_id != tokenizer.eos_token_id:
             differ = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
             example = (
-                f", {differ[0]!r} for one"
+                f", for example {differ[0]!r}"
                 if differ
-                else f", but for the EOS token: {own.eos_token!r}, not {tokenizer.eos_token!r}"
+                else f", but the EOS token is {own.eos_token!r}, not {tokenizer.eos_token!r}"
             )
             raise ValueError(
-                f"guide.policy.path={self.policy.path}: its tokenizer has another vocabulary than the policy's: "
-                f"{len(differ)} of {len(theirs)} tokens differ{example}. The guide's completions are trained on as token ids: "
-                "give a guide of the same model family, or guide=demonstrations with its texts"
+                f"guide.policy.path={self.policy.path}: its vocabulary differs from the policy's: "
+                f"{len(differ)} of {len(theirs)} tokens differ{example}. The policy trains on the guide's token ids: "
+                "use a guide of the same model family, or guide=demonstrations with its texts"
             )
         _ = self.model
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
-        home = prompts.ids.device
-        device = torch.device(self.device) if self.device else home
+        policy_device = prompts.ids.device
+        device = torch.device(self.device) if self.device else policy_device
         model = self.model.to(device)
-        rows = self._asking_for(completions_per_prompt)(model, prompts.to(device), seed)
+        rows = self._sampler_for(completions_per_prompt)(model, prompts.to(device), seed)
         logprobs = rows.logprobs
-        if logprobs is None:  # an engine that hands over none
+        if logprobs is None:  # the sampler does not return them
             logprobs = completion_logprobs(model, rows, self.sampler.temperature) * rows.mask
-        rows, logprobs = rows.to(home), logprobs.to(home)
+        rows, logprobs = rows.to(policy_device), logprobs.to(policy_device)
         if self.ratio == "one":
             logprobs = torch.zeros_like(logprobs)
-        # Nothing to correct between engines: what the ratio divides by is what the guide hands over.
+        # Both are equal: these are the denominator of the ratio, so there is no difference between engines to correct.
         return replace(rows, logprobs=logprobs, sampler_logprobs=logprobs)
 
-    def _asking_for(self, completions_per_prompt: int) -> Sampler:
+    def _sampler_for(self, completions_per_prompt: int) -> Sampler:
         if is_dataclass(self.sampler):
             return replace(self.sampler, completions_per_prompt=completions_per_prompt)  # pyright: ignore[reportArgumentType]
         sampler = copy(self.sampler)

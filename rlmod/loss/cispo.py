@@ -18,13 +18,13 @@ from rlmod.types import Rollouts
 class Cispo:
     """L_{i,t} = -sg(clip(w, 1 - clip_low, 1 + clip_high)) A log pi_theta(o_{i,t}), with w = pi_theta / pi_old and sg = no gradient.
 
-    Where the clipped surrogate drops a token whose ratio has left the bounds, this keeps it with a bounded weight.
+    The clipped surrogate drops a token whose ratio is outside the bounds; this loss keeps it with a bounded weight.
 
     Source: CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5.
-    Differs: [D] ``clip_high`` 4, since the paper gives no number (TRL: a weight of at most ``epsilon_high``, which is 1 + clip_high
-    here). ``clip_low`` null sets no lower bound, as the paper did in effect and TRL does; verl and NeMo-RL clip on both sides.
-    Degenerate: on-policy the gradient is that of REINFORCE and of the clipped surrogate, -A grad log pi; the value is not
-    -A, and means nothing.
+    Differs: [D] ``clip_high`` is 4, because the paper gives no number (TRL: a weight of at most ``epsilon_high``, which is 1 + clip_high
+    here). ``clip_low`` null sets no lower bound, as the paper does in effect and TRL does; verl and NeMo-RL clip on both sides.
+    Degenerate: on-policy the gradient is that of REINFORCE and of the clipped surrogate, -A grad log pi. The value is not
+    -A, and has no meaning.
     Reads: logprobs, advantages, mask.
     """
 
@@ -53,7 +53,7 @@ class Cispo:
         weight = ratio.clamp(low, 1 + self.clip_high)
         metrics = {
             "ratio": ratio,
-            # These tokens keep their gradient, with the bound as their weight.
+            # Clipped tokens keep their gradient, with the bound as their weight.
             "clip_fraction": (weight != ratio).to(ratio.dtype),
         }
         return -weight * rollouts.advantages * torch.where(mask, logprobs, 0), metrics

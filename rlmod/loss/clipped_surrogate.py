@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate, token by token."""
+"""PPO's clipped surrogate, per token."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -43,7 +43,7 @@ class ClippedSurrogate:
         unclipped_loss, clipped_loss = -ratio * rollouts.advantages, -clipped * rollouts.advantages
         metrics = {
             "ratio": ratio.detach(),
-            # Where the clip is what counts: these tokens give no gradient.
+            # Tokens for which the clip is active: they have no gradient.
             "clip_fraction": (clipped_loss > unclipped_loss).to(ratio.dtype),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics

@@ -1,4 +1,4 @@
-"""The clipped surrogate on on-policy completions, and one of its own on the guide's.
+"""The clipped surrogate, with a separate ratio, shaping and clip for the guide's (off-policy) completions.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -17,18 +17,18 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class MixedSurrogate:
-    """L_{i,t} = -min(f(w) A, clip(f(w), low, high) A), with w = pi_theta / pi of the policy that sampled the row:
+    """L_{i,t} = -min(f(w) A, clip(f(w), low, high) A), with w = pi_theta / pi of the policy that sampled the completion:
 
-        on-policy completions      w = pi_theta / pi_old    f(w) = w                     bounds 1 - clip_low, 1 + clip_high
-        guide completions    w = pi_theta / pi_phi    f(w) = w, or w / (w + gamma)  bounds by ``guide_clip``
+        on-policy completions    w = pi_theta / pi_old    f(w) = w                     bounds 1 - clip_low, 1 + clip_high
+        guide completions        w = pi_theta / pi_phi    f(w) = w, or w / (w + gamma)  bounds from ``guide_clip``
 
-    pi_phi is what the guide left in ``logprobs``: its own probabilities, or 1 (guide.ratio=one). w multiplies the gradient, so that
-    guide tokens that the policy finds unlikely take small steps; saturating shaping, with w = pi_theta, lifts just these.
+    The guide stores pi_phi in ``logprobs``: its own probabilities, or 1 (guide.ratio=one). w multiplies the gradient, so guide tokens
+    that are unlikely under the policy have small gradients. Saturating shaping, with w = pi_theta, increases these.
 
     Source: [R] MIX, arXiv:2507.12931, modelled on LUFFY, arXiv:2504.14945, eq. 5 to 7, whose form is guide.ratio=one,
     guide_shaping=saturating, guide_clip=none.
-    Degenerate: without guide rows, and with the defaults on any rows, it is ClippedSurrogate.
-    Reads: logprobs, advantages, mask; from_guide, where there are guide rows.
+    Degenerate: without guide completions, or with the defaults of this class, it equals ClippedSurrogate.
+    Reads: logprobs, advantages, mask; from_guide, with guide completions.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "mask", "advantages", "from_guide"})
@@ -38,7 +38,7 @@ class MixedSurrogate:
     clip_low: float = 0.2
     clip_high: float = 0.28
     guide_clip: str | Sequence[float] = "same"
-    """``same`` as on own tokens, ``none``, or [low, high]: the ratio is held between 1 - low and 1 + high."""
+    """``same`` as on on-policy tokens, ``none``, or [low, high]: the ratio is clipped to [1 - low, 1 + high]."""
     guide_shaping: Literal["none", "saturating"] = "none"
     gamma: float = 0.1
 
@@ -74,14 +74,14 @@ class MixedSurrogate:
         weight = torch.where(guided, ratio / (ratio + self.gamma), ratio) if self.guide_shaping != "none" else ratio
         clipped = weight.clamp(1 - self.clip_low, 1 + self.clip_high)
         bounds = self._guide_clip()
-        held = weight if bounds is None else weight.clamp(1 - bounds[0], 1 + bounds[1])
-        clipped = torch.where(guided, held, clipped)
+        guide_clipped = weight if bounds is None else weight.clamp(1 - bounds[0], 1 + bounds[1])
+        clipped = torch.where(guided, guide_clipped, clipped)
         unclipped_loss, clipped_loss = -weight * rollouts.advantages, -clipped * rollouts.advantages
-        binding = (clipped_loss > unclipped_loss).to(ratio.dtype)
+        is_clipped = (clipped_loss > unclipped_loss).to(ratio.dtype)
         metrics = {
             "ratio": ratio.detach().masked_fill(guided, torch.nan),
-            "clip_fraction": binding.masked_fill(guided, torch.nan),
+            "clip_fraction": is_clipped.masked_fill(guided, torch.nan),
             "guide_ratio": ratio.detach().masked_fill(~guided, torch.nan),
-            "guide_clip_fraction": binding.masked_fill(~guided, torch.nan),
+            "guide_clip_fraction": is_clipped.masked_fill(~guided, torch.nan),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics

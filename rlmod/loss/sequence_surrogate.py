@@ -1,4 +1,4 @@
-"""The clipped surrogate with one ratio for a whole completion."""
+"""The clipped surrogate with one ratio per completion."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,7 +22,7 @@ class SequenceSurrogate:
 
     Source: GRPO-S, arXiv:2508.04349, eq. 10, 11; geometric: App. C, and GSPO, arXiv:2507.18071, eq. 5, 7.
     Differs: the two clip bounds may differ, as in DAPO.
-    Degenerate: completions of one token give ClippedSurrogate; A = 0, or a row that is masked out whole, gives no gradient.
+    Degenerate: completions of one token give ClippedSurrogate; A = 0, or a fully masked completion, gives no gradient.
     Reads: logprobs, advantages (constant over a completion), mask.
     """
 

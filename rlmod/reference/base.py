@@ -12,10 +12,10 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """pi_ref = the base model under the policy's LoRA adapter, which is switched off for one forward pass
+    """pi_ref = the base model under the policy's LoRA adapter, which is disabled for one forward pass
 
     Source: a property of LoRA, arXiv:2106.09685: the base weights are never changed.
-    Degenerate: before the first update it is the policy, since an adapter starts as 0.
+    Degenerate: before the first update it equals the policy, because an adapter starts at 0.
     Reads: prompt_ids, prompt_mask, completion_ids; a policy with an adapter.
     """
 

@@ -1,4 +1,4 @@
-"""The reference follows the policy slowly."""
+"""The reference is an exponential moving average of the policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from rlmod.types import Problem, Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class EMA:
-    """theta_ref <- decay theta_ref + (1 - decay) theta, after every iteration; it starts where the policy starts
+    """theta_ref <- decay theta_ref + (1 - decay) theta, after every iteration; initially theta_ref = theta
 
     The average is kept in float32: in bfloat16 a step of 1 % would be rounded away and the reference would never move.
-    Its weights are in the run's checkpoint (and in no policy's folder), so that a resumed run goes on with them.
+    Its weights are in the run's checkpoint (not in a saved policy's folder), so that a resumed run continues with them.
 
     Source: TR-DPO, arXiv:2404.09656, eq. 3 ("soft update"), with alpha = 1 - decay.
-    Degenerate: decay 1 is reference=frozen; decay 0 is the policy after the rollout batch before.
+    Degenerate: decay 1 is reference=frozen; decay 0 is the policy after the previous iteration.
     Reads: prompt_ids, prompt_mask, completion_ids.
     """
 

@@ -1,4 +1,4 @@
-"""The reference is a policy that never changes."""
+"""The reference is a frozen policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from rlmod.types import Problem, Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """pi_ref as it was loaded: usually the policy before training.
+    """pi_ref = the policy as it was loaded, usually the one before training.
 
     Source: GRPO, arXiv:2402.03300, sec. 4.1.1.
-    Degenerate: before the first update the policy and its reference give the same log-probabilities.
+    Degenerate: before the first update policy and reference give the same log-probabilities.
     Reads: prompt_ids, prompt_mask, completion_ids.
     """
 

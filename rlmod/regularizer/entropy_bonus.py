@@ -1,4 +1,4 @@
-"""A reward for staying undecided."""
+"""An entropy bonus, which keeps the policy exploring."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -13,10 +13,10 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBonus:
-    """-weight * H(pi_theta(. | o_{i,<t})) a token, over the full vocabulary, in nats, with its gradient
+    """-weight * H(pi_theta(. | o_{i,<t})) per token, over the full vocabulary, in nats, with its gradient
 
     Source: A3C, arXiv:1602.01783, sec. 4; PPO, arXiv:1707.06347, eq. 9.
-    Degenerate: weight 0 measures and changes nothing; a uniform policy has gradient 0. A negative weight sharpens the policy.
+    Degenerate: weight 0 logs the entropy and changes nothing; a uniform policy has gradient 0. A negative weight sharpens the policy.
     Reads: policy_entropy, mask.
     """
 

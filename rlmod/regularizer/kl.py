@@ -1,4 +1,4 @@
-"""A price on leaving the reference policy.
+"""A KL penalty towards the reference policy.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -19,23 +19,24 @@ Estimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
-    """weight * k(d) a token, with d = log pi_theta - log pi_ref at the sampled token:
+    """weight * k(d) per token, with d = log pi_theta - log pi_ref at the sampled token:
 
-        k1 = d          unbiased for KL(pi_theta || pi_ref), may be negative
-        k2 = d^2 / 2    biased, never negative
+        k1 = d                  unbiased for KL(pi_theta || pi_ref), may be negative
+        k2 = d^2 / 2            biased, never negative
         k3 = exp(-d) - 1 + d    unbiased, never negative
 
-    Value and gradient are two things. On tokens drawn from pi_theta, grad KL(pi_theta || pi_ref) = E[d grad log pi_theta], which is the
-    expectation of grad k2; grad k1 has expectation 0, and grad k3 = (1 - exp(-d)) grad log pi_theta that of the other
-    direction, KL(pi_ref || pi_theta). So ``value`` says what is logged and added to the loss, ``gradient`` what is followed.
+    An estimator's value and its gradient estimate different things. On tokens sampled from pi_theta,
+    grad KL(pi_theta || pi_ref) = E[d grad log pi_theta], which is the expectation of grad k2. grad k1 has expectation 0. The expectation
+    of grad k3 = (1 - exp(-d)) grad log pi_theta is the gradient of the other direction, KL(pi_ref || pi_theta). Therefore ``value``
+    selects the estimator that is logged and added to the loss, and ``gradient`` the one whose gradient is used.
 
-    ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a rollout batch, whose tokens pi_old
-    drew; of a guide's tokens pi_old is whoever the guide says drew them.
+    ``importance`` multiplies both by pi_theta / pi_old, without a gradient, for the later updates on a rollout batch, whose tokens were
+    sampled from pi_old. For a guide's tokens pi_old is the policy that the guide's ``logprobs`` belong to.
 
     Source: the estimators: J. Schulman, "Approximating KL divergence" (2020); as a loss: GRPO, arXiv:2402.03300, eq. 4 (k3 for both).
-    Differs: [D] the gradient is k2's; GRPO, TRL and verl (``low_var_kl``) follow k3's: gradient=k3 is theirs. TRL 1.16
+    Differs: [D] the gradient is k2's. GRPO, TRL and verl (``low_var_kl``) use k3's, which is gradient=k3 here. TRL 1.16
     multiplies by the ratio with its gradient.
-    Degenerate: pi_theta = pi_ref gives value and gradient 0 (k1: gradient grad log pi_theta). weight 0 measures and changes nothing.
+    Degenerate: pi_theta = pi_ref gives value and gradient 0 (k1: gradient grad log pi_theta). weight 0 logs the KL and changes nothing.
     Reads: reference_logprobs, mask; logprobs, with ``importance``.
     """
 
@@ -55,9 +56,9 @@ class KL:
     ) -> tuple[Float[Tensor, "R T"], dict[str, Float[Tensor, "R T"]]]:
         assert rollouts.reference_logprobs is not None
         d = torch.where(rollouts.mask, logprobs - rollouts.reference_logprobs, 0)
-        value, followed = estimate(d.detach(), self.value), estimate(d, self.gradient)
+        value, differentiable = estimate(d.detach(), self.value), estimate(d, self.gradient)
         # The value of one estimator with the gradient of the other.
-        kl = value + followed - followed.detach()
+        kl = value + differentiable - differentiable.detach()
         if self.importance:
             assert rollouts.logprobs is not None
             kl = kl * log_ratio(logprobs.detach(), rollouts.logprobs, rollouts.mask).exp()
@@ -65,7 +66,7 @@ class KL:
 
 
 def estimate(d: Float[Tensor, "R T"], estimator: Estimator) -> Float[Tensor, "R T"]:
-    """k3's exponent stops at 20: a token that the policy has all but given up would make it infinite."""
+    """Return the estimator's value per token. k3's exponent is clamped to 20: at a token of nearly 0 probability it would overflow."""
     if estimator == "k1":
         return d
     return d.square() / 2 if estimator == "k2" else torch.expm1((-d).clamp(max=20)) + d

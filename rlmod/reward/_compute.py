@@ -1,4 +1,4 @@
-"""Call a reward so that nothing it does wrong passes for a reward of 0."""
+"""Call a reward and validate its result, so that a faulty reward never counts as a reward of 0."""
 
 import functools
 from collections.abc import Mapping, Set
@@ -13,7 +13,7 @@ from rlmod.types import Texts
 
 
 class RewardError(ValueError):
-    """A reward raised, or returned something that is no reward."""
+    """A reward raised an exception, or returned an invalid result."""
 
 
 class RewardResult(NamedTuple):
@@ -25,24 +25,24 @@ class RewardResult(NamedTuple):
 
 
 def compute_rewards(reward: Reward, texts: Texts) -> RewardResult:
-    """Call the reward; RewardError for anything but one finite number per completion and term."""
+    """Call the reward. Raise RewardError for anything but one finite number per completion and term."""
     name = _name(reward)
     try:
         result = reward(texts)
-    except RewardError:  # already says which term it was
+    except RewardError:  # already names the term
         raise
     except Exception as error:
         raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, Mapping):
-        rewards = _checked(result, f"the reward {name}", texts)
+        rewards = _validate(result, f"the reward {name}", texts)
         return RewardResult(rewards, {}, rewards)
     if not result:
         raise RewardError(f"the reward {name} returned a mapping without a single term")
-    terms = {key: _checked(values, f"the term {key!r} of the reward {name}", texts) for key, values in result.items()}
+    terms = {key: _validate(values, f"the term {key!r} of the reward {name}", texts) for key, values in result.items()}
     excluded = getattr(unwrap(reward), "excluded_terms", ())
-    counting = [values for key, values in terms.items() if key not in excluded]
-    outcomes = torch.stack(counting).sum(0) if counting else torch.zeros(len(texts), dtype=torch.float32)
-    total = _checked(torch.stack(list(terms.values())).sum(0), f"the sum of the terms of the reward {name}", texts)
+    included = [values for key, values in terms.items() if key not in excluded]
+    outcomes = torch.stack(included).sum(0) if included else torch.zeros(len(texts), dtype=torch.float32)
+    total = _validate(torch.stack(list(terms.values())).sum(0), f"the sum of the terms of the reward {name}", texts)
     return RewardResult(total, terms, outcomes)
 
 
@@ -52,7 +52,7 @@ def _name(reward: Reward) -> str:
     return getattr(reward, "__qualname__", type(reward).__qualname__)
 
 
-def _checked(values: Any, what: str, texts: Texts) -> Tensor:
+def _validate(values: Any, what: str, texts: Texts) -> Tensor:
     """Return the values as float32 on the CPU, one finite number per completion."""
     if isinstance(values, Tensor):
         if values.ndim != 1:
@@ -72,14 +72,14 @@ def _checked(values: Any, what: str, texts: Texts) -> Tensor:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError):
             raise RewardError(
-                f"{what} returned {value!r} for row {row}, which is no number{_row(texts, row)}"
+                f"{what} returned {value!r} for row {row}, which is not a number{_quote_completion(texts, row)}"
             ) from None
     checked = torch.tensor(numbers, dtype=torch.float32)
     if not bool(checked.isfinite().all()):
         row = int((~checked.isfinite()).nonzero()[0])
-        raise RewardError(f"{what} returned {numbers[row]} for row {row}{_row(texts, row)}")
+        raise RewardError(f"{what} returned {numbers[row]} for row {row}{_quote_completion(texts, row)}")
     return checked
 
 
-def _row(texts: Texts, row: int) -> str:
+def _quote_completion(texts: Texts, row: int) -> str:
     return f"; its completion begins {texts.completions[row][:100]!r}"

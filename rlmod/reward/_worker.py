@@ -1,7 +1,7 @@
-r"""The process in which math-verify and SymPy run, where they can be killed; started by MathVerify, as a script.
+r"""The worker process for math-verify and SymPy, which can be killed. MathVerify starts it as a script.
 
-It reads (completion, answer, seconds) from a connection and sends back (verdict, detail), the verdict being ``right``,
-``wrong``, ``gold`` (the answer cannot be parsed) or ``error``. It sends None once it is ready.
+It sends None once it is ready. Then it reads (completion, answer, seconds) from a connection and sends back (verdict, detail). The
+verdict is ``correct``, ``incorrect``, ``gold`` (the answer cannot be parsed) or ``error``.
 """
 
 import logging
@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-# A box, where there is one, is all that is parsed; no fallback to comparing raw strings.
+# If there is a box, only the box is parsed. There is no fallback to comparing raw strings.
 CONFIG = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 NUMBER = r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)\s*%?"
@@ -22,32 +22,34 @@ BOX = "\\boxed{"
 
 
 def final_answer(text: str) -> str:
-    """Return the part of a completion to parse: its last box, else its last ``#### number``, else all of it, so that the last
-    number or formula in it is what math-verify takes."""
-    text = _plain(text)
+    """Return the section of a completion to parse: its last box, else its last ``#### number``, else the full text.
+
+    From the full text math-verify takes the last number or formula.
+    """
+    text = _normalize_signs(text)
     content = _last_box(text)
     if content is not None:
-        return as_answer(content)
+        return normalize_answer(content)
     if hashes := HASHES.findall(text):
-        return as_answer(hashes[-1])
-    # math-verify prefers what follows the word "answer", also in "to find the answer, add 5 and 3 to get 8".
+        return normalize_answer(hashes[-1])
+    # math-verify prefers the text after the word "answer", also in "to find the answer, add 5 and 3 to get 8".
     text = re.sub("(?i)answer", "result", text)
-    # It reads over line ends: "5\n- 3" would be 2.
+    # It reads expressions across line ends: "5\n- 3" would be 2.
     text = re.sub(r"(?<=\d)\s*\n", " ;\n", text)
-    # It sees a number only after white space or "=".
+    # It recognizes a number only after white space or "=".
     return re.sub(r"(?<!\d)([:(>#*~≈→])(?=[-$]?\.?\d)", r"\1 ", text)
 
 
-def as_answer(text: str) -> str:
-    """A text that is nothing but an answer: a number as it stands, anything else as LaTeX in a box."""
-    text = _plain(text).strip()
+def normalize_answer(text: str) -> str:
+    """Return the text of an answer for parsing: a number as a plain number, anything else as LaTeX in a box."""
+    text = _normalize_signs(text).strip()
     if re.fullmatch(NUMBER, text):
         return re.sub(r"[$,+]", "", text)
     return f"{BOX}{text}}}"
 
 
-def _plain(text: str) -> str:
-    """Minus signs and escaped signs as ASCII has them, and the currency after the sign gone: -$5 is -5."""
+def _normalize_signs(text: str) -> str:
+    """Convert minus signs and escaped signs to ASCII, and remove a currency after the sign: -$5 becomes -5."""
     text = text.replace("\u2212", "-").replace("\\$", "").replace("\\%", "%")
     return re.sub(r"-\$(?=[\d.])", "-", text)
 
@@ -64,47 +66,49 @@ def _last_box(text: str) -> str | None:
     return None  # cut off inside the box
 
 
-def _parsed(text: str) -> list:
-    # Without math-verify's own time-outs: they are signals, which Python cannot handle while SymPy is in a C routine.
+def _parse(text: str) -> list:
+    # math-verify's own time-outs are off: they are signals, which Python cannot handle while SymPy is in a C routine.
     return parse(text, CONFIG, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=1024)
-def _gold(answer: str) -> list:
-    content = _last_box(_plain(answer))
-    hashes = HASHES.findall(_plain(answer))
-    return _parsed(as_answer(content if content is not None else hashes[-1] if hashes else answer.strip().strip("$")))
+def _parse_gold(answer: str) -> list:
+    content = _last_box(_normalize_signs(answer))
+    hashes = HASHES.findall(_normalize_signs(answer))
+    return _parse(
+        normalize_answer(content if content is not None else hashes[-1] if hashes else answer.strip().strip("$"))
+    )
 
 
 def grade(completion: str, answer: str) -> tuple[str, str]:
     try:
-        gold = _gold(answer)
-    except Exception as error:  # whatever SymPy raises: the trainer reports it
+        gold = _parse_gold(answer)
+    except Exception as error:  # SymPy raises many types; the trainer reports them
         return "gold", f"{type(error).__name__}: {error}"
     if not gold:
         return "gold", ""
     try:
-        # What cannot be parsed is an empty list, and wrong.
-        right = verify(gold, _parsed(final_answer(completion)), timeout_seconds=None, raise_on_error=True)
+        # A completion that cannot be parsed gives an empty list, which is incorrect.
+        correct = verify(gold, _parse(final_answer(completion)), timeout_seconds=None, raise_on_error=True)
     except Exception as error:
-        return "error", type(error).__name__  # not its text: str() of a SymPy expression can take for ever
-    return ("right" if right else "wrong"), ""
+        return "error", type(error).__name__  # without its text: str() of a SymPy expression may never return
+    return ("correct" if correct else "incorrect"), ""
 
 
 def main(descriptor: int) -> None:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
-    sys.set_int_max_str_digits(0)  # a completion may be one endless number; the clock bounds what that costs
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that its time-outs are off
+    sys.set_int_max_str_digits(0)  # a completion may be one very long number; the time limit bounds its cost
     connection = Connection(descriptor)
     grade(
         "\\boxed{\\frac{1}{2}}", "1"
-    )  # builds the grammar's tables, so that the first row's clock does not pay for them
+    )  # builds the grammar's tables, so that they do not count against the first row's time limit
     connection.send(None)
     while True:
         try:
             completion, answer, seconds = connection.recv()
-        except EOFError:  # the trainer is gone
+        except EOFError:  # the trainer has ended
             return
-        # The trainer kills this process when the time is up. Should it be dead itself by then, the kernel does.
+        # The trainer kills this process when the time is up. If the trainer itself has died by then, this timer does.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
         verdict = grade(completion, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 class Classifier:
     """reward_i = scale * logit of the reward model for (prompt_i, completion_i)
 
-    The model has a tokenizer and a chat template of its own: what it reads is text, whatever the policy's tokens are. Prompt and
-    completion are a user's and an assistant's turn, or, without a template, one text.
+    The model has its own tokenizer and chat template. It reads text, so the policy's tokenizer may differ. Prompt and completion are a
+    user's and an assistant's turn, or one text if there is no template.
 
     Source: Bradley-Terry reward models, as in arXiv:2203.02155, sec. 3.5.
-    Differs: [D] a text above ``max_tokens`` loses its beginning, with a warning that counts such rows.
-    Degenerate: scale 0 scores everything 0. Batches change nothing but speed.
+    Differs: [D] a text longer than ``max_tokens`` loses its beginning, with a warning that counts such texts.
+    Degenerate: scale 0 gives every completion reward 0. The batch size changes only the speed.
     Reads: problems, completions.
     """
 
@@ -37,10 +37,10 @@ class Classifier:
     max_tokens: int = 4096
     scale: float = 1.0
     chat: bool | None = None
-    """null: a chat where the tokenizer has a template."""
+    """null: true if the tokenizer has a chat template."""
     dtype: str = "float32"
     device: str | None = None
-    """null: a GPU where there is one."""
+    """null: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens"):
@@ -50,7 +50,7 @@ class Classifier:
             raise ValueError(f"reward.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
 
     def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
-        """Loads the model. ValueError where it has no single output, which would be no reward."""
+        """Load the model. Raise ValueError if its head does not have exactly one output."""
         _ = self.model
 
     @cached_property
@@ -60,7 +60,9 @@ class Classifier:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, truncation_side="left", padding_side="right")
         except (OSError, ValueError) as error:
-            raise ValueError(f"reward.path={self.path}: no tokenizer could be loaded ({_first(error)})") from error
+            raise ValueError(
+                f"reward.path={self.path}: the tokenizer cannot be loaded ({_first_line(error)})"
+            ) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if self.chat and not tokenizer.chat_template:
@@ -77,8 +79,10 @@ class Classifier:
                 raise ValueError(f"the head has {outputs} outputs, a reward model has one")
             model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
         except (OSError, ValueError) as error:
-            raise ValueError(f"reward.path={self.path}: no reward model could be loaded ({_first(error)})") from error
-        # Where the padding ends is where the model looks for the last token.
+            raise ValueError(
+                f"reward.path={self.path}: the reward model cannot be loaded ({_first_line(error)})"
+            ) from error
+        # The model finds the last token by the padding.
         model.config.pad_token_id = self.tokenizer.pad_token_id
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cast(Any, model).eval().requires_grad_(False).to(device)
@@ -86,11 +90,12 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, texts: Texts) -> list[float]:
         if texts.problems is None:
-            raise ValueError("the reward Classifier reads the prompts; recorded completions have none")
+            raise ValueError("the reward Classifier reads the prompts, but recorded completions have none")
         rows = [self._text(p, c) for p, c in zip(texts.problems, texts.completions, strict=True)]
-        encoded = [self.tokenizer(row, add_special_tokens=not self._chats, verbose=False)["input_ids"] for row in rows]
-        self._warn([len(cast(list[int], ids)) for ids in encoded])
-        # Alike lengths together: less padding.
+        special = not self._uses_chat
+        encoded = [self.tokenizer(row, add_special_tokens=special, verbose=False)["input_ids"] for row in rows]
+        self._warn_of_truncation([len(cast(list[int], ids)) for ids in encoded])
+        # Similar lengths in one batch need less padding.
         order = sorted(range(len(rows)), key=lambda row: len(cast(list[int], encoded[row])))
         rewards = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
@@ -103,18 +108,18 @@ class Classifier:
         return rewards
 
     @property
-    def _chats(self) -> bool:
+    def _uses_chat(self) -> bool:
         return bool(self.tokenizer.chat_template) if self.chat is None else self.chat
 
     def _text(self, problem: Problem, completion: str) -> str:
-        if not self._chats:
+        if not self._uses_chat:
             prompt = problem.prompt
             return (prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)) + completion
         turns = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else [*problem.prompt]
         chat: list[Message] = [*turns, {"role": "assistant", "content": completion}]
         return cast(str, self.tokenizer.apply_chat_template(chat, tokenize=False))
 
-    def _warn(self, lengths: Sequence[int]) -> None:
+    def _warn_of_truncation(self, lengths: Sequence[int]) -> None:
         too_long = sum(length > self.max_tokens for length in lengths)
         if too_long:
             log.warning(
@@ -123,5 +128,5 @@ class Classifier:
             )
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

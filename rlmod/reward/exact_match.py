@@ -11,11 +11,11 @@ from rlmod.types import Texts
 class ExactMatch:
     """reward_i = correct if extracted(completion_i) = answer_i, else incorrect
 
-    as strings, white space around them removed. Extracted is the last match of ``pattern``: its group 1, or the whole
-    match where it has no group. Without a pattern it is the whole completion.
+    The strings are compared without surrounding white space. ``extracted`` is the last match of ``pattern``: its group 1, or the
+    whole match if the pattern has no group. Without a pattern it is the whole completion.
 
-    Source: none; the plainest verifiable reward.
-    Degenerate: a completion that the pattern does not match is wrong, also where the answer is empty.
+    Source: none; the simplest verifiable reward.
+    Degenerate: a completion that the pattern does not match is incorrect, even if the answer is empty.
     Reads: completions, answers.
     """
 
@@ -29,7 +29,7 @@ class ExactMatch:
         try:
             re.compile(self.pattern or "")
         except re.error as error:
-            raise ValueError(f"reward.pattern is no regular expression: {self.pattern!r}: {error}") from error
+            raise ValueError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, texts: Texts) -> list[float]:
         return [

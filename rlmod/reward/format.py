@@ -1,4 +1,4 @@
-"""A reward for completions of a given form."""
+"""A reward for completions with a given format."""
 
 import re
 from dataclasses import dataclass
@@ -11,12 +11,11 @@ from rlmod.types import Texts
 class Format:
     r"""reward_i = correct if ``pattern`` matches the whole of completion_i, else incorrect
 
-    The dot matches line ends too. The whole completion has to match, and not some part of it: a search would also
-    reward the right form with anything before and after it. Where that is wanted, the pattern says so:
-    ``.*<answer>.*</answer>\s*``.
+    The dot also matches line ends. The whole completion has to match: a search would also reward the format with any text before and
+    after it. To allow text before it, say so in the pattern: ``.*<answer>.*</answer>\s*``.
 
     Source: the format reward of DeepSeek-R1, arXiv:2501.12948, sec. 2.2.2, which gives no pattern.
-    Degenerate: an empty completion is right only where the pattern matches the empty text.
+    Degenerate: an empty completion is correct only if the pattern matches the empty text.
     Reads: completions.
     """
 
@@ -30,8 +29,8 @@ class Format:
         try:
             re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(f"reward.pattern is no regular expression: {self.pattern!r}: {error}") from error
+            raise ValueError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, texts: Texts) -> list[float]:
-        form = re.compile(self.pattern, re.DOTALL)
-        return [self.correct if form.fullmatch(completion) else self.incorrect for completion in texts.completions]
+        pattern = re.compile(self.pattern, re.DOTALL)
+        return [self.correct if pattern.fullmatch(completion) else self.incorrect for completion in texts.completions]

@@ -1,4 +1,4 @@
-"""GROP: correct answers are punished for length, by what their group shows to be long.
+"""GROP: a length penalty relative to the lengths in the completion's group.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -21,21 +21,22 @@ from rlmod.types import Problem, Texts
 class Grop:
     """reward_i = base_i + penalty_i. With n of a group's G completions correct (base_i > threshold), g1 = easy, g2 = 1 - g1:
 
-        easy, n/G >= g1     on the correct ones, with L = max((min + max) / 2, mean) of the correct lengths:
+        easy, n/G >= g1     for correct completions, with L = max((min + max) / 2, mean) of the correct lengths:
                             penalty_i = -(|o_i| - L) / (2 L)  for L <= |o_i| < 2 L,   -1/2 for 2 L <= |o_i|,   else 0
         hard, n/G <= g2     none, or DAPO's overlong penalty (``hard: dapo``)
-        otherwise           the same piecewise penalty with L of all G lengths: on the correct ones where they are the majority,
-                            else on the wrong ones
+        otherwise           the same piecewise penalty with L of all G lengths: for the correct completions if they are the majority,
+                            else for the incorrect ones
 
     Source: GTPO, arXiv:2508.04349, App. D.
-    Differs: [D] g1 is 0.75 (not stated there); the penalty is added before any shaping; where neither is the majority the wrong
-    ones are punished. It does not count for correctness: a correct completion stays correct, even if it gets exactly 1 - 1/2.
-    Degenerate: equal lengths are never punished; a group of one correct completion neither.
-    Reads: lengths, group, and what the base needs.
+    Differs: [D] g1 is 0.75 (not stated there). [D] The penalty is added before any shaping. [D] If neither class is the majority, the
+    incorrect completions are penalized. The penalty does not count for correctness: a correct completion stays correct, even if its
+    reward is exactly 1 - 1/2.
+    Degenerate: equal lengths are never penalized; neither is a group of one correct completion.
+    Reads: lengths, group, and the fields that the base reward reads.
     """
 
     reward: Reward
-    """The reward that tells correct from incorrect."""
+    """The base reward, which decides whether a completion is correct."""
     easy: float = 0.75
     threshold: float = 0.5
     hard: Literal["none", "dapo"] = "none"
@@ -65,8 +66,8 @@ class Grop:
     def __call__(self, texts: Texts) -> dict[str, Tensor]:
         if texts.lengths is None or texts.group is None:
             raise ValueError(
-                "the reward Grop compares the lengths of a group's completions in tokens; recorded completions have neither: "
-                "score them by its base reward"
+                "the reward Grop compares the lengths of a group's completions in tokens, but recorded completions have neither: "
+                "evaluate them with its base reward"
             )
         base = compute_rewards(self.reward, texts)
         correct = base.outcomes > self.threshold
@@ -74,24 +75,24 @@ class Grop:
         penalty = torch.zeros_like(base.rewards)
         for g in group.unique():
             rows = group == g
-            penalty[rows] = self._of_group(lengths[rows], correct[rows])
+            penalty[rows] = self._group_penalty(lengths[rows], correct[rows])
         return {**(base.terms or {"base": base.rewards}), "grop": penalty}
 
-    def _of_group(self, lengths: Float[Tensor, " G"], correct: Tensor) -> Float[Tensor, " G"]:
+    def _group_penalty(self, lengths: Float[Tensor, " G"], correct: Tensor) -> Float[Tensor, " G"]:
         n, size = int(correct.sum()), len(correct)
-        easy = self.easy * size - 1e-6  # 0.9 of 10 is 9, however floats round
+        easy = self.easy * size - 1e-6  # so that 0.9 of 10 is 9 despite rounding
         if n >= easy:
-            return torch.where(correct, _piecewise(lengths, lengths[correct]), 0)
+            return torch.where(correct, _piecewise_penalty(lengths, lengths[correct]), 0)
         if size - n >= easy:
             if self.hard == "none":
                 return torch.zeros_like(lengths)
             overlong = Overlong(max_tokens=self.max_tokens, buffer=self.buffer)
-            nobody = [""] * len(lengths)
-            penalties = overlong(Texts(completions=nobody, answers=nobody, lengths=lengths.int().tolist()))
-            return torch.tensor(penalties, dtype=torch.float32)
-        return torch.where(correct if 2 * n > size else ~correct, _piecewise(lengths, lengths), 0)
+            empty = [""] * len(lengths)
+            penalty = overlong(Texts(completions=empty, answers=empty, lengths=lengths.int().tolist()))
+            return torch.tensor(penalty, dtype=torch.float32)
+        return torch.where(correct if 2 * n > size else ~correct, _piecewise_penalty(lengths, lengths), 0)
 
 
-def _piecewise(lengths: Float[Tensor, " G"], among: Float[Tensor, " n"]) -> Float[Tensor, " G"]:
+def _piecewise_penalty(lengths: Float[Tensor, " G"], among: Float[Tensor, " n"]) -> Float[Tensor, " G"]:
     bound = torch.maximum((among.min() + among.max()) / 2, among.mean())
     return -((lengths - bound) / (2 * bound)).clamp(0, 0.5)

@@ -1,4 +1,4 @@
-"""DAPO's soft punishment of completions that come near the token limit."""
+"""DAPO's soft overlong penalty for completions near the token limit."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,9 +15,9 @@ class Overlong:
                    -scale                                      beyond
 
     Source: DAPO, arXiv:2503.14476, eq. 13, with max_tokens = L_max and buffer = L_cache.
-    Differs: ``scale`` (there 1).
-    It does not count for correctness: a correct completion near the limit stays correct when groups are filtered.
-    Degenerate: buffer = max_tokens punishes every token from the first; scale = 0 turns it off.
+    Differs: ``scale`` (there 1). The penalty does not count for correctness: a correct completion near the limit stays correct when
+    groups are filtered.
+    Degenerate: buffer = max_tokens penalizes every token from the first; scale = 0 turns the penalty off.
     Reads: lengths.
     """
 
@@ -25,11 +25,11 @@ class Overlong:
     counts_for_correctness: ClassVar[bool] = False
 
     max_tokens: int
-    """Tokens at which the penalty is full: the sampler's limit."""
+    """Number of tokens from which the penalty is ``scale``: the sampler's limit."""
     buffer: int
-    """How many tokens before it the penalty begins."""
+    """Number of tokens before ``max_tokens`` at which the penalty begins."""
     scale: float = 1.0
-    """The largest penalty, in units of reward."""
+    """The maximum penalty, in units of reward."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -44,8 +44,8 @@ class Overlong:
     def __call__(self, texts: Texts) -> list[float]:
         if texts.lengths is None:
             raise ValueError(
-                "the reward Overlong needs the lengths of the completions in tokens; recorded completions have none: "
-                "leave this term out"
+                "the reward Overlong needs the lengths of the completions in tokens, but recorded completions have none: "
+                "remove this term"
             )
         start = self.max_tokens - self.buffer
         return [self.scale * min(0.0, max(-1.0, (start - length) / self.buffer)) for length in texts.lengths]

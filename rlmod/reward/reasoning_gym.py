@@ -15,11 +15,11 @@ from rlmod.types import Texts
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """reward_i = the score, from 0 to 1, that the task of problem_i gives to what ``pattern`` finds in completion_i
+    """reward_i = score_i(last match of ``pattern`` in completion_i), the score from 0 to 1 of the task of problem_i
 
     Source: reasoning-gym, arXiv:2505.24760.
-    Differs: [D] nothing found is 0, where some of its scorers give a little to anything.
-    Degenerate: the gold answer of an entry scores 1.
+    Differs: [D] a completion without a match gets 0, while some of the library's scorers give a small score to anything.
+    Degenerate: the gold answer of an entry gets 1.
     Reads: completions, problems of data=reasoning_gym.
     """
 
@@ -34,9 +34,9 @@ class ReasoningGym:
             try:
                 groups = re.compile(self.pattern).groups
             except re.error as error:
-                raise ValueError(f"reward.pattern={self.pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from error
             if groups < 1:
-                raise ValueError(f"reward.pattern={self.pattern!r} has no group: put the answer in parentheses")
+                raise ValueError(f"reward.pattern={self.pattern!r} has no group: put parentheses around the answer")
 
     def __call__(self, texts: Texts) -> list[float]:
         rewards = []

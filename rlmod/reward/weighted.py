@@ -16,25 +16,25 @@ from rlmod.types import Problem, Texts
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted:
-    """reward_i = sum over the terms of weight * reward of the term_i
+    """reward_i = sum_k weight_k * reward_{k,i}, over the terms k
 
-    It returns weight * reward under each term's name, so that what is logged adds up to the reward. Penalties inside a term, such as
-    Grop's, stand under ``term/penalty``.
+    It returns weight * reward under each term's name, so that the logged terms add up to the reward. A penalty inside a term, such as
+    Grop's, is logged as ``term/penalty``.
 
     Source: none.
-    Degenerate: a weight of 0 still computes its term, and shows it as 0.
-    Reads: what its terms need.
+    Degenerate: a term of weight 0 is still computed, and logged as 0.
+    Reads: the fields that its terms read.
     """
 
     terms: Mapping[str, Mapping[str, Any]]
-    """name -> {weight: a number, reward: a component or a plain function}; and ``counts_for_correctness: false`` for a term that does
-    not decide whether a completion is correct, such as a classifier beside a rule."""
+    """The terms by name: {weight: a number, reward: a component or a plain function}. Add ``counts_for_correctness: false`` to a term
+    that does not decide whether a completion is correct, such as a classifier beside a rule."""
 
     def __post_init__(self) -> None:
-        if OmegaConf.is_config(self.terms):  # what Hydra passes without `_convert_: all`
+        if OmegaConf.is_config(self.terms):  # Hydra passes this without `_convert_: all`
             object.__setattr__(self, "terms", OmegaConf.to_object(self.terms))
         if not self.terms:
-            raise ValueError("reward.terms is empty: give it at least one name: {weight: ..., reward: ...}")
+            raise ValueError("reward.terms is empty: add at least one term, NAME: {weight: ..., reward: ...}")
         for name, term in self.terms.items():
             key = f"reward.terms.{name}"
             if not isinstance(term, Mapping):
@@ -62,36 +62,36 @@ class Weighted:
 
     @property
     def excluded_terms(self) -> tuple[str, ...]:
-        """Terms that do not count for correctness, such as a length penalty: the reward declares it, or the config says so."""
+        """Terms that do not count for correctness, such as a length penalty. The reward declares it, or the config sets it."""
         own = [
             name
             for name, term in self.terms.items()
             if not term.get("counts_for_correctness", True) or not declared(term["reward"], "counts_for_correctness")
         ]
-        return (*own, *(f"{name}/{inner}" for name in self.terms for inner in self._inner(name)))
+        return (*own, *(f"{name}/{inner}" for name in self.terms for inner in self._excluded_inner(name)))
 
-    def _inner(self, name: str) -> tuple[str, ...]:
+    def _excluded_inner(self, name: str) -> tuple[str, ...]:
         return tuple(getattr(self.terms[name]["reward"], "excluded_terms", ()))
 
     def prepare(self, problems: Sequence[Problem], tokenizer: Any) -> None:
         for name, term in self.terms.items():
             if isinstance(term["reward"], SupportsPrepare):
-                with _named(name):
+                with _prefix_errors(name):
                     term["reward"].prepare(problems, tokenizer)
 
     def __call__(self, texts: Texts) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            with _named(name):
-                scores = compute_rewards(term["reward"], texts)
-            values[name] = term["weight"] * scores.outcomes
-            values |= {f"{name}/{inner}": term["weight"] * scores.terms[inner] for inner in self._inner(name)}
+            with _prefix_errors(name):
+                result = compute_rewards(term["reward"], texts)
+            values[name] = term["weight"] * result.outcomes
+            values |= {f"{name}/{inner}": term["weight"] * result.terms[inner] for inner in self._excluded_inner(name)}
         return values
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Add the term's name to whatever it raises."""
+def _prefix_errors(name: str) -> Iterator[None]:
+    """Add the term's name to the message of an error."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Records made while transformers' ``generate`` runs. Apart from hf.py, because its imports take seconds."""
+"""Records log-probabilities and entropies while transformers' ``generate`` runs. It is not in hf.py because its imports take seconds."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +9,7 @@ from rlmod import ops
 
 
 class LastLogits(LogitsProcessor):
-    """Keeps the raw logits of a position: ``generate`` puts a caller's processors before temperature, top-k and top-p."""
+    """Keeps the raw logits of a position: ``generate`` applies a caller's processors before temperature, top-k and top-p."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the base names tensors of one dtype)
         self, input_ids: Int[Tensor, "R length"], scores: Float[Tensor, "R V"]
@@ -19,7 +19,7 @@ class LastLogits(LogitsProcessor):
 
 
 class Recorder(StoppingCriteria):
-    """Notes the log-probability of each token as it is chosen, and the entropy there; stops when a quarter of the rows have ended."""
+    """Records the log-probability of each sampled token and the entropy at its position; stops when a quarter of the rows have ended."""
 
     def __init__(self, last: LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
         self.last, self.temperature, self.eos = last, temperature, eos

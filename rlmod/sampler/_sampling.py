@@ -1,4 +1,4 @@
-"""Common to all samplers: checks of their parameters, and the record built from lists of tokens."""
+"""Shared code of the samplers: checks of their parameters, and the record built from lists of tokens."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 CACHE_GROWTH = 64
-"""Tokens that sampler=hf makes room for at once in its key-value cache."""
+"""Number of tokens by which sampler=hf extends its key-value cache at a time."""
 
 
 @runtime_checkable
@@ -35,34 +35,37 @@ class Settings(Protocol):
     def greedy(self) -> bool: ...
 
 
-def check(sampler: Settings) -> None:
-    """ValueError for what no distribution can be drawn with."""
+def check_settings(sampler: Settings) -> None:
+    """Raise ValueError for settings that cannot be sampled with."""
     if sampler.completions_per_prompt < 1:
         raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {sampler.completions_per_prompt}")
     if not 0 < sampler.temperature < math.inf:
         raise ValueError(
-            f"sampler.temperature must be above 0 and finite, got {sampler.temperature}; for the most likely token: sampler.greedy=true"
+            f"sampler.temperature must be above 0 and finite, got {sampler.temperature}; for greedy decoding set sampler.greedy=true"
         )
     if not 0 < sampler.top_p <= 1:
         raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {sampler.top_p}")
     if sampler.top_k < 0:
-        raise ValueError(f"sampler.top_k must be 0 (the whole vocabulary) or more, got {sampler.top_k}")
+        raise ValueError(f"sampler.top_k must be 0 (the full vocabulary) or more, got {sampler.top_k}")
     if sampler.max_new_tokens < 1:
         raise ValueError(f"sampler.max_new_tokens must be at least 1, got {sampler.max_new_tokens}")
 
 
-def check_for_vllm(sampler: Settings) -> None:
-    """Besides, what vLLM does not take."""
-    check(sampler)
-    if not 0.01 <= sampler.temperature <= 2:  # below, it takes 0.01
+def check_vllm_settings(sampler: Settings) -> None:
+    """Raise ValueError for settings that cannot be sampled with, or that vLLM does not support."""
+    check_settings(sampler)
+    if not 0.01 <= sampler.temperature <= 2:  # vLLM raises lower ones to 0.01
         raise ValueError(f"sampler.temperature must be from 0.01 to 2 with vLLM, got {sampler.temperature}")
     max_difference = getattr(sampler, "max_difference", 1.0)
     if max_difference <= 0:
         raise ValueError(f"sampler.max_difference must be above 0 nats, got {max_difference}")
 
 
-def draws_from_the_whole(sampler: Settings) -> bool:
-    """Return True if completions are sampled from the distribution that log-probabilities are taken of."""
+def samples_full_distribution(sampler: Settings) -> bool:
+    """Return True if completions are sampled from the full distribution, without top-p, top-k or greedy decoding.
+
+    Log-probabilities always refer to the full distribution.
+    """
     return sampler.top_p == 1 and sampler.top_k == 0 and not sampler.greedy
 
 
@@ -71,20 +74,20 @@ class Completion:
     """One completion as an engine returns it."""
 
     tokens: Sequence[int]
-    """Token ids, with the EOS if there is one."""
+    """Token ids, including the EOS if there is one."""
     logprobs: Sequence[float] | None
-    """In nats, at the sampling temperature; None where they are not those of the whole distribution."""
+    """In nats, at the sampling temperature; None if they are not those of the full distribution."""
     ended: bool
-    """True if it ended by an EOS, not by the limit."""
+    """True if it ended with an EOS, not at the token limit."""
 
 
-def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: int) -> Rollouts:
-    """The record of the completions, which stand prompt by prompt."""
+def rollouts_from_completions(prompts: Prompts, completions: Sequence[Completion], padding: int) -> Rollouts:
+    """Build the record of all completions, which are ordered by prompt."""
     rows, device = len(completions), prompts.ids.device
     length = max(len(completion.tokens) for completion in completions)
     ids = torch.full((rows, length), padding)
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    logprobs = torch.zeros(rows, length, dtype=torch.float32)  # under bf16-true torch would make it 16 bits
+    logprobs = torch.zeros(rows, length, dtype=torch.float32)  # under bf16-true the default is 16 bits
     for row, completion in enumerate(completions):
         n = len(completion.tokens)
         ids[row, :n], mask[row, :n] = torch.tensor(completion.tokens), True
@@ -103,27 +106,27 @@ def rollouts_of(prompts: Prompts, completions: Sequence[Completion], padding: in
     )
 
 
-def rows_of(
+def rollouts_of_prompt(
     prompts: Prompts, number: int, completions: Sequence[Completion], padding: int
 ) -> tuple[Rollouts, Int[Tensor, " n"]]:
     """Return the completions of one prompt, with their indices in the final batch."""
-    rows = rollouts_of(prompts.pick([number]), completions, padding)
-    places = number * len(rows) + torch.arange(len(rows))
-    return replace(rows, group=torch.full_like(rows.group, number)), places
+    rows = rollouts_from_completions(prompts.pick([number]), completions, padding)
+    indices = number * len(rows) + torch.arange(len(rows))
+    return replace(rows, group=torch.full_like(rows.group, number)), indices
 
 
-def as_many(rows: Sequence[Any], number: int) -> Sequence[Any]:
-    """The most likely tokens are the same in every row, and engines give them once."""
+def repeat_rows(rows: Sequence[Any], number: int) -> Sequence[Any]:
+    """Repeat the rows up to ``number``: with greedy decoding all are equal, and engines return one."""
     return [*rows] * (number // len(rows))
 
 
-def prompts_as_lists(prompts: Prompts) -> list[list[int]]:
-    """Without their padding."""
+def unpad_prompts(prompts: Prompts) -> list[list[int]]:
+    """Return the token ids of each prompt, without padding."""
     return [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
 
 
-def request(sampler: Settings, seed: int, ends: list[int]) -> dict[str, Any]:
-    """For the completions of one prompt, in vLLM's terms."""
+def sampling_params(sampler: Settings, seed: int, stop_token_ids: list[int]) -> dict[str, Any]:
+    """Return vLLM's sampling parameters for the completions of one prompt."""
     greedy = sampler.greedy
     return {
         "n": 1 if greedy else sampler.completions_per_prompt,
@@ -132,17 +135,17 @@ def request(sampler: Settings, seed: int, ends: list[int]) -> dict[str, Any]:
         "top_k": 0 if greedy else sampler.top_k,
         "seed": None if greedy else seed,
         "max_tokens": sampler.max_new_tokens,
-        "logprobs": 0 if draws_from_the_whole(sampler) else None,
-        "stop_token_ids": ends,
+        "logprobs": 0 if samples_full_distribution(sampler) else None,
+        "stop_token_ids": stop_token_ids,
     }
 
 
-def ends_of(policy: "PreTrainedModel") -> list[int]:
-    """The tokens that end a completion."""
-    ends = policy.generation_config.eos_token_id
-    return list(ends) if isinstance(ends, list) else [cast(int, ends)]
+def eos_token_ids(policy: "PreTrainedModel") -> list[int]:
+    """Return the ids of the tokens that end a completion."""
+    ids = policy.generation_config.eos_token_id
+    return list(ids) if isinstance(ids, list) else [cast(int, ids)]
 
 
-def seed_of(seed: int, row: int) -> int:
+def request_seed(seed: int, row: int) -> int:
     """Return the seed of a request whose first row is ``row``; its other rows use the seeds after it."""
     return (seed + row) % 2**31

@@ -1,6 +1,6 @@
-"""A plug-in for vLLM workers: they receive a policy over vLLM's own weight-transfer interface.
+"""A plug-in for vLLM workers, which receives the policy's weights through vLLM's weight-transfer interface.
 
-vLLM finds it through the entry point ``vllm.general_plugins``, in every process of an engine; its name there is ``rlmod``.
+vLLM loads it in every process of an engine, through the entry point ``rlmod`` of the group ``vllm.general_plugins``.
 """
 
 from collections.abc import Iterator
@@ -18,43 +18,43 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
-from rlmod.sampler._weights import fetched
+from rlmod.sampler._weights import read_weights
 
 BACKEND = "rlmod"
 TIMEOUT = 60.0
-"""Seconds without a byte, after which weights are given up."""
+"""Seconds without a byte, after which a transfer of weights fails."""
 
 
 @dataclass
-class Nothing(WeightTransferInitInfo):
-    """There is nothing to agree on beforehand."""
+class NoInitInfo(WeightTransferInitInfo):
+    """Empty: the transfer needs no initialization."""
 
 
 @dataclass
-class Source(WeightTransferUpdateInfo):
-    """The source of the weights: this process, or an address."""
+class WeightSource(WeightTransferUpdateInfo):
+    """The source of the weights: this process, or a URL."""
 
     weights: Any = None
     url: str | None = None
 
 
-class Weights(WeightTransferEngine[Nothing, Source]):
-    init_info_cls, update_info_cls = Nothing, Source
+class WeightReceiver(WeightTransferEngine[NoInitInfo, WeightSource]):
+    init_info_cls, update_info_cls = NoInitInfo, WeightSource
 
-    def init_transfer_engine(self, init_info: Nothing) -> None:
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: Source) -> None:
+    def receive_weights(self, update_info: WeightSource) -> None:
         if update_info.url is None:
             self.model.load_weights(update_info.weights)
             return
         with urlopen(update_info.url, timeout=TIMEOUT) as response:
-            self.model.load_weights(self._on_device(fetched(response)))
+            self.model.load_weights(self._move_to_device(read_weights(response)))
 
-    def _on_device(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _move_to_device(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
             yield name, weight.to(self.device)
 
@@ -62,7 +62,7 @@ class Weights(WeightTransferEngine[Nothing, Source]):
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if head is not None and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
-            # It has no weights of its own to be reloaded by; on a CPU it keeps a packed copy, which would stay the old one.
+            # A tied head has no weights that would be reloaded. On a CPU it keeps a packed copy, which would stay outdated.
             head.quant_method.process_weights_after_loading(head)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -76,4 +76,4 @@ class Weights(WeightTransferEngine[Nothing, Source]):
 
 def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, Weights)
+        WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)

@@ -1,7 +1,7 @@
-"""The policy's weights on their way to an engine.
+"""Transfer of the policy's weights to an engine.
 
-In one process they are handed over as they are. Elsewhere the engine's workers fetch them from the trainer over HTTP: nothing has to be
-agreed on beforehand but an address, so a server that was started anew needs no more than the next rollout batch.
+Within one process they are passed by reference. Otherwise the engine's workers fetch them from the trainer over HTTP. This needs no
+initialization but a URL, so a restarted server is up to date again with the next rollout batch.
 """
 
 import json
@@ -14,17 +14,17 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-HEADER = 8
-"""Bytes of the length of the list of weights, which comes first."""
+HEADER_LENGTH_BYTES = 8
+"""Number of bytes that hold the length of the list of weights; they come first."""
 
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights as a saved policy has them; an adapter's are added to those that it adapts, which stay as they are."""
+    """Yield names and weights as in a saved policy. An adapter is merged into copies; the policy itself is not changed."""
     for config in getattr(policy, "peft_config", {}).values():
         for setting in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, setting, None):
                 raise ValueError(
-                    f"the policy's adapter has {setting}, which no engine can be given yet; use sampler=hf"
+                    f"the policy's adapter has {setting}, which cannot be transferred to an engine yet; use sampler=hf"
                 )
     merged = {name: layer for name, layer in policy.named_modules() if hasattr(layer, "get_delta_weight")}
     for name, weight in policy.named_parameters():
@@ -39,8 +39,8 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), weight
 
 
-def computes_in(policy: nn.Module, dtype: str | None = None) -> torch.dtype:
-    """Return the dtype an engine computes in: ``dtype``, or that of the policy now, autocast included."""
+def compute_dtype(policy: nn.Module, dtype: str | None = None) -> torch.dtype:
+    """Return the dtype that an engine computes in: ``dtype``, or the policy's current one, autocast included."""
     if dtype is not None:
         return getattr(torch, dtype)
     parameter = next(policy.parameters())
@@ -59,11 +59,11 @@ class Readable(Protocol):
 
 
 class Publisher:
-    """Offers weights to whoever knows the address, which cannot be guessed."""
+    """Serves weights over HTTP at a URL with a random secret."""
 
     def __init__(self, host: str, port: int) -> None:
         self.secret = secrets.token_urlsafe(16)
-        self.listed = b""
+        self.header = b""
         self.weights: list[Tensor] = []
         publisher = self
 
@@ -83,28 +83,28 @@ class Publisher:
             self.server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise ValueError(
-                f"sampler.weights_host={host} sampler.weights_port={port}: cannot listen there ({error.strerror}); give an address of "
-                "this machine that the server can reach, and a port that is free (0: any)"
+                f"sampler.weights_host={host} sampler.weights_port={port}: cannot listen there ({error.strerror}); set an address of "
+                "this machine that the server can reach, and a free port (0: any)"
             ) from error
         self.url = f"http://{host}:{self.server.server_address[1]}/{self.secret}"
         Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def offer(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-        """These weights, as they are now, until the next are offered; in ``dtype``, which is the engine's."""
+    def publish(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+        """Serve a copy of these weights, in the engine's ``dtype``, until the next call."""
         named = [(name, weight.to("cpu", dtype).contiguous()) for name, weight in weights]
-        what = [{"name": n, "shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for n, w in named]
-        self.listed, self.weights = json.dumps(what).encode(), [w for _, w in named]
+        listed = [{"name": n, "shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for n, w in named]
+        self.header, self.weights = json.dumps(listed).encode(), [w for _, w in named]
 
     def write(self, file: Writable) -> None:
-        file.write(len(self.listed).to_bytes(HEADER, "big") + self.listed)
+        file.write(len(self.header).to_bytes(HEADER_LENGTH_BYTES, "big") + self.header)
         for weight in self.weights:
             file.write(weight.view(-1).view(torch.uint8).numpy())
 
 
-def fetched(file: Readable) -> Iterator[tuple[str, Tensor]]:
-    """Read what ``Publisher.write`` wrote, weight by weight. ConnectionError if it breaks off."""
-    listed = _read(file, int.from_bytes(_read(file, HEADER), "big"))
-    for weight in json.loads(bytes(listed)):
+def read_weights(file: Readable) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that ``Publisher.write`` wrote, one by one. Raise ConnectionError if the data ends early."""
+    header = _read(file, int.from_bytes(_read(file, HEADER_LENGTH_BYTES), "big"))
+    for weight in json.loads(bytes(header)):
         dtype, shape = getattr(torch, weight["dtype"]), weight["shape"]
         data = _read(file, torch.Size(shape).numel() * dtype.itemsize)
         yield weight["name"], torch.frombuffer(data, dtype=dtype).view(shape)
@@ -116,6 +116,6 @@ def _read(file: Readable, size: int) -> bytearray:
     while done < size:
         got = file.readinto(view[done:])
         if not got:
-            raise ConnectionError(f"the weights broke off after {done:,} of {size:,} bytes")
+            raise ConnectionError(f"the transfer of weights ended after {done:,} of {size:,} bytes")
         done += got
     return data

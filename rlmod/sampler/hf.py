@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlmod.interfaces import OnFinished
 from rlmod.model.shared_prompts import uncompiled
-from rlmod.sampler._sampling import check, ends_of
+from rlmod.sampler._sampling import check_settings, eos_token_ids
 from rlmod.types import Prompts, Rollouts, concatenate
 
 if TYPE_CHECKING:
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HF:
-    """G completions a prompt, with the log-probability of each sampled token and the full-vocabulary entropy at its position.
+    """G completions per prompt, with the log-probability of each sampled token and the full-vocabulary entropy at its position.
 
-    Both are captured while sampling, of softmax(logits / temperature) *before* top-k and top-p cut it: of the policy, not of what is
-    left of it. Nothing is computed for long on behalf of rows that have ended: ``generate`` is interrupted whenever a quarter of its
-    rows are done, and goes on with the others and their key-value cache.
+    Both are computed while sampling, from softmax(logits / temperature) *before* top-k and top-p: they belong to the policy, not to
+    the truncated distribution. Finished rows cost little: ``generate`` is interrupted whenever a quarter of its rows have ended, and
+    resumes with the others and their key-value cache.
     """
 
     completions_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    """0: the whole vocabulary."""
+    """0: the full vocabulary."""
     max_new_tokens: int = 1024
     rows_per_batch: int | None = None
-    """At most so many rows are sampled at once; null: all of them."""
+    """Maximum number of rows sampled at once; null: all of them."""
     greedy: bool = False
-    """Take the most likely token instead of sampling; for evaluation."""
+    """Greedy decoding instead of sampling; for evaluation."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
             raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
 
@@ -52,43 +52,43 @@ class HF:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             batches = torch.arange(len(group), device=device).split(self.rows_per_batch or len(group))
-            parts = [self._sample(policy, prompts, group[places], places, on_finished) for places in batches]
-        return concatenate(parts)
+            sampled = [self._sample(policy, prompts, group[indices], indices, on_finished) for indices in batches]
+        return concatenate(sampled)
 
     def _sample(
         self,
         policy: "PreTrainedModel",
         prompts: Prompts,
         group: Int[Tensor, " R"],
-        places: Int[Tensor, " R"],
+        indices: Int[Tensor, " R"],
         on_finished: OnFinished | None,
     ) -> Rollouts:
-        # Imported here: a mistake in the config is to show before transformers has loaded its generation code.
+        # Imported here, so that a mistake in the config is reported before transformers loads its generation code.
         from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-        from rlmod.sampler._cache import preallocated
+        from rlmod.sampler._cache import preallocate
         from rlmod.sampler._recorder import LastLogits, Recorder
 
         if getattr(policy, "_is_stateful", False):
             raise ValueError(
-                f"sampler=hf resumes from a key-value cache, and {type(policy).__name__} keeps a recurrent state instead; "
-                "give a policy with attention alone"
+                f"sampler=hf resumes from a key-value cache, but {type(policy).__name__} keeps a recurrent state instead; "
+                "use a policy with attention layers only"
             )
         ids, attention = prompts.ids[group], prompts.mask[group]
-        eos = torch.tensor(ends_of(policy), device=ids.device)
+        eos = torch.tensor(eos_token_ids(policy), device=ids.device)
         padding = cast(int, policy.generation_config.pad_token_id)
         record = _Record(prompts, group, self.max_new_tokens, padding)
 
-        def tell(rows: Int[Tensor, " n"]) -> None:
+        def report_finished(rows: Int[Tensor, " n"]) -> None:
             if on_finished is not None and len(rows):
-                on_finished(record.rollouts().rows(rows), places[rows])
+                on_finished(record.rollouts().rows(rows), indices[rows])
 
         running = torch.arange(len(ids), device=ids.device)
-        cache = preallocated(DynamicCache(config=policy.config))
+        cache = preallocate(DynamicCache(config=policy.config))
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
-            with nothing_but_ends(policy), uncompiled(policy):
+            with plain_generation_config(policy), uncompiled(policy):
                 sequences = cast(Any, policy).generate(
                     input_ids=ids,
                     attention_mask=attention.long(),
@@ -96,18 +96,18 @@ class HF:
                     generation_config=self._generation_config(policy, self.max_new_tokens - record.done),
                     logits_processor=LogitsProcessorList([last]),
                     stopping_criteria=StoppingCriteriaList([recorder]),
-                    synced_gpus=False,  # the policy is whole: ranks need not wait for each other
+                    synced_gpus=False,  # the policy is not sharded here, so ranks need not wait for each other
                 )
             new = sequences[:, ids.shape[1] :]
             ended = (new[..., None] == eos).any(-1)
-            record.note(running, new, ended, torch.stack(recorder.logprobs, 1), torch.stack(recorder.entropy, 1))
-            tell(running[ended.any(1)])
-            go_on = (~ended.any(1)).nonzero()[:, 0]
-            running, ids = running[go_on], sequences[go_on]
-            attention = torch.nn.functional.pad(attention[go_on], (0, new.shape[1]), value=True)
-            cache.batch_select_indices(go_on)
+            record.append(running, new, ended, torch.stack(recorder.logprobs, 1), torch.stack(recorder.entropy, 1))
+            report_finished(running[ended.any(1)])
+            unfinished = (~ended.any(1)).nonzero()[:, 0]
+            running, ids = running[unfinished], sequences[unfinished]
+            attention = torch.nn.functional.pad(attention[unfinished], (0, new.shape[1]), value=True)
+            cache.batch_select_indices(unfinished)
         record.truncated[running] = True
-        tell(running)
+        report_finished(running)
         return record.rollouts()
 
     def _generation_config(self, policy: "PreTrainedModel", max_new_tokens: int) -> "GenerationConfig":
@@ -125,17 +125,17 @@ class HF:
 
 
 class _Record:
-    """Tokens sampled so far: ``done`` per row, or fewer if a row has ended."""
+    """The tokens sampled so far: ``done`` per row, or fewer if a row has ended."""
 
-    def __init__(self, prompts: Prompts, group: Int[Tensor, " R"], longest: int, padding: int) -> None:
+    def __init__(self, prompts: Prompts, group: Int[Tensor, " R"], max_tokens: int, padding: int) -> None:
         self.prompts, self.group, self.done = prompts, group, 0
-        shape, device = (len(group), longest), group.device
+        shape, device = (len(group), max_tokens), group.device
         self.completion = torch.full(shape, padding, device=device)
         self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
         self.logprobs, self.entropy = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         self.truncated = torch.zeros(len(group), dtype=torch.bool, device=device)
 
-    def note(
+    def append(
         self,
         rows: Int[Tensor, " n"],
         tokens: Int[Tensor, "n new"],
@@ -143,7 +143,7 @@ class _Record:
         logprobs: Float[Tensor, "n new"],
         entropy: Float[Tensor, "n new"],
     ) -> None:
-        """The next tokens of these rows, up to the first that has ``ended`` one."""
+        """Append the next tokens of these rows, up to the first token that ``ended`` the completion."""
         counts = ended.int().cumsum(1) - ended.int() == 0
         span = slice(self.done, self.done + tokens.shape[1])
         self.completion[rows, span] = torch.where(counts, tokens, self.completion[rows, span])
@@ -168,11 +168,11 @@ class _Record:
 
 
 @contextmanager
-def nothing_but_ends(policy: "PreTrainedModel") -> Iterator[None]:
-    """Without what a model's own generation_config asks for besides, such as a repetition penalty.
+def plain_generation_config(policy: "PreTrainedModel") -> Iterator[None]:
+    """Replace the model's generation_config by one with nothing but the EOS and padding tokens, and restore it afterwards.
 
-    ``generate`` takes it up wherever the caller is silent, and completions would no longer be draws from the policy whose
-    log-probabilities are noted.
+    ``generate`` fills in other settings from it, such as a repetition penalty. Completions would then not be samples from the policy
+    whose log-probabilities are recorded.
     """
     from transformers import GenerationConfig
 

@@ -12,65 +12,65 @@ import torch.distributed as dist
 from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import (
     Completion,
-    as_many,
-    check_for_vllm,
-    draws_from_the_whole,
-    ends_of,
-    prompts_as_lists,
-    request,
-    rollouts_of,
-    rows_of,
-    seed_of,
+    check_vllm_settings,
+    eos_token_ids,
+    repeat_rows,
+    request_seed,
+    rollouts_from_completions,
+    rollouts_of_prompt,
+    samples_full_distribution,
+    sampling_params,
+    unpad_prompts,
 )
-from rlmod.sampler._server import NoSignOfLife, Server
-from rlmod.sampler._weights import Publisher, computes_in, named_weights
+from rlmod.sampler._server import Server, ServerTimeout
+from rlmod.sampler._weights import Publisher, compute_dtype, named_weights
 from rlmod.types import Prompts, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _VERSIONS: dict[str, str] = {}
-"""Version of the weights that each server was last given, by its address."""
-FRESH = "default"
-"""vLLM's version of the weights that a server was started with."""
+"""Version of the weights last sent to each server, by its URL."""
+INITIAL_VERSION = "default"
+"""vLLM's name for the version of the weights that a server starts with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMServer:
-    """G completions a prompt from a vLLM server, which is given the policy's weights before each iteration.
+    """G completions per prompt from a vLLM server, which gets the policy's weights before each iteration.
 
-    ``rlmod-serve`` starts it. It fetches the weights from the trainer's first rank, over vLLM's interface for their transfer; one that was
-    started anew is given them again. ``max_difference`` and the rest as with ``sampler=vllm``.
+    ``rlmod-serve`` starts the server. It fetches the weights from the trainer's first rank, through vLLM's weight-transfer interface; a
+    restarted server gets them again. ``max_difference`` and the other fields mean the same as in ``sampler=vllm``.
 
     Source: vLLM, arXiv:2309.06180.
-    Degenerate: with top_p, top_k or greedy no log-probabilities are handed over: vLLM's would be those of the cut distribution.
+    Degenerate: with top_p, top_k or greedy no log-probabilities are returned: vLLM's would be those of the truncated distribution.
     """
 
     url: str = "http://127.0.0.1:8000"
-    """Address of the server."""
+    """URL of the server."""
     completions_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    """0: the whole vocabulary."""
+    """0: the full vocabulary."""
     max_new_tokens: int = 1024
     greedy: bool = False
-    """Take the most likely token instead of sampling; for evaluation."""
+    """Greedy decoding instead of sampling; for evaluation."""
     max_difference: float = 0.1
-    """Nats: the run stops where the mean of |log pi_old - sampler_logprobs| over a rollout batch's tokens is larger."""
+    """In nats. The run stops if the mean of |log pi_old - sampler_logprobs| over the tokens of a rollout batch is larger."""
     weights_host: str = "127.0.0.1"
-    """This machine's address, as the server sees it: weights are fetched from there."""
+    """This machine's address as seen from the server, which fetches the weights from there."""
     weights_port: int = 0
-    """0: any that is free."""
+    """0: any free port."""
     patience: float = 30.0
-    """Seconds without a sign of life, after which the server counts as dead."""
+    """Seconds without a successful health check, after which the server counts as dead."""
     timeout: float = 1800.0
-    """Seconds that one answer may take, all completions of a prompt, while the server says that it is well."""
+    """Seconds that one request (all completions of a prompt) may take while the server passes its health checks."""
     requests: int = 64
-    """Prompts that are under way at once, on each rank."""
+    """Maximum number of concurrent requests (prompts) per rank."""
 
     def __post_init__(self) -> None:
-        check_for_vllm(self)
+        check_vllm_settings(self)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
         if self.patience <= 0:
@@ -88,112 +88,112 @@ class VLLMServer:
 
     @property
     def max_model_len(self) -> int | None:
-        """The server's: prompt and completion together, in tokens."""
+        """The server's maximum length of prompt and completion together, in tokens."""
         return self._server.get("v1/models")["data"][0].get("max_model_len")
 
     def prepare(self, problems: Sequence[object], tokenizer: object) -> None:
-        """A server that is not there shows before weights are loaded."""
+        """Check that the server is up and can receive weights, before the policy is loaded."""
         self._server.wait_until_awake()
         self._server.get("weight_info")
 
     def sync(self, policy: "PreTrainedModel") -> None:
-        """The policy's weights as they are now are what is sampled with from now on, by all ranks."""
+        """Send the policy's current weights to the server. All ranks sample with them afterwards."""
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._server.wait_until_awake()
-            self._send(policy)
+            self._send_weights(policy)
         if dist.is_initialized():
             dist.barrier()
         _VERSIONS[self.url] = self._server.get("weight_info")["weight_version"]
 
     def sleep(self) -> None:
-        """The server has its own memory."""
+        """Do nothing: the server has its own memory."""
 
     @torch.no_grad()
     def __call__(
         self, policy: "PreTrainedModel", prompts: Prompts, seed: int, on_finished: OnFinished | None = None
     ) -> Rollouts:
-        ends, padding = ends_of(policy), cast(int, policy.generation_config.pad_token_id)
-        asked = {
+        stop_token_ids, padding = eos_token_ids(policy), cast(int, policy.generation_config.pad_token_id)
+        requests = {
             i: {
                 "prompt": ids,
-                **request(self, seed_of(seed, i * self.completions_per_prompt), ends),
+                **sampling_params(self, request_seed(seed, i * self.completions_per_prompt), stop_token_ids),
                 "return_token_ids": True,
             }
-            for i, ids in enumerate(prompts_as_lists(prompts))
+            for i, ids in enumerate(unpad_prompts(prompts))
         }
         answers: dict[int, list[Completion]] = {}
 
-        def sampled() -> None:
-            self._send_if_forgotten(policy)
-            for i, answer in self._server.answers(
-                "v1/completions", {i: asked[i] for i in asked.keys() - answers.keys()}
+        def sample_missing() -> None:
+            self._resend_weights_after_restart(policy)
+            for i, answer in self._server.post_all(
+                "v1/completions", {i: requests[i] for i in requests.keys() - answers.keys()}
             ):
                 answers[i] = self._completions(answer)
                 if on_finished is not None:
-                    on_finished(*rows_of(prompts, i, answers[i], padding))
-            if self._check_undisturbed() == FRESH:
+                    on_finished(*rollouts_of_prompt(prompts, i, answers[i], padding))
+            if self._check_weight_version() == INITIAL_VERSION:
                 raise ValueError(
-                    f"sampler.url={self.url}: the server was started anew while it was sampled from, and some completions may be of other "
-                    "weights; the same command with output=FOLDER resumes from the last checkpoint"
+                    f"sampler.url={self.url}: the server was restarted during sampling, so some completions may come from other weights; "
+                    "repeat the command with output=FOLDER to resume from the last checkpoint"
                 )
 
         try:
-            sampled()
-        except NoSignOfLife:
+            sample_missing()
+        except ServerTimeout:
             raise
         except OSError:
-            self._server.wait_until_awake()  # the server comes back within its patience, or this raises
-            sampled()
-        return rollouts_of(prompts, [row for i in asked for row in answers[i]], padding)
+            self._server.wait_until_awake()  # raises if the server does not come back within ``patience``
+            sample_missing()
+        return rollouts_from_completions(prompts, [row for i in requests for row in answers[i]], padding)
 
     def _completions(self, answer: Mapping[str, Any]) -> list[Completion]:
         rows = sorted(answer["choices"], key=lambda row: row["index"])
         return [
             Completion(
                 tokens=row["token_ids"],
-                logprobs=row["logprobs"]["token_logprobs"] if draws_from_the_whole(self) else None,
+                logprobs=row["logprobs"]["token_logprobs"] if samples_full_distribution(self) else None,
                 ended=row["finish_reason"] == "stop",
             )
-            for row in as_many(rows, self.completions_per_prompt)
+            for row in repeat_rows(rows, self.completions_per_prompt)
         ]
 
-    def _send(self, policy: "PreTrainedModel") -> None:
+    def _send_weights(self, policy: "PreTrainedModel") -> None:
         publisher = _publisher(self.weights_host, self.weights_port)
-        publisher.offer(named_weights(policy), computes_in(policy))
+        publisher.publish(named_weights(policy), compute_dtype(policy))
         try:
-            self._tell("start_weight_update")
-        except NoSignOfLife:
+            self._call("start_weight_update")
+        except ServerTimeout:
             raise
-        except ConnectionError:  # a trainer before this one died in the midst of it
-            self._tell("finish_weight_update")
-            self._tell("start_weight_update")
-        self._tell("update_weights", {"update_info": {"url": publisher.url}})
+        except ConnectionError:  # an earlier trainer died during its update
+            self._call("finish_weight_update")
+            self._call("start_weight_update")
+        self._call("update_weights", {"update_info": {"url": publisher.url}})
         _VERSIONS[self.url] = secrets.token_hex(8)
-        self._tell("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
-        self._tell("reset_prefix_cache")
+        self._call("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
+        self._call("reset_prefix_cache")
 
-    def _tell(self, what: str, body: Mapping[str, Any] | None = None) -> None:
-        for _ in self._server.answers(what, {0: body}):
+    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+        for _ in self._server.post_all(path, {0: body}):
             pass
 
-    def _send_if_forgotten(self, policy: "PreTrainedModel") -> None:
-        """A server that was started anew would sample from weights that nobody knows."""
-        if self._check_undisturbed() == _VERSIONS.get(self.url):
+    def _resend_weights_after_restart(self, policy: "PreTrainedModel") -> None:
+        """Send the weights again if the server was restarted: it would sample with its initial weights."""
+        if self._check_weight_version() == _VERSIONS.get(self.url):
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConnectionError(
-                f"sampler.url={self.url}: the connection broke off within a rollout batch; the same command with output=FOLDER goes on "
+                f"sampler.url={self.url}: the connection was lost within a rollout batch; repeat the command with output=FOLDER to resume "
                 "from the last checkpoint"
             )
-        self._send(policy)
+        self._send_weights(policy)
 
-    def _check_undisturbed(self) -> str:
-        """The version of the server's weights. ValueError where they are another run's."""
+    def _check_weight_version(self) -> str:
+        """Return the version of the server's weights. Raise ValueError if they belong to another run."""
         version: str = self._server.get("weight_info")["weight_version"]
-        if version not in (FRESH, _VERSIONS.get(self.url)):
+        if version not in (INITIAL_VERSION, _VERSIONS.get(self.url)):
             raise ValueError(
-                f"sampler.url={self.url}: another run has given this server its weights while this one sampled; start one for each "
-                "run, with another sampler.url"
+                f"sampler.url={self.url}: another run has sent its weights to this server while this run was sampling; start one server "
+                "per run, each with its own sampler.url"
             )
         return version
 

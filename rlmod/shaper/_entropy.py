@@ -1,4 +1,4 @@
-"""Shared by GTPO's two entropy shapers: classes, shaped rewards, and the three ways to normalize them."""
+"""Shared code of GTPO's two entropy shapers: classes, shaped rewards, and the three ways to normalize them."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -13,20 +13,20 @@ Normalization = Literal["zero_inclusive", "joint", "own_class"]
 Mean = Literal["arithmetic", "geometric"]
 
 FLOOR = 1e-6
-"""Entropies below this count as this, so that nothing is divided by zero and zeros count as equal entropies."""
+"""Lower bound of entropies, so that nothing is divided by zero and zeros count as equal entropies."""
 
 
 class Classes(NamedTuple):
-    """Which entries belong to correct and to wrong completions, and to which group; no entry of a group without signal."""
+    """The entries of correct and of incorrect completions, and the groups of the rows. Groups without signal have no entries."""
 
     correct: Bool[Tensor, "R T"]
-    wrong: Bool[Tensor, "R T"]
+    incorrect: Bool[Tensor, "R T"]
     rows: Int[Tensor, " R"]
-    """Index of the row's group, from 0 without gaps."""
+    """Index of each row's group, from 0 without gaps."""
     groups: int
 
     @classmethod
-    def of(
+    def from_outcomes(
         cls,
         outcomes: Float[Tensor, " R"],
         group: Int[Tensor, " R"],
@@ -39,17 +39,17 @@ class Classes(NamedTuple):
         counted = counted & signal[:, None]
         return cls(counted & correct, counted & ~correct, index, groups)
 
-    def pooled(self) -> "Classes":
-        """All groups as one."""
+    def pool_groups(self) -> "Classes":
+        """Return the classes with all groups merged into one."""
         return self._replace(rows=torch.zeros_like(self.rows), groups=1)
 
 
-def clipped(entropy: Float[Tensor, "R T"], bounds: Sequence[float] | None) -> Float[Tensor, "R T"]:
+def clip_entropy(entropy: Float[Tensor, "R T"], bounds: Sequence[float] | None) -> Float[Tensor, "R T"]:
     low, high = bounds or (FLOOR, torch.inf)
     return entropy.clamp(max(low, FLOOR), high)
 
 
-def shaped_rewards(
+def shape_rewards(
     rewards: Float[Tensor, " R"],
     entropy: Float[Tensor, "R T"],
     classes: Classes,
@@ -58,32 +58,32 @@ def shaped_rewards(
     bonus: float,
     mean: Mean,
 ) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"]]:
-    """r+ = base r + bonus H / mean H on correct entries, r- = -base - bonus (1/H) / mean (1/H) on wrong ones, else 0."""
-    up = _relative_to_class(entropy, classes.correct, classes, mean)
-    down = _relative_to_class(1 / entropy, classes.wrong, classes, mean)
+    """r+ = base r + bonus H / mean H on correct entries, r- = -base - bonus (1/H) / mean (1/H) on incorrect ones, else 0."""
+    up = _divide_by_class_mean(entropy, classes.correct, classes, mean)
+    down = _divide_by_class_mean(1 / entropy, classes.incorrect, classes, mean)
     positive = torch.where(classes.correct, base * rewards[:, None] + bonus * up, 0)
-    negative = torch.where(classes.wrong, -base - bonus * down, 0)
+    negative = torch.where(classes.incorrect, -base - bonus * down, 0)
     return positive, negative
 
 
-def _relative_to_class(
+def _divide_by_class_mean(
     values: Float[Tensor, "R T"], members: Bool[Tensor, "R T"], classes: Classes, mean: Mean
 ) -> Float[Tensor, "R T"]:
     """x_{i,t} / mean_k x_{k,t} over the class members k of the row's group at the same position t.
 
-    The arithmetic mean is the sum over the members divided by their number d_t, so that the paper's d_t x / sum x stands
-    here as x / mean x; the geometric one (App. C) is (prod_k x_{k,t})^(1 / d_t).
+    The arithmetic mean is the sum over the members divided by their number d_t, so the paper's d_t x / sum x is written here as
+    x / mean x. The geometric mean (App. C) is (prod_k x_{k,t})^(1 / d_t).
     """
     count = group_sum(members.to(values.dtype), classes.rows, classes.groups).clamp(min=1)
-    of_members = torch.where(members, values, 1)
+    member_values = torch.where(members, values, 1)
     if mean == "arithmetic":
-        average = group_sum(of_members * members, classes.rows, classes.groups) / count
+        average = group_sum(member_values * members, classes.rows, classes.groups) / count
     else:
-        average = (group_sum(of_members.log(), classes.rows, classes.groups) / count).exp()
-    return of_members / average[classes.rows]
+        average = (group_sum(member_values.log(), classes.rows, classes.groups) / count).exp()
+    return member_values / average[classes.rows]
 
 
-def advantages(
+def normalize_shaped_rewards(
     positive: Float[Tensor, "R T"],
     negative: Float[Tensor, "R T"],
     classes: Classes,
@@ -92,18 +92,18 @@ def advantages(
     eps: float,
     over_ranks: bool = False,
 ) -> Float[Tensor, "R T"]:
-    """(r - mean) / (std + eps) of each entry's own class's shaped reward; 0 for entries of neither class."""
-    counted = classes.correct | classes.wrong
+    """(r - mean) / (std + eps) of the shaped reward of each entry's class; 0 for entries of neither class."""
+    counted = classes.correct | classes.incorrect
 
-    def scores(values: Tensor, among: Tensor) -> Tensor:
-        return standardize(values, among, classes.rows, classes.groups, eps=eps, over_ranks=over_ranks)
+    def normalize(values: Tensor, counted: Tensor) -> Tensor:
+        return standardize(values, counted, classes.rows, classes.groups, eps=eps, over_ranks=over_ranks)
 
     if normalization == "joint":
-        return scores(positive + negative, counted)
+        return normalize(positive + negative, counted)
     own = normalization == "own_class"
-    plus = scores(positive, classes.correct if own else counted)
-    minus = scores(negative, classes.wrong if own else counted)
-    return torch.where(classes.correct, plus, 0) + torch.where(classes.wrong, minus, 0)
+    plus = normalize(positive, classes.correct if own else counted)
+    minus = normalize(negative, classes.incorrect if own else counted)
+    return torch.where(classes.correct, plus, 0) + torch.where(classes.incorrect, minus, 0)
 
 
 def check_fields(

@@ -1,4 +1,4 @@
-"""REINFORCE++ with a baseline: centred by the group, scaled by the batch."""
+"""REINFORCE++ with a baseline: rewards centred by the group's mean and divided by the batch's std."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,15 +15,15 @@ from rlmod.types import Rollouts
 class GroupBaseline:
     """a_i = r_i - mean(r) over the group of row i;   A_{i,t} = (a_i - mean(a)) / (std(a) + eps) over the tokens of the batch
 
-    One std for the whole batch: a group that is nearly all correct or all incorrect is not blown up, as it is when each group is
-    divided by its own.
+    There is one std for the whole batch. Dividing by each group's own std would enlarge the advantages of a group that is nearly all
+    correct or all incorrect.
 
     Source: REINFORCE++, arXiv:2501.03262, the variant with a group-mean baseline.
-    Differs: nothing from verl's and OpenRLHF's: the statistics of the batch run over its tokens, so long completions count more in
-    them, with ddof 1; eps 1e-8 is added to the std (in verl to the variance, which comes to the same within 1e-6). The KL term is a
-    penalty of its own (regularizer=[kl]).
-    Degenerate: a batch whose groups all have equal rewards gives exactly 0; in a mixed batch such a group gets minus the batch's
-    mean, which is 0 where all completions have the same length.
+    Differs: nothing from verl's and OpenRLHF's. The statistics of the batch are computed over its tokens, so long completions count
+    more, with ddof 1. eps 1e-8 is added to the std (in verl to the variance; the results agree within 1e-6). The KL term is a separate
+    component (regularizer=[kl]).
+    Degenerate: a batch whose groups all have equal rewards gives exactly 0. In a mixed batch such a group gets minus the batch's
+    mean, which is 0 if all completions have the same length.
     Reads: rewards, group, mask.
     """
 
@@ -42,5 +42,5 @@ class GroupBaseline:
         index, groups = group_index(rollouts.group)
         counted = rollouts.mask.any(1, keepdim=True)
         centered = standardize(rollouts.rewards[:, None], counted, index, groups, divide_by_std=False)
-        of_tokens = torch.where(rollouts.mask, centered, 0)
-        return standardize(of_tokens, rollouts.mask, torch.zeros_like(index), 1, eps=self.eps, over_ranks=True)
+        per_token = torch.where(rollouts.mask, centered, 0)
+        return standardize(per_token, rollouts.mask, torch.zeros_like(index), 1, eps=self.eps, over_ranks=True)

@@ -1,4 +1,4 @@
-"""RLOO: the reward against the mean of the group's other rewards."""
+"""RLOO: the reward minus the mean of the group's other rewards."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +15,8 @@ class LeaveOneOut:
     """A_{i,t} = r_i - mean_{j != i}(r_j) = G / (G - 1) (r_i - mean(r)), over the group of row i.
 
     Source: RLOO, arXiv:2402.14740, eq. 7.
-    Differs: in nothing; RLOO's whole completion as one action is a matter of the loss (see conf/experiment/rloo.yaml).
-    Degenerate: equal rewards give exactly 0; so does a group of one row.
+    Differs: nothing. RLOO treats the whole completion as one action, which is up to the loss (see conf/experiment/rloo.yaml).
+    Degenerate: equal rewards give exactly 0; so does a group of one completion.
     Reads: rewards, group, mask.
     """
 
@@ -26,7 +26,7 @@ class LeaveOneOut:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         assert rollouts.rewards is not None
         index, groups = group_index(rollouts.group)
-        # A row that is masked out whole belongs to nobody's statistics.
+        # A fully masked row does not count in the statistics.
         counted = rollouts.mask.any(1, keepdim=True)
         centered = standardize(rollouts.rewards[:, None], counted, index, groups, divide_by_std=False)
         size = group_sum(counted.to(centered.dtype), index, groups)[index]

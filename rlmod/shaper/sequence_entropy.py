@@ -1,4 +1,4 @@
-"""GRPO-S: rewards shaped completion by completion by the mean entropy of the policy that sampled.
+"""GRPO-S: rewards shaped per completion by the mean entropy of the policy that sampled it.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -17,20 +17,21 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceEntropy:
-    """r+ and r-, with Hbar_i = mean_t H_{i,t}, of a correct completion (reward > threshold) and an incorrect one of a group:
+    """r+ of a correct completion i (correctness score > threshold) and r- of an incorrect one j, with Hbar_i = mean_t H_{i,t}:
 
         r+_i =  b1 r_i + b2 n Hbar_i / sum_{k correct} Hbar_k
-        r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k wrong} (1/Hbar_k)
+        r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k incorrect} (1/Hbar_k)
 
-    n and m count the two classes. A as in GRPO over the group, from the statistics that ``normalization`` names (see TokenEntropy),
-    the same for every token of a completion. Goes with loss=sequence_surrogate and aggregation=rollout_mean.
+    The sums run over the group; n and m count its two classes. A is normalized over the group as in GRPO, with the statistics that
+    ``normalization`` selects (see TokenEntropy), and is the same for every token of a completion. Use it with loss=sequence_surrogate
+    and aggregation=rollout_mean.
 
     Source: GTPO, arXiv:2508.04349 (v6), eq. 8, 9; ``mean="geometric"``: App. C, Hbar_i = (prod_t H_{i,t})^(1/|o_i|) and
     denominators (prod Hbar)^(1/n). Defaults b1 = 1, b2 = 0.1: sec. 3.1 (0.2 hurts).
-    Differs: [D] ``normalization``; entropies below 1e-6 count as 1e-6; ``entropy_clip`` clips H before the mean; std with ddof 1
-    and eps 1e-6.
+    Differs: [D] ``normalization``. [D] Entropies below 1e-6 count as 1e-6. [D] ``entropy_clip`` clips H before the mean. [D] The std
+    has ddof 1 and eps 1e-6.
     Degenerate: b2 = 0 gives GRPO's z-score (shaper=uniform) for rewards of 0 and 1; so do equal entropies. A group of one class
-    carries no signal: advantage 0.
+    has no signal: advantage 0.
     Reads: rewards, group, mask, entropy.
     """
 
@@ -54,22 +55,24 @@ class SequenceEntropy:
         )
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        positive, negative, classes = self.shaped(rollouts)
-        per_row = _entropy.advantages(positive, negative, classes, normalization=self.normalization, eps=self.eps)
+        positive, negative, classes = self.shape_rewards(rollouts)
+        per_row = _entropy.normalize_shaped_rewards(
+            positive, negative, classes, normalization=self.normalization, eps=self.eps
+        )
         return per_row * rollouts.mask
 
-    def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"], _entropy.Classes]:
-        """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
+    def shape_rewards(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"], _entropy.Classes]:
+        """Return r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
         assert rollouts.rewards is not None
         assert rollouts.entropy is not None
         counted = rollouts.mask.any(1, keepdim=True)
-        classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, counted, self.threshold)
-        entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
+        classes = _entropy.Classes.from_outcomes(rollouts.correctness_score, rollouts.group, counted, self.threshold)
+        entropy = _entropy.clip_entropy(rollouts.entropy, self.entropy_clip)
         if self.mean == "arithmetic":
-            of_row = masked_mean(entropy, rollouts.mask, dim=1)
+            mean_entropy = masked_mean(entropy, rollouts.mask, dim=1)
         else:
-            of_row = masked_mean(entropy.log(), rollouts.mask, dim=1).exp()
-        positive, negative = _entropy.shaped_rewards(
-            rollouts.rewards, of_row[:, None], classes, base=self.beta1, bonus=self.beta2, mean=self.mean
+            mean_entropy = masked_mean(entropy.log(), rollouts.mask, dim=1).exp()
+        positive, negative = _entropy.shape_rewards(
+            rollouts.rewards, mean_entropy[:, None], classes, base=self.beta1, bonus=self.beta2, mean=self.mean
         )
         return positive, negative, classes

@@ -1,4 +1,4 @@
-"""GTPO: rewards shaped token by token by the entropy of the policy that sampled.
+"""GTPO: rewards shaped per token by the entropy of the policy that sampled it.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -16,26 +16,26 @@ from rlmod.types import Rollouts
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEntropy:
-    """At token t of a correct completion (reward > threshold), and of a wrong one:
+    """r+ at token t of a correct completion i (correctness score > threshold), and r- at token t of an incorrect one j:
 
         r+_{i,t} =  a1 r_i + a2 d_t H_{i,t} / sum_{k correct} H_{k,t}
-        r-_{j,t} = -a1     - a2 h_t (1/H_{j,t}) / sum_{k wrong} (1/H_{k,t})
+        r-_{j,t} = -a1     - a2 h_t (1/H_{j,t}) / sum_{k incorrect} (1/H_{k,t})
 
     The sums run over the group's completions of the same class that are at least t tokens long; d_t and h_t count them. Then
-    A+ = (r+ - mean R+) / std R+, and A- from r- alike, with the statistics over the whole batch or the group (``scope``):
+    A+ = (r+ - mean R+) / std R+, and A- from r- in the same way, with the statistics over the whole batch or the group (``scope``):
 
-        zero_inclusive  over every counted token, r+ being 0 on the wrong and r- on the correct completions
+        zero_inclusive  over every counted token, where r+ is 0 on the incorrect and r- on the correct completions
         joint           one set over r+ + r-
-        own_class       over the class's own tokens only
+        own_class       over the tokens of the class only
 
     Source: GTPO, arXiv:2508.04349 (v6), eq. 3, 5, 6; ``mean="geometric"``: App. C, where the denominators are
     (prod H)^(1/d_t) and (prod 1/H)^(1/h_t), without the factors d_t, h_t. Defaults a1 = 1, a2 = 0.1: sec. 3.1.
     Differs: [D] ``normalization`` and ``scope``: the paper says both "over all tokens in the entire batch" and "in the
-    group", and not whether R+ holds the zeros. The default is what Props 2.3 and B.4 need. [D] Entropies below 1e-6 count
-    as 1e-6 (the guard of the fractions). [D] ``entropy_clip`` clamps H first (sec. 3.1 says entropy is clipped at 0.2 and 0.28).
+    group", and does not say whether R+ includes the zeros. Props 2.3 and B.4 need the default. [D] Entropies below 1e-6 count
+    as 1e-6 (no division by 0). [D] ``entropy_clip`` clamps H first (sec. 3.1 says entropy is clipped at 0.2 and 0.28).
     [D] The std has ddof 1 and eps 1e-6.
-    Degenerate: a2 = 0 gives token-mean GRPO with the baseline sum |o| r / sum |o|; equal entropies shape uniformly; one class
-    member left at t has r+ = a1 r + a2. A group of one class carries no signal: advantage 0, and it is left out of the
+    Degenerate: a2 = 0 gives token-mean GRPO with the baseline sum |o| r / sum |o|. Equal entropies shape uniformly. The only class
+    member left at t has r+ = a1 r + a2. A group of one class has no signal: its advantage is 0, and it is excluded from the
     statistics of the batch, so that dropping it changes nothing [D].
     Reads: rewards, group, mask, entropy.
     """
@@ -64,24 +64,26 @@ class TokenEntropy:
             raise ValueError(f"shaper.scope must be batch or group, got {self.scope!r}")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        positive, negative, classes = self.shaped(rollouts)
+        positive, negative, classes = self.shape_rewards(rollouts)
         over_batch = self.scope == "batch"
-        return _entropy.advantages(
+        return _entropy.normalize_shaped_rewards(
             positive,
             negative,
-            classes.pooled() if over_batch else classes,
+            classes.pool_groups() if over_batch else classes,
             normalization=self.normalization,
             eps=self.eps,
             over_ranks=over_batch,
         )
 
-    def shaped(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"], _entropy.Classes]:
-        """r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
+    def shape_rewards(self, rollouts: Rollouts) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"], _entropy.Classes]:
+        """Return r+ and r- (each 0 on the other class, and on groups without signal), and the classes."""
         assert rollouts.rewards is not None
         assert rollouts.entropy is not None
-        classes = _entropy.Classes.of(rollouts.correctness_score, rollouts.group, rollouts.mask, self.threshold)
-        entropy = _entropy.clipped(rollouts.entropy, self.entropy_clip)
-        positive, negative = _entropy.shaped_rewards(
+        classes = _entropy.Classes.from_outcomes(
+            rollouts.correctness_score, rollouts.group, rollouts.mask, self.threshold
+        )
+        entropy = _entropy.clip_entropy(rollouts.entropy, self.entropy_clip)
+        positive, negative = _entropy.shape_rewards(
             rollouts.rewards, entropy, classes, base=self.alpha1, bonus=self.alpha2, mean=self.mean
         )
         return positive, negative, classes

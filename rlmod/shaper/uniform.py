@@ -1,4 +1,4 @@
-"""The reward against its group, the same for every token of a completion.
+"""The reward normalized over its group, the same for every token of a completion.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -17,13 +17,13 @@ from rlmod.types import Rollouts
 class Uniform:
     """A_{i,t} = (r_i - mean(r)) / (std(r) + eps), over the group of row i.
 
-    ``divide_by_std=False`` leaves the division out (Dr. GRPO). ``pool="own"`` takes mean and std from the policy's on-policy completions
-    alone, and judges the guide's by them.
+    ``divide_by_std=False`` omits the division (Dr. GRPO). ``pool="own"`` computes mean and std over the on-policy completions only, and
+    normalizes the guide's completions with them.
 
     Source: GRPO, arXiv:2402.03300, sec. 4.1.2; Dr. GRPO, arXiv:2503.20783, sec. 3.2; ``pool``: [R] MIX, arXiv:2507.12931.
-    Differs: the std has ddof 1 and eps 1e-6, as in verl and NeMo-RL (TRL: 1e-4). [D] Where the own rewards are all equal, the
+    Differs: the std has ddof 1 and eps 1e-6, as in verl and NeMo-RL (TRL: 1e-4). [D] If all on-policy rewards are equal, the
     guide's are centred by them and not divided.
-    Degenerate: equal rewards give exactly 0; so does a group of one row.
+    Degenerate: equal rewards give exactly 0; so does a group of one completion.
     Reads: rewards, group, mask.
     """
 
@@ -32,7 +32,7 @@ class Uniform:
 
     divide_by_std: bool = True
     pool: Literal["union", "own"] = "union"
-    """Whose rewards make up the statistics, where a guide supplies completions: everybody's, or the policy's own."""
+    """The rewards that mean and std are computed over, with a guide: all (union), or those of on-policy completions (own)."""
     eps: float = 1e-6
     """Added to the std; in units of reward."""
 
@@ -43,7 +43,7 @@ class Uniform:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         assert rollouts.rewards is not None
         index, groups = group_index(rollouts.group)
-        # A row that is masked out whole belongs to nobody's statistics.
+        # A fully masked row does not count in the statistics.
         rows = counted = rollouts.mask.any(1, keepdim=True)
         if self.pool == "own" and rollouts.from_guide is not None:
             counted = counted & ~rollouts.from_guide[:, None]

@@ -1,4 +1,4 @@
-"""Operations of a strategy that shards the policy, beyond Lightning's."""
+"""Operations that a sharding strategy needs in addition to Lightning's."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 @runtime_checkable
 class Sharding(Protocol):
     def shard(self, policy: nn.Module) -> nn.Module:
-        """The policy with its weights shared out among the ranks; one that is already comes back as it is."""
+        """Shard the policy's weights over the ranks. A policy that is already sharded is returned unchanged."""
         ...
 
     def gather_full_parameters(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The policy with all its weights on every rank, so that ranks may take different numbers of forward passes."""
+        """Yield the policy with all its weights on every rank, so that ranks may run different numbers of forward passes."""
         ...
 
     def full_precision_policy(self, policy: nn.Module) -> nn.Module:
-        """A policy with the weights as they are trained, whatever the layers compute in: whole, or DTensors. Every rank calls this."""
+        """Return a policy with its weights in the dtype they are trained in: full tensors, or DTensors. Every rank calls this."""
         ...
 
     def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
@@ -52,7 +52,7 @@ def gradient_norm(strategy: object, policy: nn.Module) -> Tensor:
 
 
 def check_readable(strategy: object, checkpoint: Path) -> None:
-    """ValueError for a checkpoint that the strategy cannot read."""
+    """Raise ValueError for a checkpoint that the strategy cannot read."""
     state = checkpoint / "trainer.ckpt"
     name = f"{type(strategy).__module__}.{type(strategy).__name__}"
     if (
@@ -60,6 +60,6 @@ def check_readable(strategy: object, checkpoint: Path) -> None:
         and OmegaConf.select(OmegaConf.load(checkpoint / "config.yaml"), "trainer.strategy._target_") != name
     ):
         raise ValueError(
-            f"resume: {state} is sharded (a file a rank), which only the strategy that wrote it can read: resume with that one, "
-            f"trainer.devices=1 will do; or begin a run with its weights alone, policy.path={checkpoint / 'policy'}"
+            f"resume: {state} is sharded (one file per rank), and only the strategy that wrote it can read it: resume with that strategy "
+            f"(trainer.devices=1 is enough), or start a new run from its weights with policy.path={checkpoint / 'policy'}"
         )

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism by Lightning's FSDPStrategy."""
+"""Fully sharded data parallelism with Lightning's FSDPStrategy (FSDP1)."""
 
 import copy
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from rlmod.model.shared_prompts import layers
 
 
 class FSDP(FSDPStrategy):
-    """The older implementation of sharding, for what strategy=fsdp2 cannot do.
+    """The older implementation of sharding, for cases that strategy=fsdp2 does not support.
 
-    The policy itself is the root of what is wrapped. It cannot be called with its weights gathered, so that sampling has a copy of it
-    on every rank, in the precision that the layers compute in, brought up to date before each iteration.
-    Checkpoints are sharded: a folder with a file a rank.
+    The policy itself is the root of the wrapped modules. It cannot be called with its weights gathered. Therefore every rank keeps a
+    full copy for sampling, in the precision that the layers compute in, which is updated before each iteration.
+    Checkpoints are sharded: a folder with one file per rank.
 
     Source: PyTorch FSDP, arXiv:2304.11277.
     Degenerate: with one rank it computes what strategy=single computes.
@@ -41,7 +41,7 @@ class FSDP(FSDPStrategy):
         if isinstance(policy, FullyShardedDataParallel):
             return policy
         self.copy = copy.deepcopy(policy).requires_grad_(False).eval().to(self.root_device)
-        self._mix_precision_here()
+        self._enable_mixed_precision()
         blocks = set(layers(policy))
         settings: dict[str, Any] = {}
         if self.reduced_precision is not None:
@@ -50,39 +50,39 @@ class FSDP(FSDPStrategy):
         return FullyShardedDataParallel(
             policy,
             auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks),
-            # On a CPU everything is there already, and there is nothing to pin its memory for.
+            # On a CPU there is nothing to offload, and no memory to pin.
             cpu_offload=CPUOffload(offload_params=self.offload and self.root_device.type != "cpu"),
             device_id=self.root_device,  # Lightning would pass an index, which a CPU does not have
             use_orig_params=True,
             **settings,
         )
 
-    def _mix_precision_here(self) -> None:
-        """Lightning's plugin asks for mixed precision on CUDA devices, whatever the device is."""
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
-        if mixed is not None:
-            here = partial(torch.autocast, self.root_device.type, dtype=mixed)
-            vars(self.precision_plugin)["forward_context"] = here
+    def _enable_mixed_precision(self) -> None:
+        """Enable autocast on this strategy's device: Lightning's plugin enables it on CUDA devices, even if the run uses a CPU."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
+        if dtype is not None:
+            autocast = partial(torch.autocast, self.root_device.type, dtype=dtype)
+            vars(self.precision_plugin)["forward_context"] = autocast
 
     @contextmanager
     def gather_full_parameters(self, policy: nn.Module) -> Iterator[nn.Module]:
-        yield self._copied(policy, self.reduced_precision)
+        yield self._update_copy(policy, self.reduced_precision)
 
     def full_precision_policy(self, policy: nn.Module) -> nn.Module:
-        return self._copied(policy)
+        return self._update_copy(policy)
 
     def full_state_dict(self, policy: nn.Module) -> tuple[nn.Module, None]:
-        # Its modules have their plain names, by which peft finds an adapter's weights.
-        return self._copied(policy), None
+        # The copy's modules have their unwrapped names, by which peft finds an adapter's weights.
+        return self._update_copy(policy), None
 
-    def _copied(self, policy: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """``dtype``: of the copy's weights, but not of its buffers; None: as they are trained."""
+    def _update_copy(self, policy: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Copy the current weights, and return the copy. ``dtype`` applies to weights, not to buffers; None: the trained dtype."""
         assert self.copy is not None
         with FullyShardedDataParallel.summon_full_params(policy, writeback=False), torch.no_grad():
-            for mine, value in zip(self.copy.parameters(), policy.parameters(), strict=True):
-                mine.data = value.to(dtype or value.dtype, copy=True)
+            for target, value in zip(self.copy.parameters(), policy.parameters(), strict=True):
+                target.data = value.to(dtype or value.dtype, copy=True)
         return self.copy
 
     def gradient_norm(self, policy: nn.Module) -> Tensor:
         assert isinstance(policy, FullyShardedDataParallel)
-        return policy.clip_grad_norm_(torch.inf)  # the norm, and nothing is clipped
+        return policy.clip_grad_norm_(torch.inf)  # returns the norm; with an infinite limit nothing is clipped

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism by PyTorch's ``fully_shard`` (FSDP2)."""
+"""Fully sharded data parallelism with PyTorch's ``fully_shard`` (FSDP2)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from rlmod.model.shared_prompts import layers
 
 
 class FSDP2(ModelParallelStrategy):
-    """Each rank holds a part of every weight, of its gradient and of the optimizer's state; a layer is whole while it computes.
+    """Each rank holds a shard of every weight, of its gradient and of its optimizer state. A layer is gathered while it computes.
 
     Source: ZeRO, arXiv:1910.02054, stage 3; PyTorch FSDP, arXiv:2304.11277.
     Degenerate: with one rank it computes what strategy=single computes.
@@ -29,18 +29,18 @@ class FSDP2(ModelParallelStrategy):
         sharded_checkpoints: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
-        if cpu_offload and torch.cuda.is_available():  # what is kept on the CPU is also added up there
+        if cpu_offload and torch.cuda.is_available():  # offloaded tensors are also reduced on the CPU
             process_group_backend = process_group_backend or "cpu:gloo,cuda:nccl"
         super().__init__(save_distributed_checkpoint=sharded_checkpoints, process_group_backend=process_group_backend)
         self.reduced_precision, self.cpu_offload = reduced_precision, cpu_offload
 
     def setup_environment(self) -> None:
-        # Lightning's "auto" means tensor parallelism within a node; here every rank has data of its own.
+        # Lightning's "auto" means tensor parallelism within a node. Here all ranks are data-parallel.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Moves everything to the rank's device, except for weights that are offloaded: ``fully_shard`` wants those on the CPU."""
+        """Move everything to the rank's device, except offloaded weights, which ``fully_shard`` requires on the CPU."""
         assert self.model is not None
         for child in self.model.children():
             if self.cpu_offload and any(isinstance(module, FSDPModule) for module in child.modules()):
@@ -66,10 +66,10 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def gather_full_parameters(self, policy: nn.Module) -> Iterator[nn.Module]:
-        # The first forward pass makes its module the root, and sampling does not go through a policy's adapter.
+        # The first forward pass would make its module the root, and sampling does not call the policy's outermost module (an adapter).
         cast(Any, policy)._get_fsdp_state()._lazy_init()
         sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-        # Lightning validates in inference mode, and a tensor that is gathered in it could not be used for training later.
+        # Lightning validates in inference mode. A tensor gathered in it could not be used for training later.
         with torch.inference_mode(False), torch.no_grad():
             for module in sharded:
                 module.set_reshard_after_forward(False, recurse=False)

@@ -61,7 +61,7 @@ def test_only_the_operations_asked_for():
         ({"min_numbers": 1}, r"data\.\*\.min_numbers must be at least 2"),
         ({"min_numbers": 5, "max_numbers": 4}, r"at most data\.\*\.max_numbers, got 5 and 4"),
         ({"modulus": 1}, r"data\.\*\.modulus must be at least 2"),
-        ({"operations": "+/"}, r"data\.\*\.operations must be made of \+-\*, got '\+/'"),
+        ({"operations": "+/"}, r"data\.\*\.operations must contain only \+-\*, got '\+/'"),
         ({"operations": ""}, r"data\.\*\.operations"),
         ({"size": 400, "min_numbers": 2, "max_numbers": 2}, "only about 270 train problems of 2 to 2 numbers exist"),
     ],

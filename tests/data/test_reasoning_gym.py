@@ -51,7 +51,10 @@ def test_options_and_template_reach_the_task():
         ({"options": {"min_animals": 9, "max_animals": 3}}, r"data\.options of leg_counting"),
         ({"size": 0}, r"data\.\*\.size must be at least 1"),
         ({"template": "no question"}, r"data\.template must hold \{question\}"),
-        ({"size": 100, "options": dict.fromkeys(("min_animals", "max_animals", "max_instances"), 1)}, "ask for fewer"),
+        (
+            {"size": 100, "options": dict.fromkeys(("min_animals", "max_animals", "max_instances"), 1)},
+            r"lower data\.\*\.size",
+        ),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -59,7 +62,7 @@ def test_bad_settings_are_named(changes, message):
         Problems(**{"task": "leg_counting", "split": "train", "size": 4, **changes})()
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("answer", "no group")])
+@pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("answer", "no group")])
 def test_bad_patterns_are_named(pattern, message):
     with pytest.raises(ValueError, match=rf"reward\.pattern=.*{message}"):
         Scorer(pattern=pattern)

@@ -55,7 +55,7 @@ def test_a_policy_guide_samples_and_scores_by_itself(prompts, tokenizer):
 def test_a_guide_with_another_vocabulary_is_refused(prompts, tokenizer):
     other = STRONG.tokenizer()
     other.add_tokens(["<think>"])
-    with pytest.raises(ValueError, match=r"guide\.policy\.path=strong.*1 of 100 tokens differ, '<think>' for one"):
+    with pytest.raises(ValueError, match=r"guide\.policy\.path=strong.*1 of 100 tokens differ, for example '<think>'"):
         Policy(**SETTINGS).prepare(prompts.problems, other)
 
 
@@ -151,11 +151,11 @@ def test_longer_ones_are_cut_and_count_as_truncated(sampled, prompts, tokenizer,
     [
         ({"prompt": "9+9:"}, r"demonstrations\.jsonl:1: no problem of data\.train has this prompt, or .*: '9\+9:'"),
         ({"prompt": 3}, r":1: prompt must be text"),
-        ({"logprobs": [0.0]}, r":1: logprobs must be one number a token: \d+ tokens \(EOS included\), got 1"),
+        ({"logprobs": [0.0]}, r":1: logprobs must be one number per token: \d+ tokens \(EOS included\), got 1"),
         ({"logprobs": "drop"}, r":1: no logprobs.*guide\.ratio=one"),
-        ({"completion_ids": [1, 5, 1]}, r":1: completion_ids has an EOS \(1\) in place 0 and goes on after it"),
+        ({"completion_ids": [1, 5, 1]}, r":1: completion_ids has an EOS \(1\) at index 0 and tokens after it"),
         ({"completion_ids": [True, True]}, r":1: completion_ids must be token ids"),
-        ({"completion": "#99"}, r":1: completion and completion_ids differ: '#99', but the tokens say '"),
+        ({"completion": "#99"}, r":1: completion and completion_ids differ: '#99', but the tokens decode to '"),
         ({"completion_ids": [500]}, r":1: completion_ids must be token ids from 0 to 98"),
         ({"completion_ids": []}, r":1: completion_ids"),
         ({"completion_ids": "drop", "completion": 4}, r":1: completion must be text"),

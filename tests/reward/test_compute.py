@@ -48,8 +48,8 @@ def test_named_terms_are_summed():
         ([0.0, float("nan")], r"mine returned nan for row 1; its completion begins '(two){33}t'$"),
         ({"a": [float("inf"), 0.0]}, r"the term 'a' .* returned inf for row 0; its completion begins 'one'$"),
         ([1e39, 0.0], r"returned 1e\+39 for row 0"),  # infinite as float32
-        ([0.0, None], r"returned None for row 1, which is no number"),
-        (["1", "2"], r"returned '1' for row 0, which is no number"),
+        ([0.0, None], r"returned None for row 1, which is not a number"),
+        (["1", "2"], r"returned '1' for row 0, which is not a number"),
         (torch.zeros(2, 1), r"a tensor of shape \[2, 1\]"),
         (torch.tensor(1.0), r"a tensor of shape \[\]"),
         (None, r"returned NoneType, expected one number per completion"),
@@ -152,7 +152,7 @@ def test_interpolations_into_the_whole_configuration_are_resolved(mylab):
         ({"_target_": "mylab_broken.mine"}, r"^reward\._target_: .*No module named .no_such_library"),
         (
             {"_target_": "rlmod.reward.exact_match.ExactMatch", "pattern": "("},
-            r"^reward: reward\.pattern is no regular",
+            r"^reward: reward\.pattern=.* is not a regular",
         ),
         (
             {"_target_": "rlmod.reward.exact_match.ExactMatch", "patern": "x"},
@@ -172,7 +172,7 @@ def test_interpolations_into_the_whole_configuration_are_resolved(mylab):
                     "a": {"weight": 1, "reward": {"_target_": "rlmod.reward.exact_match.ExactMatch", "pattern": "("}}
                 },
             },
-            r"^reward\.terms\.a\.reward: reward\.pattern is no regular",
+            r"^reward\.terms\.a\.reward: reward\.pattern=.* is not a regular",
         ),
         (
             {"_target_": "rlmod.reward.weighted.Weighted", "terms": {"a": {"weight": 1}}},

@@ -110,7 +110,7 @@ def test_a_row_that_hangs_is_killed_and_counted_and_the_others_keep_their_scores
     before = math_verify._worker.process
     start = time.monotonic()
     with pytest.warns(
-        UserWarning, match=r"2 of 5 rows took longer than 0\.5 s .* row 1, whose completion ends .*9\^\{9\}"
+        UserWarning, match=r"2 of 5 completions took longer than 0\.5 s .* row 1, whose completion ends .*9\^\{9\}"
     ) as shown:
         scores = MathVerify(timeout_seconds=0.5)(
             Texts(completions=["1", ENDLESS, "2", ENDLESS, "4"], answers=["1", "1", "2", "7", "5"])
@@ -125,7 +125,7 @@ def test_a_row_that_hangs_is_killed_and_counted_and_the_others_keep_their_scores
 def test_a_worker_that_dies_is_counted_and_replaced():
     rewards(["1"], ["1"])
     math_verify._worker.process.kill()
-    with pytest.warns(UserWarning, match=r"1 of 2 rows failed .* row 0 \(the worker died with exit status -9\)"):
+    with pytest.warns(UserWarning, match=r"1 of 2 completions failed .* row 0 \(the worker died with exit status -9\)"):
         assert MathVerify()(Texts(completions=["1", "2"], answers=["1", "2"])) == [0.0, 1.0]
 
 
@@ -135,7 +135,7 @@ def test_an_error_while_comparing_is_told_from_a_wrong_answer(monkeypatch):
     def broken(*args, **kwargs):
         raise TypeError
 
-    assert _worker.grade("1", "1") == ("right", "")
+    assert _worker.grade("1", "1") == ("correct", "")
     monkeypatch.setattr(_worker, "verify", broken)
     assert _worker.grade("1", "1") == ("error", "TypeError")
 

@@ -88,6 +88,10 @@ def test_the_yaml_composes_with_the_samplers_limit():
         ({"a": {"reward": ExactMatch()}}, r"^reward\.terms\.a\.weight is missing"),
         ({"a": {"weight": 1.0}}, r"^reward\.terms\.a\.reward is missing"),
         ({"a": {"weight": 1.0, "reward": ExactMatch(), "wieght": 2.0}}, r"^reward\.terms\.a\.wieght is unknown"),
+        (
+            {"a": {"weight": 1.0, "reward": ExactMatch(), "counts_for_correctness": "no"}},
+            r"^reward\.terms\.a\.counts_for_correctness must be true or false, got 'no'",
+        ),
         ({"a": {"weight": "1", "reward": ExactMatch()}}, r"^reward\.terms\.a\.weight must be a finite number, got '1'"),
         ({"a": {"weight": float("nan"), "reward": ExactMatch()}}, r"^reward\.terms\.a\.weight must be a finite number"),
         ({"a": {"weight": 1.0, "reward": {"pattern": "x"}}}, r"^reward\.terms\.a\.reward must have a _target_"),

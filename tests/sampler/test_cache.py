@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config
 
 from rlmod.sampler import _cache
-from rlmod.sampler._cache import PreallocatedCacheLayer, preallocated
+from rlmod.sampler._cache import PreallocatedCacheLayer, preallocate
 
 
 def config(**settings) -> Qwen2Config:
@@ -17,7 +17,7 @@ def config(**settings) -> Qwen2Config:
 def test_it_holds_the_same_whatever_comes_and_goes(inference, dtypes, monkeypatch):
     monkeypatch.setattr(_cache, "CACHE_GROWTH", 3)
     draw = torch.Generator().manual_seed(0)
-    mine, plain = preallocated(DynamicCache(config=config())), DynamicCache(config=config())
+    mine, plain = preallocate(DynamicCache(config=config())), DynamicCache(config=config())
     with torch.inference_mode(inference), torch.no_grad():
         for kept, tokens in ((range(5), (4, 1, 1, 1, 1, 1)), ((0, 3, 4), (2, 1, 1)), ((2,), (1,) * 9), ((), ())):
             for cache in (mine, plain):
@@ -34,7 +34,7 @@ def test_it_holds_the_same_whatever_comes_and_goes(inference, dtypes, monkeypatc
 
 def test_it_copies_what_it_holds_only_when_there_is_no_room(monkeypatch):
     monkeypatch.setattr(_cache, "CACHE_GROWTH", 10)
-    cache, places = preallocated(DynamicCache(config=config())), []
+    cache, places = preallocate(DynamicCache(config=config())), []
     for _ in range(33):
         keys, _ = cache.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0)
         places.append(keys.data_ptr())
@@ -43,6 +43,6 @@ def test_it_copies_what_it_holds_only_when_there_is_no_room(monkeypatch):
 
 def test_a_layer_that_forgets_stays_as_it_is():
     sliding = config(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    first, second = preallocated(DynamicCache(config=sliding)).layers
+    first, second = preallocate(DynamicCache(config=sliding)).layers
     assert isinstance(first, PreallocatedCacheLayer)
     assert not isinstance(second, PreallocatedCacheLayer)

@@ -12,9 +12,9 @@ import torch
 from rlmod.adapter.lora import LoRA
 from rlmod.model.policy import HFPolicy
 from rlmod.rollout.metrics import check_agreement, reduce_across_ranks, sampler_agreement
-from rlmod.sampler import _surroundings, vllm
-from rlmod.sampler._sampling import Completion, rollouts_of, seed_of
-from rlmod.sampler._weights import Publisher, fetched, named_weights
+from rlmod.sampler import _vllm_environment, vllm
+from rlmod.sampler._sampling import Completion, request_seed, rollouts_from_completions
+from rlmod.sampler._weights import Publisher, named_weights, read_weights
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts, build_rollouts
 from tests.command_line import SHORT, refused
@@ -25,25 +25,25 @@ TINY = HFPolicy(path="tiny")
 def test_weights_arrive_as_they_were_sent():
     publisher = Publisher("127.0.0.1", 0)
     weights = {"a": torch.randn(3, 5), "b": torch.arange(4.0), "c": torch.randn(2, 2).T}
-    publisher.offer(iter(weights.items()), torch.float32)
+    publisher.publish(iter(weights.items()), torch.float32)
     with urlopen(publisher.url) as response:
-        found = dict(fetched(response))
+        found = dict(read_weights(response))
     assert list(found) == ["a", "b", "c"]
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    publisher.offer(iter(weights.items()), torch.bfloat16)
+    publisher.publish(iter(weights.items()), torch.bfloat16)
     with urlopen(publisher.url) as response:
-        assert torch.equal(dict(fetched(response))["a"], weights["a"].bfloat16())
+        assert torch.equal(dict(read_weights(response))["a"], weights["a"].bfloat16())
     with pytest.raises(HTTPError, match="404"):
         urlopen(publisher.url.rsplit("/", 1)[0] + "/guessed")
 
 
 def test_weights_that_break_off_are_an_error():
     publisher = Publisher("127.0.0.1", 0)
-    publisher.offer(iter({"a": torch.randn(30)}.items()), torch.float32)
+    publisher.publish(iter({"a": torch.randn(30)}.items()), torch.float32)
     whole = BytesIO()
     publisher.write(whole)
-    with pytest.raises(ConnectionError, match="broke off after 112 of 120 bytes"):
-        list(fetched(BytesIO(whole.getvalue()[:-8])))
+    with pytest.raises(ConnectionError, match="ended after 112 of 120 bytes"):
+        list(read_weights(BytesIO(whole.getvalue()[:-8])))
 
 
 def test_a_port_in_use_is_named():
@@ -79,14 +79,14 @@ def test_the_record_of_ragged_completions():
         Completion(tokens=[1], logprobs=[-0.125], ended=True),
         Completion(tokens=[9, 1], logprobs=[-4.0, -5.0], ended=True),
     ]
-    rollouts = rollouts_of(prompts, completions, padding=0)
+    rollouts = rollouts_from_completions(prompts, completions, padding=0)
     assert rollouts.group.tolist() == [0, 0, 1, 1]
     assert rollouts.prompt_ids.tolist() == [[0, 5], [0, 5], [6, 7], [6, 7]]
     assert rollouts.completion_ids.tolist() == [[4, 1, 0], [4, 4, 4], [1, 0, 0], [9, 1, 0]]
     assert rollouts.mask.sum(1).tolist() == [2, 3, 1, 2]
     assert rollouts.truncated.tolist() == [False, True, False, False]
     assert rollouts.sampler_logprobs[1].tolist() == [-1, -2, -3]
-    silent = rollouts_of(prompts, [replace(c, logprobs=None) for c in completions], padding=0)
+    silent = rollouts_from_completions(prompts, [replace(c, logprobs=None) for c in completions], padding=0)
     assert silent.sampler_logprobs is None
 
 
@@ -96,7 +96,9 @@ def test_log_probabilities_stay_whole_where_the_policy_computes_in_16_bits(monke
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        rollouts = rollouts_of(prompts, [Completion(tokens=[4], logprobs=[-5.3712], ended=True)], padding=0)
+        rollouts = rollouts_from_completions(
+            prompts, [Completion(tokens=[4], logprobs=[-5.3712], ended=True)], padding=0
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     assert rollouts.sampler_logprobs.item() == pytest.approx(-5.3712, abs=1e-6)
@@ -119,7 +121,7 @@ def test_a_guide_with_an_engine_is_refused(tmp_path, monkeypatch):
 
 def test_seeds_of_requests_do_not_overlap():
     g = 4
-    seeds = [seed_of(2**32 - 3, i * g) + j for i in range(8) for j in range(g)]
+    seeds = [request_seed(2**32 - 3, i * g) + j for i in range(8) for j in range(g)]
     assert len(set(seeds)) == len(seeds)
     assert max(seeds) < 2**31 + g
 
@@ -161,11 +163,11 @@ def test_a_torchvision_that_does_not_match_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    _surroundings.check_neighbours.cache_clear()
+    _vllm_environment.check_torch_extensions.cache_clear()
     with pytest.raises(
-        ValueError, match=r"torchvision does not go with torch .*nms does not exist.*pip uninstall torchvision"
+        ValueError, match=r"torchvision does not match torch .*nms does not exist.*pip uninstall torchvision"
     ):
-        _surroundings.check_neighbours()
+        _vllm_environment.check_torch_extensions()
 
 
 def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypatch):

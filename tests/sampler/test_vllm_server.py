@@ -122,7 +122,7 @@ def test_one_that_freezes_is_missed_once_its_patience_is_over(server, policy, wh
         engine.sync(policy)
         engine(policy, PROMPTS, 0)
 
-    with pytest.raises(_server.NoSignOfLife, match="Start the server with rlmod-serve"):
+    with pytest.raises(_server.ServerTimeout, match="Start the server with rlmod-serve"):
         collect()
     assert server.asked.count(what) <= len(PROMPTS)  # it is not asked again
 
@@ -157,13 +157,13 @@ def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
 def test_one_that_is_well_but_never_answers_is_given_up(server, policy):
     engine, server.stalls_at = replace(sampler(server), timeout=0.5), "v1/completions"
     engine.sync(policy)
-    with pytest.raises(_server.NoSignOfLife, match=r"no answer to /v1/completions within sampler.timeout"):
+    with pytest.raises(_server.ServerTimeout, match=r"no answer to /v1/completions within sampler.timeout"):
         engine(policy, PROMPTS, 0)
 
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(vllm_server.FRESH, "was started anew while it was sampled from"), ("another's", "another run has given")],
+    [(vllm_server.INITIAL_VERSION, "was restarted during sampling"), ("another's", "another run has sent")],
 )
 def test_other_weights_are_noticed_before_their_completions_count(server, policy, version, words):
     engine = sampler(server)

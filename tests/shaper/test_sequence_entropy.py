@@ -16,11 +16,11 @@ from tests.rollouts import NORMALIZATIONS, SEEDS, one_group, ragged
 def test_by_hand():
     # Correct: Hbar 3 and 1, mean 2. Wrong: Hbar 4 and 1, so 1/Hbar 1/4 and 1, mean 5/8.
     rows = one_group([1, 1, 0, 0], [[2, 4], [1, 1], [3, 5], [1, 1]])
-    plus, minus, _ = SequenceEntropy().shaped(rows)
+    plus, minus, _ = SequenceEntropy().shape_rewards(rows)
     assert plus[:, 0].tolist() == pytest.approx([1.15, 1.05, 0, 0])
     assert minus[:, 0].tolist() == pytest.approx([0, 0, -1.04, -1.16])
     # Geometric: Hbar sqrt(8) and 1, their mean 8^(1/4).
-    plus, _, _ = SequenceEntropy(mean="geometric").shaped(rows)
+    plus, _, _ = SequenceEntropy(mean="geometric").shape_rewards(rows)
     assert plus[0, 0].item() == pytest.approx(1 + 0.1 * 8**0.5 / 8**0.25)
 
 

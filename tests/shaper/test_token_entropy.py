@@ -63,13 +63,13 @@ def by_loops(r: Rollouts, s: TokenEntropy) -> list[list[float]]:
 def test_the_numbers_of_the_paper_by_hand():
     # Correct: H at t = 0 is 3 and 1, mean 2: shares 1.5 and 0.5. Wrong: 1/H is 1/4 and 1, mean 5/8: shares 0.4 and 1.6.
     rows = one_group([1, 1, 0, 0], [[3, 1], [1, 3], [4, 1], [1, 4]])
-    plus, minus, _ = TokenEntropy().shaped(rows)
+    plus, minus, _ = TokenEntropy().shape_rewards(rows)
     torch.testing.assert_close(plus[:2], torch.tensor([[1.15, 1.05], [1.05, 1.15]]).double(), atol=1e-7, rtol=0)
     torch.testing.assert_close(minus[2:], torch.tensor([[-1.04, -1.16], [-1.16, -1.04]]).double(), atol=1e-7, rtol=0)
     assert (plus[2:] == 0).all()
     assert (minus[:2] == 0).all()
     # Geometric: sqrt(3) and 1/sqrt(3); of 1/4 and 1 the mean is 1/2: shares 1/2 and 2.
-    plus, minus, _ = TokenEntropy(mean="geometric").shaped(rows)
+    plus, minus, _ = TokenEntropy(mean="geometric").shape_rewards(rows)
     assert plus[0, 0].item() == pytest.approx(1 + 0.1 * 3**0.5)
     assert minus[2].tolist() == pytest.approx([-1.05, -1.2])
 
@@ -89,20 +89,20 @@ def test_equals_the_equations_in_plain_loops(seed, normalization, scope, mean):
 def test_shaped_rewards_sum_to_the_number_of_members(seed):
     # Proposition 2.2, for a1 + a2 = 1
     rows = ragged(seed)
-    plus, minus, classes = TokenEntropy(alpha1=0.7, alpha2=0.3).shaped(rows)
+    plus, minus, classes = TokenEntropy(alpha1=0.7, alpha2=0.3).shape_rewards(rows)
     for g in rows.group.unique():
         own = rows.group == g
         torch.testing.assert_close(plus[own].sum(0), classes.correct[own].sum(0).double())
-        torch.testing.assert_close(minus[own].sum(0), -classes.wrong[own].sum(0).double())
+        torch.testing.assert_close(minus[own].sum(0), -classes.incorrect[own].sum(0).double())
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 2.0])
 def test_equal_entropies_shape_uniformly(value):
     rows = ragged(1)
     rows = replace(rows, entropy=torch.full_like(rows.entropy, value))
-    plus, minus, classes = TokenEntropy().shaped(rows)
+    plus, minus, classes = TokenEntropy().shape_rewards(rows)
     torch.testing.assert_close(plus[classes.correct], torch.full_like(plus[classes.correct], 1.1))
-    torch.testing.assert_close(minus[classes.wrong], torch.full_like(minus[classes.wrong], -1.1))
+    torch.testing.assert_close(minus[classes.incorrect], torch.full_like(minus[classes.incorrect], -1.1))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -125,7 +125,7 @@ def test_own_class_without_entropy_has_no_signal():
 def test_one_member_left_has_a1_plus_a2_whatever_its_entropy():
     rows = one_group([1, 1, 0], [[3, 0.2], [1, 9.0], [1, 1]])
     rows = replace(rows, mask=torch.tensor([[True, True], [True, False], [True, True]]))
-    plus, minus, _ = TokenEntropy().shaped(rows)
+    plus, minus, _ = TokenEntropy().shape_rewards(rows)
     assert plus[0, 1].item() == pytest.approx(1.1)
     assert minus[2].tolist() == pytest.approx([-1.1, -1.1])
 
@@ -155,7 +155,7 @@ def test_symmetries(seed):
 
 def test_entropy_clip_clips_before_the_shares():
     rows = one_group([1, 1, 0], [[3.0], [0.1], [1.0]])
-    plus, _, _ = TokenEntropy(entropy_clip=(0.2, 0.28)).shaped(rows)
+    plus, _, _ = TokenEntropy(entropy_clip=(0.2, 0.28)).shape_rewards(rows)
     assert plus[:2, 0].tolist() == pytest.approx([1 + 0.1 * 0.28 / 0.24, 1 + 0.1 * 0.2 / 0.24])
 
 
@@ -168,7 +168,7 @@ def test_an_entropy_of_exactly_0_is_divisible_whatever_the_clip():
         entropy=torch.tensor([[0.5], [0.0], [1.0]]),
     )
     for clip in (None, (0.0, 2.0)):
-        _, minus, _ = TokenEntropy(entropy_clip=clip).shaped(rows)
+        _, minus, _ = TokenEntropy(entropy_clip=clip).shape_rewards(rows)
         assert minus[:, 0].tolist() == pytest.approx([0, -1.2, -1.0], abs=1e-5)
 
 

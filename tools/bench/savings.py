@@ -131,7 +131,7 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     half = Workload.of("ragged", prompts, G, longest)
     step = Step(replace(half, rewards=even(prompts, 1).rewards), model, prompt)
     ragged = f"completions {min(half.lengths)} to {longest}"
-    always = replace(step.module.batch, score="always")
+    always = replace(step.module.batch, logprob_pass="always")
     scoring = off(step, step.module, "batch", always)
     yield Saving("pi_old's scores not taken", f"rollout batch and training; {ragged}", step, scoring)
     yield Saving(
@@ -140,12 +140,12 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     lengths = torch.tensor(half.lengths)
     largest = max(len(pack) * (prompt + int(lengths[pack].max())) for pack in pack_by_length(step.rollouts, G))
     numbers = [len(list(pack_by_length(step.rollouts, *limits))) for limits in ((G * prompts, largest), (G,))]
-    by_tokens = replace(step.data.batch, micro_batch=G * prompts, micro_batch_tokens=largest)
+    by_tokens = replace(step.module.batch, micro_batch=G * prompts, micro_batch_tokens=largest)
     cut = f"training; {ragged}, {numbers[0]} packs of at most {largest} tokens against {numbers[1]} of {G} rows"
-    yield Saving("packs by tokens", cut, off(step, step.data, "batch", by_tokens), step)
+    yield Saving("packs by tokens", cut, off(step, step.module, "batch", by_tokens), step)
     step = Step(half, model, prompt)
     setting = f"training; {ragged}, half of the groups without"
-    yield Saving("rows without signal left out", setting, step, off(step, step.data, "every_row", True))
+    yield Saving("rows without signal left out", setting, step, off(step, step.data, "_every_row", True))
 
 
 def compiled(model: str, prompts: int, longest: int, prompt: int) -> Saving:
@@ -230,7 +230,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     setting = f"completions {min(workload.lengths)} to {longest}"
     until_the_last = off(sampled, _recorder, "Recorder", UntilTheLast)
     yield Saving("ended rows left out", f"sampling; {setting}", sampled, until_the_last)
-    copied = off(sampled, _cache, "preallocated", lambda cache: cache)
+    copied = off(sampled, _cache, "preallocate", lambda cache: cache)
     yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
     judge = f"`math_verify` and a judge of {JUDGE_SECONDS * 1000:.0f} ms a text"
     for what, reward in (("`math_verify`", stages.compute_reward), (judge, Judge())):
