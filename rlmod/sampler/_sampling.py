@@ -1,9 +1,9 @@
-"""Shared code of the samplers: checks of their parameters, and the record built from lists of tokens."""
+"""Shared code of the samplers: their parameters, and the record built from lists of tokens."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Int
@@ -19,54 +19,65 @@ CACHE_GROWTH = 64
 """Number of tokens by which sampler=hf extends its key-value cache at a time."""
 
 
-@runtime_checkable
-class Settings(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+    """The sampling parameters that all samplers share"""
+
+    completions_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: the full vocabulary."""
+    max_new_tokens: int = 1024
+    greedy: bool = False
+    """Greedy decoding instead of sampling; for evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.completions_per_prompt < 1:
+            raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {self.completions_per_prompt}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"sampler.temperature must be above 0 and finite, got {self.temperature}; for greedy decoding set sampler.greedy=true"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"sampler.top_k must be 0 (the full vocabulary) or more, got {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampler.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
     @property
-    def completions_per_prompt(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def greedy(self) -> bool: ...
+    def samples_full_distribution(self) -> bool:
+        """True without top-p, top-k and greedy decoding. Log-probabilities always refer to the full distribution."""
+        return self.top_p == 1 and self.top_k == 0 and not self.greedy
 
 
-def check_settings(sampler: Settings) -> None:
-    """Raise ValueError for settings that cannot be sampled with."""
-    if sampler.completions_per_prompt < 1:
-        raise ValueError(f"sampler.completions_per_prompt must be at least 1, got {sampler.completions_per_prompt}")
-    if not 0 < sampler.temperature < math.inf:
-        raise ValueError(
-            f"sampler.temperature must be above 0 and finite, got {sampler.temperature}; for greedy decoding set sampler.greedy=true"
-        )
-    if not 0 < sampler.top_p <= 1:
-        raise ValueError(f"sampler.top_p must be above 0 and at most 1, got {sampler.top_p}")
-    if sampler.top_k < 0:
-        raise ValueError(f"sampler.top_k must be 0 (the full vocabulary) or more, got {sampler.top_k}")
-    if sampler.max_new_tokens < 1:
-        raise ValueError(f"sampler.max_new_tokens must be at least 1, got {sampler.max_new_tokens}")
+@dataclass(frozen=True, kw_only=True)
+class VLLMSamplingParameters(SamplingParameters):
+    """The sampling parameters of a vLLM engine, in this process or behind a server"""
 
+    max_difference: float = 0.1
+    """In nats. The run stops if the mean of |log pi_old - sampler_logprobs| over the tokens of a rollout batch is larger."""
 
-def check_vllm_settings(sampler: Settings) -> None:
-    """Raise ValueError for settings that cannot be sampled with, or that vLLM does not support."""
-    check_settings(sampler)
-    if not 0.01 <= sampler.temperature <= 2:  # vLLM raises lower ones to 0.01
-        raise ValueError(f"sampler.temperature must be from 0.01 to 2 with vLLM, got {sampler.temperature}")
-    max_difference = getattr(sampler, "max_difference", 1.0)
-    if max_difference <= 0:
-        raise ValueError(f"sampler.max_difference must be above 0 nats, got {max_difference}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.01 <= self.temperature <= 2:  # vLLM raises lower ones to 0.01
+            raise ValueError(f"sampler.temperature must be from 0.01 to 2 with vLLM, got {self.temperature}")
+        if self.max_difference <= 0:
+            raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
 
-
-def samples_full_distribution(sampler: Settings) -> bool:
-    """Return True if completions are sampled from the full distribution, without top-p, top-k or greedy decoding.
-
-    Log-probabilities always refer to the full distribution.
-    """
-    return sampler.top_p == 1 and sampler.top_k == 0 and not sampler.greedy
+    def request_parameters(self, seed: int, index: int, stop_token_ids: list[int]) -> dict[str, Any]:
+        """Return vLLM's sampling parameters for the completions of prompt number ``index``."""
+        return {
+            "n": 1 if self.greedy else self.completions_per_prompt,
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_p": 1.0 if self.greedy else self.top_p,
+            "top_k": 0 if self.greedy else self.top_k,
+            "seed": None if self.greedy else request_seed(seed, index * self.completions_per_prompt),
+            "max_tokens": self.max_new_tokens,
+            "logprobs": 0 if self.samples_full_distribution else None,
+            "stop_token_ids": stop_token_ids,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +134,6 @@ def repeat_rows(rows: Sequence[Any], number: int) -> Sequence[Any]:
 def unpad_prompts(prompts: Prompts) -> list[list[int]]:
     """Return the token ids of each prompt, without padding."""
     return [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-
-
-def sampling_params(sampler: Settings, seed: int, stop_token_ids: list[int]) -> dict[str, Any]:
-    """Return vLLM's sampling parameters for the completions of one prompt."""
-    greedy = sampler.greedy
-    return {
-        "n": 1 if greedy else sampler.completions_per_prompt,
-        "temperature": 0.0 if greedy else sampler.temperature,
-        "top_p": 1.0 if greedy else sampler.top_p,
-        "top_k": 0 if greedy else sampler.top_k,
-        "seed": None if greedy else seed,
-        "max_tokens": sampler.max_new_tokens,
-        "logprobs": 0 if samples_full_distribution(sampler) else None,
-        "stop_token_ids": stop_token_ids,
-    }
 
 
 def eos_token_ids(policy: "PreTrainedModel") -> list[int]:

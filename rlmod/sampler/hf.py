@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlmod.interfaces import OnFinished
 from rlmod.model.shared_prompts import uncompiled
-from rlmod.sampler._sampling import check_settings, eos_token_ids
+from rlmod.sampler._sampling import SamplingParameters, eos_token_ids
 from rlmod.types import Prompts, Rollouts, concatenate
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HF:
+class HF(SamplingParameters):
     """G completions per prompt, with the log-probability of each sampled token and the full-vocabulary entropy at its position.
 
     Both are computed while sampling, from softmax(logits / temperature) *before* top-k and top-p: they belong to the policy, not to
@@ -27,19 +27,11 @@ class HF:
     resumes with the others and their key-value cache.
     """
 
-    completions_per_prompt: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: the full vocabulary."""
-    max_new_tokens: int = 1024
     rows_per_batch: int | None = None
     """Maximum number of rows sampled at once; null: all of them."""
-    greedy: bool = False
-    """Greedy decoding instead of sampling; for evaluation."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
             raise ValueError(f"sampler.rows_per_batch must be null or at least 1, got {self.rows_per_batch}")
 

@@ -19,14 +19,11 @@ import torch.distributed as dist
 from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import (
     Completion,
-    check_vllm_settings,
+    VLLMSamplingParameters,
     eos_token_ids,
     repeat_rows,
-    request_seed,
     rollouts_from_completions,
     rollouts_of_prompt,
-    samples_full_distribution,
-    sampling_params,
     unpad_prompts,
 )
 from rlmod.sampler._vllm_environment import (
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLM:
+class VLLM(VLLMSamplingParameters):
     """G completions per prompt from a vLLM engine in this process, one per rank, which gets the policy's weights before each iteration.
 
     It returns the log-probability of every sampled token at the sampling temperature (``sampler_logprobs``). The log-probabilities of
@@ -53,16 +50,6 @@ class VLLM:
     Degenerate: with top_p, top_k or greedy no log-probabilities are returned: vLLM's would be those of the truncated distribution.
     """
 
-    completions_per_prompt: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: the full vocabulary."""
-    max_new_tokens: int = 1024
-    greedy: bool = False
-    """Greedy decoding instead of sampling; for evaluation."""
-    max_difference: float = 0.1
-    """In nats. The run stops if the mean of |log pi_old - sampler_logprobs| over the tokens of a rollout batch is larger."""
     max_model_len: int | None = None
     """Maximum length of prompt and completion together, in tokens; null: from the policy's config. A lower limit fits more rows at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -77,7 +64,7 @@ class VLLM:
     """Further arguments of vllm.LLM."""
 
     def __post_init__(self) -> None:
-        check_vllm_settings(self)
+        super().__post_init__()
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"sampler.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
@@ -129,7 +116,7 @@ class VLLM:
         g, padding = self.completions_per_prompt, cast(int, policy.generation_config.pad_token_id)
         settings = [
             SamplingParams(
-                **sampling_params(self, request_seed(seed, i * g), eos_token_ids(policy)),
+                **self.request_parameters(seed, i, eos_token_ids(policy)),
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -154,7 +141,7 @@ class VLLM:
 
     def _completion(self, row: Any) -> Completion:
         logprobs = None
-        if samples_full_distribution(self):
+        if self.samples_full_distribution:
             logprobs = [at[token].logprob for at, token in zip(row.logprobs, row.token_ids, strict=True)]
         return Completion(tokens=row.token_ids, logprobs=logprobs, ended=row.finish_reason == "stop")
 

@@ -12,14 +12,11 @@ import torch.distributed as dist
 from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import (
     Completion,
-    check_vllm_settings,
+    VLLMSamplingParameters,
     eos_token_ids,
     repeat_rows,
-    request_seed,
     rollouts_from_completions,
     rollouts_of_prompt,
-    samples_full_distribution,
-    sampling_params,
     unpad_prompts,
 )
 from rlmod.sampler._server import Server, ServerTimeout
@@ -36,7 +33,7 @@ INITIAL_VERSION = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMServer:
+class VLLMServer(VLLMSamplingParameters):
     """G completions per prompt from a vLLM server, which gets the policy's weights before each iteration.
 
     ``rlmod-serve`` starts the server. It fetches the weights from the trainer's first rank, through vLLM's weight-transfer interface; a
@@ -48,16 +45,6 @@ class VLLMServer:
 
     url: str = "http://127.0.0.1:8000"
     """URL of the server."""
-    completions_per_prompt: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: the full vocabulary."""
-    max_new_tokens: int = 1024
-    greedy: bool = False
-    """Greedy decoding instead of sampling; for evaluation."""
-    max_difference: float = 0.1
-    """In nats. The run stops if the mean of |log pi_old - sampler_logprobs| over the tokens of a rollout batch is larger."""
     weights_host: str = "127.0.0.1"
     """This machine's address as seen from the server, which fetches the weights from there."""
     weights_port: int = 0
@@ -70,7 +57,7 @@ class VLLMServer:
     """Maximum number of concurrent requests (prompts) per rank."""
 
     def __post_init__(self) -> None:
-        check_vllm_settings(self)
+        super().__post_init__()
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
         if self.patience <= 0:
@@ -116,7 +103,7 @@ class VLLMServer:
         requests = {
             i: {
                 "prompt": ids,
-                **sampling_params(self, request_seed(seed, i * self.completions_per_prompt), stop_token_ids),
+                **self.request_parameters(seed, i, stop_token_ids),
                 "return_token_ids": True,
             }
             for i, ids in enumerate(unpad_prompts(prompts))
@@ -151,7 +138,7 @@ class VLLMServer:
         return [
             Completion(
                 tokens=row["token_ids"],
-                logprobs=row["logprobs"]["token_logprobs"] if samples_full_distribution(self) else None,
+                logprobs=row["logprobs"]["token_logprobs"] if self.samples_full_distribution else None,
                 ended=row["finish_reason"] == "stop",
             )
             for row in repeat_rows(rows, self.completions_per_prompt)
