@@ -8,28 +8,41 @@ import logging
 import re
 import signal
 import sys
+from decimal import Decimal
 from functools import lru_cache
 from multiprocessing.connection import Connection
+from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Basic, Equality, FiniteSet, Interval, Tuple
+from sympy.matrices import MatrixBase
 
 # If there is a box, only the box is parsed. There is no fallback to comparing raw strings.
 CONFIG = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
-NUMBER = r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)\s*%?"
+NUMBER = r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?\s*%?"
 HASHES = re.compile(rf"####[ \t]*({NUMBER})[ \t]*\.?[ \t]*$", re.MULTILINE)
-BOX = "\\boxed{"
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+THIN_SPACES = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\})(?=\d{3}(?!\d))")
+"""LaTeX's separators of thousands, as in 1\,234."""
+LABEL = re.compile(
+    r"^\\(?:text|textbf|mathrm|mbox)\s*\{\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*\}\s*[:=]?",
+    re.IGNORECASE,
+)
+"""A label in front of the answer, as in \text{Answer: }8."""
+RELATIVE_TOLERANCE = 1e-3
 
 
 def final_answer(text: str) -> str:
     """Return the section of a completion to parse: its last box, else its last ``#### number``, else the full text.
 
-    From the full text math-verify takes the last number or formula.
+    A last box that is cut off gives the empty text: the completion withdrew its earlier answer and did not finish the new one. From the
+    full text math-verify takes the last number or formula.
     """
     text = _normalize_signs(text)
     content = _last_box(text)
     if content is not None:
-        return normalize_answer(content)
+        return normalize_answer(content) if content else ""
     if hashes := HASHES.findall(text):
         return normalize_answer(hashes[-1])
     # math-verify prefers the text after the word "answer", also in "to find the answer, add 5 and 3 to get 8".
@@ -43,9 +56,13 @@ def final_answer(text: str) -> str:
 def normalize_answer(text: str) -> str:
     """Return the text of an answer for parsing: a number as a plain number, anything else as LaTeX in a box."""
     text = _normalize_signs(text).strip()
+    text = THIN_SPACES.sub("", LABEL.sub("", text)).strip()
     if re.fullmatch(NUMBER, text):
-        return re.sub(r"[$,+]", "", text)
-    return f"{BOX}{text}}}"
+        number, _, percent = re.sub(r"[$,+\s]", "", text.replace("e+", "e").replace("E+", "e")).partition("%")
+        return (f"{Decimal(number):f}" if "e" in number.lower() else number) + (
+            "%" if percent or text.endswith("%") else ""
+        )
+    return f"\\boxed{{{text}}}"
 
 
 def _normalize_signs(text: str) -> str:
@@ -55,15 +72,20 @@ def _normalize_signs(text: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    start = text.rfind(BOX)
-    if start < 0:
+    r"""Return the content of the last ``\boxed{8}``, ``\boxed 8`` or ``\fbox{8}``; "" if it is cut off; None if there is no box."""
+    boxes = list(BOX.finditer(text))
+    if not boxes:
         return None
+    start = boxes[-1].end()
+    if not text.startswith("{", start):  # TeX takes the next token
+        token = re.match(r"\\[a-zA-Z]+|\S", text[start:])
+        return token[0] if token else ""
     depth = 1
-    for end in range(start + len(BOX), len(text)):
+    for end in range(start + 1, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return text[start + len(BOX) : end]
-    return None  # cut off inside the box
+            return text[start + 1 : end]
+    return ""  # cut off inside the box
 
 
 def _parse(text: str) -> list:
@@ -74,10 +96,41 @@ def _parse(text: str) -> list:
 @lru_cache(maxsize=1024)
 def _parse_gold(answer: str) -> list:
     content = _last_box(_normalize_signs(answer))
+    if content == "":
+        return []
     hashes = HASHES.findall(_normalize_signs(answer))
     return _parse(
         normalize_answer(content if content is not None else hashes[-1] if hashes else answer.strip().strip("$"))
     )
+
+
+def _agree_relatively(gold: list, found: list) -> bool:
+    """Return False if all values differ relatively although six decimals agree: 1/2004! and 1/2006!."""
+    values = [value for value in gold if isinstance(value, Basic | MatrixBase)]
+    others = [value for value in found if isinstance(value, Basic | MatrixBase)]
+    return not (values and others) or any(_close(value, other) for value in values for other in others)
+
+
+def _close(value: Any, other: Any) -> bool:
+    """Return False for two small numbers, or containers of them, that differ by more than ``RELATIVE_TOLERANCE``."""
+    if isinstance(value, Equality) or isinstance(other, Equality):
+        sides = [getattr(side, "rhs", side) for side in (value, other)]
+        return _close(*sides)
+    for container in (Tuple, Interval, MatrixBase):
+        if isinstance(value, container) and isinstance(other, container):
+            pairs = (
+                zip(value.args, other.args, strict=False)
+                if container is not MatrixBase
+                else zip(value, other, strict=False)
+            )
+            return all(_close(one, two) for one, two in pairs)
+    if isinstance(value, FiniteSet) and isinstance(other, FiniteSet) and len(value) == len(other):
+        return all(any(_close(one, two) for two in other) for one in value)
+    if not (getattr(value, "is_number", False) and getattr(other, "is_number", False)) or value == other:
+        return True
+    size, apart = abs(value.evalf(30)), abs((value - other).evalf(30))
+    # Above 0.001 six decimals are more than three significant digits already.
+    return bool(size >= RELATIVE_TOLERANCE) or bool(apart <= RELATIVE_TOLERANCE * size)
 
 
 def grade(completion: str, answer: str) -> tuple[str, str]:
@@ -89,7 +142,8 @@ def grade(completion: str, answer: str) -> tuple[str, str]:
         return "gold", ""
     try:
         # A completion that cannot be parsed gives an empty list, which is incorrect.
-        correct = verify(gold, _parse(final_answer(completion)), timeout_seconds=None, raise_on_error=True)
+        found = _parse(final_answer(completion))
+        correct = verify(gold, found, timeout_seconds=None, raise_on_error=True) and _agree_relatively(gold, found)
     except Exception as error:
         return "error", type(error).__name__  # without its text: str() of a SymPy expression may never return
     return ("correct" if correct else "incorrect"), ""

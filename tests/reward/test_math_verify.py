@@ -223,3 +223,48 @@ def test_neither_side_imports_more_than_it_needs():
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "reward"),
+    [
+        # Spellings of a box and of what stands in it.
+        ("8", r"so \boxed {8} after 3 steps.", 1.0),
+        ("8", r"\fbox{8} in 3 steps", 1.0),
+        ("8", r"The answer is \boxed8 after 3 steps", 1.0),
+        ("8", "\\boxed\n{8}, not 3", 1.0),
+        ("8", r"\framebox{8}, not 9", 1.0),
+        ("1234", r"\boxed{1\,234}", 1.0),
+        ("12345678", r"\boxed{12{,}345{,}678}", 1.0),
+        ("8", r"\boxed{\text{Answer: }8}", 1.0),
+        ("8", r"\boxed{\text{The final answer is } 8}", 1.0),
+        (r"\frac12", r"\boxed{\displaystyle\dfrac{1}{2}}", 1.0),
+        # A box that is cut off withdraws an earlier one.
+        ("4", r"\boxed{4}. Wait, check again. So the answer is \boxed{", 0.0),
+        ("4", r"\boxed{4}. No, it is \boxed{7", 0.0),
+        ("4", r"\boxed{4}. No, it is \boxed", 0.0),
+        ("4", r"First \boxed{3}, then \boxed{4}", 1.0),
+        # Numbers whose first six decimals are equal.
+        (r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}", 0.0),
+        (r"\frac{1}{2^{99}}", r"\boxed{\frac{1}{2^{98}}}", 0.0),
+        (r"\frac{1}{2^{99}}", r"\boxed{2^{-99}}", 1.0),
+        (r"(\frac{1}{2004!}, 1)", r"\boxed{(\frac{1}{2006!}, 1)}", 0.0),
+        (r"(\frac{1}{2004!}, 1)", r"\boxed{(\frac{1}{2004!}, 1)}", 1.0),
+        (r"\{\frac{1}{2^{99}}, 2\}", r"\boxed{\{2, 2^{-98}\}}", 0.0),
+        ("0", r"\boxed{10^{-9}}", 0.0),
+        ("1/30", r"\boxed{0.033333}", 1.0),
+        ("1/30", r"\boxed{0.0333}", 0.0),
+        # Scientific notation, as Python and JSON write small numbers.
+        ("1e-07", r"\boxed{10^{-7}}", 1.0),
+        ("0.0000001", r"\boxed{1e-7}", 1.0),
+        ("1.5e3", r"\boxed{1500}", 1.0),
+        ("1.5E+3", "#### 1500", 1.0),
+    ],
+)
+def test_a_value_is_compared_however_it_is_written(gold, completion, reward):
+    assert MathVerify()(Texts(completions=[completion], answers=[gold])) == [reward]
+
+
+def test_a_gold_answer_whose_box_is_cut_off_cannot_be_parsed():
+    with pytest.raises(ValueError, match="cannot parse the answer"):
+        MathVerify()(Texts(completions=["4"], answers=[r"\boxed{4"]))
