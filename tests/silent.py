@@ -7,7 +7,7 @@ from rlmod.sampler.hf import HF
 
 @dataclass(frozen=True, kw_only=True)
 class Silent(HF):
-    def __call__(self, policy, prompts, seed):
+    def __call__(self, policy, prompts, seed):  # pyright: ignore[reportIncompatibleMethodOverride]
         return replace(super().__call__(policy, prompts, seed), logprobs=None, entropy=None, sampler_logprobs=None)
 
 

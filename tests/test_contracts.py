@@ -34,6 +34,7 @@ def full(seed: int = 0) -> Rollouts:
     def noise() -> torch.Tensor:
         return -3 * torch.rand(rollouts.mask.shape, generator=draw).double()
 
+    assert rollouts.entropy is not None
     kept = torch.where(rollouts.mask, rollouts.entropy, 0.0)
     return replace(
         rollouts, outcomes=rollouts.rewards, logprobs=noise(), entropy=kept, sampler_logprobs=noise(),
@@ -132,4 +133,4 @@ def test_defaults_are_documented():
     import rlmod.interfaces
 
     for name in DEFAULTS:
-        assert re.search(rf"^    {name} ", rlmod.interfaces.__doc__, re.MULTILINE), name
+        assert re.search(rf"^    {name} ", str(rlmod.interfaces.__doc__), re.MULTILINE), name

@@ -11,7 +11,7 @@ import sys
 from decimal import Decimal
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, Equality, FiniteSet, Interval, Tuple
@@ -116,18 +116,15 @@ def _close(value: Any, other: Any) -> bool:
     if isinstance(value, Equality) or isinstance(other, Equality):
         sides = [getattr(side, "rhs", side) for side in (value, other)]
         return _close(*sides)
-    for container in (Tuple, Interval, MatrixBase):
-        if isinstance(value, container) and isinstance(other, container):
-            pairs = (
-                zip(value.args, other.args, strict=False)
-                if container is not MatrixBase
-                else zip(value, other, strict=False)
-            )
-            return all(_close(one, two) for one, two in pairs)
+    if isinstance(value, Tuple | Interval) and isinstance(other, Tuple | Interval):
+        return all(_close(one, two) for one, two in zip(value.args, other.args, strict=False))
+    if isinstance(value, MatrixBase) and isinstance(other, MatrixBase):
+        return all(_close(one, two) for one, two in zip(value.flat(), other.flat(), strict=False))
     if isinstance(value, FiniteSet) and isinstance(other, FiniteSet) and len(value) == len(other):
         return all(any(_close(one, two) for two in other) for one in value)
     if not (getattr(value, "is_number", False) and getattr(other, "is_number", False)) or value == other:
         return True
+    value, other = cast(Any, value), cast(Any, other)
     size, apart = abs(value.evalf(30)), abs((value - other).evalf(30))
     # Above 0.001 six decimals are more than three significant digits already.
     return bool(size >= RELATIVE_TOLERANCE) or bool(apart <= RELATIVE_TOLERANCE * size)

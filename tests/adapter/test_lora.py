@@ -1,5 +1,7 @@
 """LoRA on the shipped policy: what is trained, what is saved, and the base under it."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -49,7 +51,7 @@ def test_rank_and_alpha_by_hand():
         HFPolicy(path="tiny").tokenizer()
     )
     changed(policy)
-    layer = next(module for name, module in policy.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+    layer: Any = next(module for name, module in policy.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert a.shape == (2, 96)

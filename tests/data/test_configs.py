@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -29,7 +30,7 @@ def test_the_shape_of_every_file(name):
     max_tokens = None if name == "arithmetic" else 1024
     assert instantiate(data.encoder) == PromptEncoder(max_tokens=max_tokens)
     # One place for each setting: what the sources share is interpolated.
-    sources = OmegaConf.to_container(data, resolve=False)
+    sources: Any = OmegaConf.to_container(data, resolve=False)
     shared = {"prompt_field", "answer_field", "template", "answer_pattern", "modulus", "seed"} & sources.keys()
     assert all(sources[part][key] == f"${{data.{key}}}" for part in ("train", "validation") for key in shared)
 

@@ -14,14 +14,14 @@ def test_gsm8k(name, count):
     assert all(any(c.isdigit() for c in p.answer) and "\n" not in p.answer for p in problems)
     if name == "test":
         assert problems[0].answer == "18"
-        assert problems[0].prompt.startswith("Janet\u2019s ducks lay 16 eggs")
+        assert str(problems[0].prompt).startswith("Janet\u2019s ducks lay 16 eggs")
 
 
 def test_svamp():
     problems = ProblemFile(path=real("svamp/test.jsonl"), template="{Body} {Question}", answer_field="Answer")()
     assert len(problems) == 1000
     assert problems[0].answer == "145"
-    assert problems[0].prompt.endswith("into 93 groups How big is each group of bananas?")
+    assert str(problems[0].prompt).endswith("into 93 groups How big is each group of bananas?")
 
 
 @pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("amc23", 40)])

@@ -38,8 +38,8 @@ def test_options_and_template_reach_the_task():
         options={"min_animals": 2, "max_animals": 2},
         template="Q: {question}\nA:",
     )()
-    assert problem.prompt.startswith("Q: ")
-    assert problem.prompt.endswith("\nA:")
+    assert str(problem.prompt).startswith("Q: ")
+    assert str(problem.prompt).endswith("\nA:")
     assert problem.entry["metadata"]["num_animals"] == 2
 
 

@@ -21,7 +21,7 @@ def saved(folder, outputs: int = 1, chat: str | None = None) -> str:
     model = Qwen2ForSequenceClassification(
         Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, num_labels=outputs, pad_token_id=tokenizer.pad_token_id,
+            num_key_value_heads=2, num_labels=outputs, pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportCallIssue]
         )
     )  # fmt: skip
     model.save_pretrained(folder)

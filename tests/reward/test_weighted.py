@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -76,7 +77,7 @@ def test_the_yaml_composes_with_the_samplers_limit():
     config = OmegaConf.create(
         {"sampler": {"max_new_tokens": 2000}, "reward": OmegaConf.load(folder / "reward" / "weighted.yaml")}
     )
-    reward = build_reward(config.reward)
+    reward: Any = build_reward(config.reward)
     assert reward.terms["overlong"]["reward"] == Overlong(max_tokens=2000, buffer=16)
     assert list(reward.terms) == ["correct", "overlong"]
 

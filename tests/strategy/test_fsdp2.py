@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlmod.model.policy import HFPolicy
@@ -12,7 +13,7 @@ from rlmod.strategy.fsdp2 import FSDP2
 
 @pytest.fixture
 def strategy(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         yield strategy_with_mesh
     finally:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,13 +45,13 @@ def test_rows_end_where_they_are_told_to_whether_generation_is_interrupted_or_no
     policy = specification.model(tokenizer).eval()
     wanted = (5, 30, 9, 1, 17, 30, 2, 12)
     lengths = Lengths(wanted, tokenizer.eos_token_id)
-    generate, calls = policy.generate, []
+    generate, calls = cast(Any, policy).generate, []
 
     def prescribed(*arguments, logits_processor=(), **settings):
         calls.append(len(settings["input_ids"]))
         return generate(*arguments, logits_processor=[*logits_processor, lengths], **settings)
 
-    policy.generate = prescribed
+    cast(Any, policy).generate = prescribed
     rollouts = HF(completions_per_prompt=4, max_new_tokens=30)(policy, prompts, 0)
     assert rollouts.mask.sum(1).tolist() == list(wanted)
     assert len(calls) > 2
@@ -132,7 +133,8 @@ def through_a_policy(work) -> int:
 def test_each_saving_spares_tokens_does_the_same_work_and_is_switched_off(monkeypatch):
     found = list(savings.savings("0.3 M", prompts=4, shrink=8))
     for saving in found:  # the first time, a policy is asked for two tokens more: what its head hands over
-        saving.with_it(), saving.without()
+        saving.with_it()
+        saving.without()
     tokens = [(through_a_policy(saving.with_it), through_a_policy(saving.without)) for saving in found]
     # Two groups: 2 x (31 + 8 x 9) against 16 x 40; 2 x (7 + 8 x 17) against 16 x 24.
     assert tokens[:4] == [(206, 640)] * 2 + [(286, 384)] * 2
