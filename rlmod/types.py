@@ -24,6 +24,13 @@ from torch import Tensor
 
 Message = dict[str, str]
 """One turn of a chat: ``{"role": ..., "content": ...}``."""
+Answer = str | tuple[str, ...]
+"""The correct answer, or several of which each is correct."""
+
+
+def accepted_answers(answer: Answer) -> tuple[str, ...]:
+    """Return all correct answers."""
+    return (answer,) if isinstance(answer, str) else answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class Problem:
     """A prompt and its correct answer."""
 
     prompt: str | tuple[Message, ...]
-    answer: str
+    answer: Answer
     source: str
     """File and line it was read from, for error messages: ``train.jsonl:12``."""
     entry: Mapping[str, Any] | None = None
@@ -71,7 +78,7 @@ class Texts:
     """
 
     completions: Sequence[str]
-    answers: Sequence[str]
+    answers: Sequence[Answer]
     problems: Sequence[Problem] | None = None
     lengths: Sequence[int] | None = None
     """Tokens of each completion, EOS included."""

@@ -4,14 +4,21 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rlmod.jsonl import SURROGATE
-from rlmod.types import Message, Problem
+from rlmod.types import Answer, Message, Problem
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LONGEST_NUMBER = 400
+"""Digits before or after the point beyond which a number stays in scientific notation."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -77,9 +84,19 @@ class Conversion:
                 )
         return prompt
 
-    def _answer(self, record: Mapping, source: str) -> str:
+    def _answer(self, record: Mapping, source: str) -> Answer:
         key = f"data.answer_field={self.answer_field}"
-        answer = _to_text(_lookup(record, self.answer_field, key, source), key, source)
+        value = _lookup(record, self.answer_field, key, source)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return self._answer_text(value, key, source)
+        if not value:
+            raise ValueError(f"{source}: {key} is an empty list: it must hold at least one correct answer")
+        # Without repetitions: each would be graded.
+        answers = [*dict.fromkeys(self._answer_text(_to_python(one), key, source) for one in value)]
+        return tuple(answers) if len(answers) > 1 else answers[0]
+
+    def _answer_text(self, value: object, key: str, source: str) -> str:
+        answer = _to_text(value, key, source)
         if self.answer_pattern is not None:
             matches = list(re.finditer(self.answer_pattern, answer))
             if not matches:
@@ -90,6 +107,10 @@ class Conversion:
             answer = matches[-1].group(1) or ""
         if not answer.strip():
             raise ValueError(f"{source}: the answer that {key} gives is empty")
+        if half := SURROGATE.search(answer):
+            raise ValueError(
+                f"{source}: the answer that {key} gives holds {half[0]!r}, half a character: a surrogate without its pair is not valid text"
+            )
         return answer.strip()
 
 
@@ -155,16 +176,46 @@ def _list_fields(record: Mapping) -> str:
 
 def _to_python(value: Any) -> object:
     """Convert numpy's objects to Python's, and the NaN of an empty cell to None."""
+    if isinstance(value, np.floating):
+        value = Decimal(
+            str(value)
+        )  # the shortest decimal of its own precision: .tolist() would give 0.10000000149011612
     value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float | Decimal) and math.isnan(value) else value
+
+
+def float_shortener(kind: "pa.DataType") -> Callable[[Any], Any]:
+    """Return a function that keeps 16- and 32-bit floats of this type in their own precision: 0.1, not 0.10000000149011612."""
+    from pyarrow import types
+
+    if types.is_float32(kind) or types.is_float16(kind):
+        precision = np.float32 if types.is_float32(kind) else np.float16
+        return lambda value: None if value is None else precision(value)
+    if types.is_struct(kind):
+        fields = {field.name: float_shortener(field.type) for field in kind}
+        changed = {name: shorten for name, shorten in fields.items() if shorten is not _identity}
+        if changed:
+            return lambda value: value and value | {name: shorten(value[name]) for name, shorten in changed.items()}
+    if types.is_list(kind) or types.is_large_list(kind):
+        shorten = float_shortener(kind.value_type)
+        if shorten is not _identity:
+            return lambda value: value and [shorten(one) for one in value]
+    return _identity
+
+
+def _identity(value: Any) -> Any:
+    return value
 
 
 def _to_text(value: object, key: str, source: str) -> str:
-    """Return the value as text. 27.0 becomes 27, because data sets store whole numbers as floats."""
-    if isinstance(value, str | bool):
+    """Return the value as text: numbers as they are written, but 27.0 as 27, because data sets store whole numbers as floats."""
+    if isinstance(value, str | bool | int):
         return str(value)
-    if isinstance(value, int | float | Decimal):
-        return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
+    if isinstance(value, float | Decimal):
+        number = Decimal(repr(value)) if isinstance(value, float) else value
+        if not number.is_finite() or abs(number.adjusted()) > LONGEST_NUMBER:
+            return str(number)
+        return str(int(number)) if number == number.to_integral_value() else f"{number:f}"
     raise ValueError(f"{source}: {key} must give text or a number, got {type(value).__name__}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlmod.data._records import Conversion
+from rlmod.data._records import Conversion, float_shortener
 from rlmod.types import Problem
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class HubDataset:
 
     def __call__(self) -> list[Problem]:
         name = f"{self.name}[{self.split}]"
-        return self._build_conversion()(((f"{name}:{i}", record) for i, record in enumerate(self._dataset())), name)
+        dataset = self._dataset()
+        shorten = float_shortener(dataset.features.type)
+        records = ((f"{name}:{i}", shorten(record)) for i, record in enumerate(dataset))
+        return self._build_conversion()(records, name)
 
     def _dataset(self) -> "Dataset":
         try:

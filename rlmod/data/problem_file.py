@@ -4,9 +4,10 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-from rlmod.data._records import Conversion
+from rlmod.data._records import Conversion, float_shortener
 from rlmod.types import Problem
 
 
@@ -15,7 +16,8 @@ class ProblemFile:
     """The problems of a file, one per record, in the file's order.
 
     ``.jsonl`` has one object per line, ``.json`` one list of objects, ``.csv`` a header; ``.parquet`` may nest. The cells
-    of a CSV are text and stay unchanged. In the other formats a whole number stored as a float loses its ``.0``.
+    of a CSV are text and stay unchanged. In the other formats numbers become text as they are written (``0.10``, ``0.0000001``), but a
+    whole number stored as a float loses its ``.0``. A list of answers is a problem with several correct answers.
 
     A source is ``path:line``, or ``path:record`` in JSON and Parquet. Both count from 1.
     """
@@ -70,7 +72,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
     for number, line in _lines(path):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, parse_float=Decimal)
             except (ValueError, RecursionError) as error:  # RecursionError: the nesting is too deep
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(f"{path}:{number}: each line must be one JSON object: {reason}") from error
@@ -79,7 +81,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
 def _json(path: Path) -> Iterator[tuple[int, object]]:
     text = "".join(line for _, line in _lines(path))
     try:
-        records = json.loads(text) if text.strip() else []
+        records = json.loads(text, parse_float=Decimal) if text.strip() else []
     except json.JSONDecodeError as error:
         hint = "; if each line is one object, name the file .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(
@@ -93,6 +95,7 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     line = 1
     try:
@@ -116,8 +119,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+        file = pq.ParquetFile(path)
+        shorten = float_shortener(pa.struct(list(file.schema_arrow)))
+        batches = file.iter_batches(batch_size=1024)
+        yield from enumerate((shorten(record) for batch in batches for record in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file that pyarrow can read: {error}") from error
 

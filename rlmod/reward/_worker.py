@@ -24,12 +24,12 @@ NUMBER = r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:[eE][-
 HASHES = re.compile(rf"####[ \t]*({NUMBER})[ \t]*\.?[ \t]*$", re.MULTILINE)
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 THIN_SPACES = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\})(?=\d{3}(?!\d))")
-"""LaTeX's separators of thousands, as in 1\,234."""
+r"""LaTeX's separators of thousands, as in 1\,234."""
 LABEL = re.compile(
     r"^\\(?:text|textbf|mathrm|mbox)\s*\{\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*\}\s*[:=]?",
     re.IGNORECASE,
 )
-"""A label in front of the answer, as in \text{Answer: }8."""
+r"""A label in front of the answer, as in \text{Answer: }8."""
 RELATIVE_TOLERANCE = 1e-3
 
 

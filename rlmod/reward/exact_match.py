@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlmod.types import Texts
+from rlmod.types import Texts, accepted_answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """reward_i = correct if extracted(completion_i) = answer_i, else incorrect
+    """reward_i = correct if extracted(completion_i) = answer_i (or one of several accepted answers), else incorrect
 
     The strings are compared without surrounding white space. ``extracted`` is the last match of ``pattern``: its group 1, or the
     whole match if the pattern has no group. Without a pattern it is the whole completion.
@@ -33,7 +33,9 @@ class ExactMatch:
 
     def __call__(self, texts: Texts) -> list[float]:
         return [
-            self.correct if self._extracted(completion) == answer.strip() else self.incorrect
+            self.correct
+            if self._extracted(completion) in [text.strip() for text in accepted_answers(answer)]
+            else self.incorrect
             for completion, answer in zip(texts.completions, texts.answers, strict=True)
         ]
 

@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import ClassVar
 
-from rlmod.types import Problem, Texts
+from rlmod.types import Problem, Texts, accepted_answers
 
 START_SECONDS = 120.0
 """Time limit for importing SymPy, long enough for a busy machine with a slow disk."""
@@ -22,11 +22,12 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify:
-    r"""reward_i = 1 if the final answer of completion_i equals answer_i as mathematics, else 0
+    r"""reward_i = 1 if the final answer of completion_i equals answer_i (or one of several) as mathematics, else 0
 
-    The final answer of a completion is its last ``\boxed{...}``; else the number of its last line that ends with ``#### number``; else
-    the last number or formula (formulas as $...$, \(...\), \[...\]). ``1,234``, ``$5``, ``-$5``, ``5.0`` and ``50%`` (equal to 50 and
-    to 0.5) are numbers. The answer is read in the same way, and may also be bare LaTeX: ``\frac{3}{4}``.
+    The final answer of a completion is its last ``\boxed{...}`` (none if that box is cut off). Without a box it is the number of its
+    last line that ends with ``#### number``; else the last number or formula (formulas as $...$, \(...\), \[...\]). ``1,234``, ``$5``,
+    ``-$5``, ``5.0``, ``1e-7`` and ``50%`` (equal to 50 and to 0.5) are numbers. The answer is read in the same way, and may also be bare
+    LaTeX: ``\frac{3}{4}``. Two numbers are equal if six decimals agree, and below 0.001 also three significant digits.
 
     math-verify 0.9 parses with LaTeX (boxed_match_priority 0) and plain expressions, and with fallback_mode "no_fallback", so that two
     texts which are not mathematics are never compared as strings. Its own time-outs are off: they are signals, which work only in the
@@ -53,7 +54,8 @@ class MathVerify:
     def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
         """Raise ValueError for the first answer that cannot be parsed, before anything is sampled."""
         with _lock:
-            for answer, problem in {problem.answer: problem for problem in reversed(problems)}.items():
+            gold = {answer: problem for problem in reversed(problems) for answer in accepted_answers(problem.answer)}
+            for answer, problem in gold.items():
                 verdict, detail = _grade("", answer, self.timeout_seconds)
                 if verdict in ("gold", "timeout"):
                     raise _unparsable_answer(answer, problem, detail or verdict.replace("gold", ""))
@@ -61,10 +63,14 @@ class MathVerify:
     def __call__(self, texts: Texts) -> list[float]:
         verdicts = []
         with _lock:
-            for row, (completion, answer) in enumerate(zip(texts.completions, texts.answers, strict=True)):
-                verdict, detail = _grade(completion, answer, self.timeout_seconds)
-                if verdict == "gold":
-                    raise _unparsable_answer(answer, texts.problems[row] if texts.problems else None, detail)
+            for row, (completion, answers) in enumerate(zip(texts.completions, texts.answers, strict=True)):
+                verdict, detail = "incorrect", ""
+                for answer in accepted_answers(answers):
+                    verdict, detail = _grade(completion, answer, self.timeout_seconds)
+                    if verdict == "gold":
+                        raise _unparsable_answer(answer, texts.problems[row] if texts.problems else None, detail)
+                    if verdict != "incorrect":
+                        break
                 verdicts.append((verdict, detail))
         self._warn_of_failures(texts, verdicts)
         return [float(verdict == "correct") for verdict, _ in verdicts]

@@ -27,6 +27,21 @@ def write(tmp_path):
     return written
 
 
+def test_numbers_keep_the_form_in_which_they_are_written(write, tmp_path):
+    lines = '{"prompt": "a", "answer": 0.0000001}\n{"prompt": "b", "answer": 0.10}\n{"prompt": "c", "answer": 5e0}\n'
+    assert [problem.answer for problem in ProblemFile(path=write(lines))()] == ["0.0000001", "0.10", "5"]
+    short = pa.array([0.1, 2.0], pa.float32())
+    nested = pa.StructArray.from_arrays([short, pa.array([[0.2], [0.3]], pa.list_(pa.float32()))], ["x", "y"])
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": short, "deep": nested}), tmp_path / "a.parquet")
+    for field, expected in {"answer": ["0.1", "2"], "deep.x": ["0.1", "2"], "deep.y.0": ["0.2", "0.3"]}.items():
+        assert [p.answer for p in ProblemFile(path=tmp_path / "a.parquet", answer_field=field)()] == expected
+
+
+def test_a_cell_of_a_csv_may_be_long(write):
+    [problem] = ProblemFile(path=write('prompt,answer\n"' + "x" * 140_000 + '",1\n', "long.csv"))()
+    assert len(problem.prompt) == 140_000
+
+
 def write_csv(path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["prompt", "answer"])

@@ -1,8 +1,12 @@
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
 from rlmod.data._records import Conversion
-from rlmod.types import Problem
+from rlmod.reward.exact_match import ExactMatch
+from rlmod.reward.math_verify import MathVerify
+from rlmod.types import Problem, Texts
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1=?"}]
 DEFAULTS = dict(prompt_field="prompt", answer_field="answer", template=None, answer_pattern=None, limit=None, skip=0)
@@ -34,12 +38,30 @@ def test_numpys_objects_are_taken_as_pythons():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        *((1e-7, "0.0000001"), (Decimal("1E-7"), "0.0000001"), (Decimal("0.10"), "0.10"), (np.float32(0.1), "0.1")),
+        *(
+            (np.float16(0.1), "0.1"),
+            (1e21, "1" + "0" * 21),
+            (10**399, "1" + "0" * 399),
+            (Decimal("1e-999999"), "1E-999999"),
+        ),
         *((27.0, "27"), (145.0, "145"), (0.5, "0.5"), (-0.0, "0"), (0, "0"), (7, "7"), (10**20, "1" + "0" * 20)),
         *((" 1,000 \n", "1,000"), ("27.0", "27.0"), ("\\frac{1}{2}", "\\frac{1}{2}"), ("0", "0"), (True, "True")),
     ],
 )
 def test_answers_are_text_without_artefacts(value, text):
     assert problem({"prompt": "?", "answer": value}).answer == text
+
+
+def test_a_list_holds_several_correct_answers():
+    record = {"prompt": "?", "answer": {"target": ["Paris", "City of Paris", "Paris "]}}
+    assert problem(record, answer_field="answer.target").answer == ("Paris", "City of Paris")
+    assert problem({"prompt": "?", "answer": np.array([7.0])}).answer == "7"
+    assert problem({"prompt": "?", "answer": ["#### 1", "#### 2"]}, answer_pattern="#### (.+)").answer == ("1", "2")
+    texts = Texts(completions=["4", "City of Paris", "Rome"], answers=["4", *[("Paris", "City of Paris")] * 2])
+    assert ExactMatch()(texts) == [1.0, 1.0, 0.0]
+    texts = Texts(completions=["0.5", "1/3", "2"], answers=[("3", r"\frac12"), ("1/3", "2"), ("1", "3")])
+    assert MathVerify()(texts) == [1.0, 1.0, 0.0]
 
 
 def test_the_answer_pattern_takes_its_last_match():
@@ -67,7 +89,10 @@ BAD_RECORDS = [
     ({"prompt": "a", "answer": " "}, {}, r":1: the answer that data\.answer_field=answer gives is empty"),
     ({"prompt": "a", "answer": None}, {}, r"data\.answer_field=answer, but the record has .* it is empty"),
     ({"prompt": "a", "answer": float("nan")}, {}, "it is empty"),
-    ({"prompt": "a", "answer": [1]}, {}, r":1: data\.answer_field=answer must give text or a number, got list"),
+    ({"prompt": "a", "answer": [[1]]}, {}, r":1: data\.answer_field=answer must give text or a number, got list"),
+    ({"prompt": "a", "answer": []}, {}, r":1: data\.answer_field=answer is an empty list"),
+    ({"prompt": "a", "answer": ["1", " "]}, {}, r":1: the answer that data\.answer_field=answer gives is empty"),
+    ({"prompt": "a", "answer": "1\ud800"}, {}, r":1: the answer that .* half a character"),
     ({"prompt": "a", "answer": "so 1"}, {"answer_pattern": "#### (.+)"}, r":1: data\.answer_pattern=.* ends in 'so 1'"),
     ({"prompt": "a", "answer": "####"}, {"answer_pattern": "####(.*)"}, ":1: the answer .* is empty"),
     ({"prompt": ["a"], "answer": 1}, {}, ":1: a chat message must have role and content, got str"),
