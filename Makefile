@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a virtual environment in .venv, with the versions that constraints.txt pins.
+# Every target first installs what it needs: a virtual environment in .venv, with the versions that constraints.txt pins.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,25 +7,25 @@ READY := $(VENV)/.ready
 .PHONY: help quickstart test test-fast test-slow test-vllm test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
 
 help:
-	@echo "make quickstart   set up, train the tiny policy with GTPO, draw the report (a few minutes on 2 cores)"
-	@echo "make test         set up, run the tests"
-	@echo "make test-fast    formulas, contracts and config alone (under a minute of CPU)"
-	@echo "make test-slow    those that kill runs and take two processes (some minutes)"
-	@echo "make test-vllm    those that run vLLM, on the CPU, in an environment of their own"
-	@echo "make test-all     all of them, one after the other"
-	@echo "make coverage     the share of lines that make test-fast runs"
-	@echo "make check        lint, types, layer contracts"
-	@echo "make gpu-rehearsal  every stage of tools/gpu in its small form, on a CPU"
-	@echo "make bench        a step against TRL's and a bare loop; parts, growth, memory: writes docs/benchmarks.md (half an hour)"
-	@echo "make bench-gpu    prints a step of 0.5 B parameters on a GPU, by stage, as a table for docs/benchmarks.md"
-	@echo "make docs         write the index of the algorithms, docs/algorithms.md"
+	@echo "make quickstart   set up, train the tiny policy with GTPO, write the report (a few minutes on 2 cores)"
+	@echo "make test         set up, run the tests that are neither slow nor of vLLM (about ten minutes on 2 cores)"
+	@echo "make test-fast    run the tests of formulas, contracts and words (under a minute of CPU)"
+	@echo "make test-slow    run the tests that kill runs or start two processes (some minutes)"
+	@echo "make test-vllm    run the tests that use vLLM, on the CPU, in .venv-vllm"
+	@echo "make test-all     run test, test-slow and test-vllm, one after the other"
+	@echo "make coverage     print the share of lines that make test-fast covers"
+	@echo "make check        check lint, types and layer contracts"
+	@echo "make gpu-rehearsal  run every stage of tools/gpu in a small size, on a CPU"
+	@echo "make bench        measure a step against TRL and a bare loop, components, growth, memory; writes docs/benchmarks.md (half an hour)"
+	@echo "make bench-gpu    time a step of 0.5 B parameters on a GPU, by stage; prints a table for docs/benchmarks.md"
+	@echo "make docs         write docs/algorithms.md, the index of the algorithms"
 	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
-	@echo "make oracle       our losses, advantages and gradients against TRL's and verl's; writes docs/oracle.md"
-	@echo "make policies     train the two shipped policies again"
+	@echo "make oracle       compare losses, advantages and gradients with TRL and verl; writes docs/oracle.md"
+	@echo "make policies     retrain the two shipped policies"
 	@echo "make clean        remove the virtual environment and build leftovers"
 
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV): a few minutes, most of them quiet"
+	@echo "installing into $(VENV): a few minutes, mostly without output"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -34,11 +34,11 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/rlmod-train experiment=quickstart
 
-# One worker a core, each with one thread: more threads only get in each other's way.
+# One worker per core, one thread per worker: more threads compete for the cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm"
 
-# Formulas, contracts and words: what a change of a component needs first.
+# Formulas, contracts and words: the first tests to run after changing a component.
 FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regularizer tests/filter tests/rollout/test_collect.py \
 	tests/rollout/test_zero_reward.py tests/reward/test_weighted.py tests/reward/test_grop.py tests/reward/test_overlong.py \
 	tests/reward/test_exact_match.py tests/reward/test_format.py tests/test_ops.py tests/test_types.py tests/test_words.py \

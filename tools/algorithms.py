@@ -108,9 +108,9 @@ def page() -> str:
 
 HEAD = """# The algorithms
 
-Written by `make docs` from the docstrings and configs. Marks: **[S]** stated by the source, **[D]** our decision where the source is
-silent, **[R]** our reconstruction of a paper whose full text we could not read. "Differs" says what is read otherwise, by the paper or by
-TRL and verl; [oracle.md](oracle.md) has the measured agreement with those two, [recipes.md](recipes.md) what each recipe did on the
+`make docs` writes this page from the docstrings and configs. Marks: **[S]** stated by the source; **[D]** our decision, because the source
+does not state it; **[R]** our reconstruction of a paper whose full text we could not read. "Differs" lists differences from the paper, TRL
+and verl. [oracle.md](oracle.md) has the measured agreement with TRL and verl. [recipes.md](recipes.md) has results of each recipe on the
 embedded task.
 """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from rlmod.commands.plan import memory
-from rlmod.commands.plan.read import run_of
+from rlmod.commands.plan.read import run_from_config
 from rlmod.config import cli
 from rlmod.sampler.hf import HF
 from rlmod.types import Prompts, Rollouts, Texts, build_rollouts
@@ -85,7 +85,7 @@ CASES = (
         )
         for strategy in ("ddp", "fsdp", "fsdp2")
     ),
-    Case("deep, prompts that are gone through once a group", DEEP, 64, 8, prompt=192),
+    Case("deep, prompts computed once per group", DEEP, 64, 8, prompt=192),
 )
 COMMON = (
     "data.validation=null",
@@ -198,7 +198,7 @@ def planned(case: Case, folder: Path) -> float:
     """The highest of training and update, in bytes."""
     extra = ["hardware=cpu", f"plan.prompt_tokens={case.prompt}"]
     with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        run = run_of(compose("plan", overrides=[*overrides(case, folder), *extra]))
+        run = run_from_config(compose("plan", overrides=[*overrides(case, folder), *extra]))
     return max(phase.total for phase in memory.phases(run) if phase.name in ("training", "update"))
 
 

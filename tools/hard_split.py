@@ -163,20 +163,21 @@ def page(curves: dict[str, list[Curve]], seeds: int) -> str:
 
 PAGE = """# A hard split: does the guide help?
 
-The task: differences of three or four numbers modulo 100, read from the left. The policy reads them from the right, which is as long and
-wrong; it knows the other way but begins it about once in a hundred times. The guide always works from the left.
+**The task** is differences of three or four numbers modulo 100, computed from the left. The policy computes them from the right, which is
+equally long and incorrect. It also knows the other way, but starts with it about once in a hundred times. The guide always starts from the
+left.
 
-`python tools/hard_split.py` trains the two policies, runs {runs} runs ({seeds} an arm, 16 prompts x 8 completions a rollout batch,
-learning rate 1e-4, 40 iterations) and writes this page. In the first iteration {low:.0f} to {high:.0f} % of the prompts were
-all incorrect. Counted are the tokens sampled, own and the guide's, until held-out mean@1 of 256 problems first reaches {goal}.
+`python tools/hard_split.py` trains both policies, then does {runs} runs ({seeds} per arm, 16 prompts x 8 completions per rollout batch,
+learning rate 1e-4, 40 iterations), and writes this page. In the first iteration {low:.0f} to {high:.0f} % of the prompts were all
+incorrect. The table counts the tokens sampled, by the policy and by the guide, until held-out mean@1 on 256 problems first reaches {goal}.
 
 {rows}
 
 ![held-out accuracy over tokens](hard_split.png)
 
-"No refill" is `filter.max_generation_batches=1`: what dynamic sampling drops is not drawn again. "Saturating" is LUFFY's w / (w + gamma) on
-guide tokens with gamma 0.02, which was picked with seed 0 from five settings (gamma 0.1 and 0.02, weight 1 and 4, four completions of
-the guide); seeds 1 and 2 had no part in it.
+"No refill" is `filter.max_generation_batches=1`: groups that dynamic sampling drops are not replaced. "Saturating" is LUFFY's w / (w +
+gamma) on guide tokens, with gamma 0.02. This setting was chosen with seed 0 from five (gamma 0.1 and 0.02, weight 1 and 4, four completions
+of the guide); seeds 1 and 2 were not used to choose it.
 """
 
 

@@ -67,17 +67,18 @@ def main() -> None:
 
 PAGE = """# The recipes on the embedded task
 
-`make recipes` runs each recipe of `conf/experiment/` for 100 iterations of 32 prompts with the tiny policy, one seed, and writes this
-page. Held-out mean@1 is of 512 problems (standard error at most 0.022, at 0.95 about 0.01): differences of a few hundredths mean
-nothing here, and one seed says nothing of an algorithm's worth. It shows that each recipe trains, and what to expect when you run it.
-Tokens are those sampled, refills and the guide's included.
+`make recipes` runs each recipe of `conf/experiment/` for 100 iterations of 32 prompts with the tiny policy and one seed, and writes this
+page. It shows that each recipe trains, and what to expect when you run it.
+
+Held-out mean@1 is measured on 512 problems. Its standard error is at most 0.022, and about 0.01 at 0.95. So differences of a few hundredths
+mean nothing here, and one seed does not rank algorithms. Tokens count everything sampled, including refills and the guide's completions.
 
 | recipe | paper | before | after | tokens |
 |---|---|---|---|---|
 {rows}
 
 `gtpo`, `grpo_s` and their geometric variants are written for a 7 B policy with 16 completions of 4096 tokens; here they run with the tiny
-policy, the arithmetic task, 8 completions of 64 tokens and learning rate 1e-4 (the overrides stand in `tools/recipes.py`).
+policy, the arithmetic task, 8 completions of 64 tokens and learning rate 1e-4 (see the overrides in `tools/recipes.py`).
 """
 
 if __name__ == "__main__":

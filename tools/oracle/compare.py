@@ -39,26 +39,26 @@ Answer = dict[str, torch.Tensor]
 
 DIFFERENCES = {
     (
-        "a row masked out whole, rollout mean",
+        "a fully masked row, rollout mean",
         "TRL",
     ): "TRL counts such a row in the mean; verl and we do not",
 }
 """Where a peer is known to differ, and why. Everything else must agree."""
 NOT_COMPARED = """
-## Where the peers disagree, or cannot be asked
+## Known differences
 
-| what | TRL 1.16.0 | verl 0.9.1 | rlmod |
+| topic | TRL 1.16.0 | verl 0.9.1 | rlmod |
 |---|---|---|---|
-| eps beside the std of a group | 1e-4 | 1e-6 | 1e-6 (`shaper.eps`) |
-| a row masked out whole in the rollout mean | counts | does not | does not |
-| dual clip (a bound on the loss at negative advantages) | off | on, at 3 | none; compared with verl's out of reach |
-| CISPO's bounds | above only, as the bound itself | both, as 1 - low and 1 + high | `clip_low: null` is TRL's, a number verl's |
-| gradient of the KL penalty k3 | k3's | k3's; `k3+` follows k2 | k2's by default (`penalty.kl.gradient`) |
-| KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `penalty.kl.importance`: without it |
-| entropy bonus | a mean over tokens, always | the loss's aggregation | the loss's weights: TRL's under token_mean |
+| eps added to the std of a group | 1e-4 | 1e-6 | 1e-6 (`shaper.eps`) |
+| a fully masked row in the rollout mean | counts | does not | does not |
+| dual clip (a bound on the loss at negative advantages) | off | on, at 3 | none; compared with verl's bound set out of reach |
+| CISPO's bounds | only above, as the bound itself | both, as 1 - low and 1 + high | `clip_low: null` gives TRL's, a number verl's |
+| gradient of the KL penalty k3 | k3's | k3's; `k3+` follows k2 | k2's by default (`regularizer.kl.gradient`) |
+| KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `regularizer.kl.importance`: without it |
+| entropy bonus | always a mean over tokens | the loss's aggregation | the loss's weights: TRL's under token_mean |
 | forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the rollout batch |
 | log-ratios beyond +-20 | kept | clamped | kept |
-| GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | here; nothing to compare with |
+| GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | implemented; no counterpart to compare with |
 """
 
 
@@ -150,7 +150,7 @@ OURS: dict[str, Callable[[Answer], Answer]] = {
     "forking tokens": ours(ClippedSurrogate(**CLIP), TokenMean(), ForkingTokens(share=0.2)),
     "truncated importance": ours(ClippedSurrogate(**CLIP), TokenMean(), TruncatedImportance(cap=2.0)),
     "entropy bonus": ours(ClippedSurrogate(**CLIP), TokenMean(), penalty=EntropyBonus(weight=0.05)),
-    "a row masked out whole, rollout mean": ours(ClippedSurrogate(**CLIP), RolloutMean(), masked_row=True),
+    "a fully masked row, rollout mean": ours(ClippedSurrogate(**CLIP), RolloutMean(), masked_row=True),
 }
 
 
@@ -213,10 +213,12 @@ def main() -> None:
 def page(lines: list[str]) -> str:
     return f"""# Against TRL and verl
 
-`make oracle` sets up trl 1.16.0 and verl 0.9.1, each in an environment of its own, and writes this page. It compares the value of each
-loss, its gradient with respect to the log-probabilities, and each advantage, with what the peers' own functions return, on {SEEDS}
-random ragged batches: {GROUPS} groups of {G} rows, 1 to {T} tokens, rewards from 0, 0.1, 0.35 and 1, one group of equal rewards, in
-float64. The numbers are the largest absolute difference; above {TOLERANCE:.0e} where agreement is claimed, `make oracle` fails.
+`make oracle` installs trl 1.16.0 and verl 0.9.1, each in a separate environment, and writes this page. It compares the value of each loss,
+its gradient with respect to the log-probabilities, and each advantage with the results of TRL's and verl's own functions.
+
+The inputs are {SEEDS} random ragged batches in float64: {GROUPS} groups of {G} rows, 1 to {T} tokens, rewards from 0, 0.1, 0.35 and 1, one
+group of equal rewards. The numbers are the largest absolute difference. `make oracle` fails if one is above {TOLERANCE:.0e}, unless the
+page explains the difference.
 
 {chr(10).join(lines)}
 {NOT_COMPARED}"""

@@ -25,7 +25,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "forking tokens": {"loss_type": "dapo", "top_entropy_quantile": 0.2},
     "truncated importance": {"loss_type": "dapo", "use_vllm": True, "vllm_importance_sampling_correction": True},
     "entropy bonus": {"loss_type": "dapo", "_entropy_bonus_enabled": True, "entropy_coef": 0.05},
-    "a row masked out whole, rollout mean": {"loss_type": "grpo", "masked_row": True},
+    "a fully masked row, rollout mean": {"loss_type": "grpo", "masked_row": True},
 }
 
 

@@ -56,7 +56,7 @@ LOSSES = {
     "kl penalty, k3": with_kl("k3"),
     "kl penalty, value k3, gradient k2": with_kl("k3+"),
     "truncated importance": policy_loss("vanilla", "token-mean", importance=True),
-    "a row masked out whole, rollout mean": policy_loss("vanilla", "seq-mean-token-mean"),
+    "a fully masked row, rollout mean": policy_loss("vanilla", "seq-mean-token-mean"),
 }
 
 
