@@ -110,7 +110,7 @@ def train(
 
         # Reward, and standardize within each group of completions.
         completions = completion_texts(tokenizer, rollouts)
-        answers = [prompts.problems[int(group)].answer for group in rollouts.group]
+        answers = [str(prompts.problems[int(group)].answer) for group in rollouts.group]
         rewards = torch.tensor(reward(completions, answers))
         advantages = group_standardized(rewards, rollouts)
 

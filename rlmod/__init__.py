@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlmod import train as train
     from rlmod.commands.evaluate import evaluate_from_python as evaluate
     from rlmod.config.sizes import Batch, Validation
     from rlmod.model.policy import HFPolicy
     from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
+    from rlmod.train import train_from_python as train
     from rlmod.training.datamodule import RLData
     from rlmod.training.module import RLModule
     from rlmod.types import Problem, Prompts, Rollouts, Texts, build_rollouts

@@ -112,10 +112,13 @@ OnFinished = Callable[[Rollouts, Int[Tensor, " n"]], None]
 
 @runtime_checkable
 class Sampler(Protocol):
-    completions_per_prompt: int
-    temperature: float
+    # Properties, so that fields of a frozen dataclass satisfy the Protocol. A policy is Any: a sampler may take its own kind of model.
+    @property
+    def completions_per_prompt(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
 
-    def __call__(self, policy: nn.Module, prompts: Prompts, seed: int) -> Rollouts:
+    def __call__(self, policy: Any, prompts: Prompts, seed: int) -> Rollouts:
         """Sample ``completions_per_prompt`` completions per prompt; those of prompt i have ``group`` i.
 
         Fills the six required fields, and ``logprobs``, ``entropy`` and ``sampler_logprobs`` if the engine can hand them over. The same
@@ -129,19 +132,19 @@ class Sampler(Protocol):
 class StreamingSampler(Protocol):
     """A sampler that reports finished completions while it goes on with the others."""
 
-    def __call__(
-        self, policy: nn.Module, prompts: Prompts, seed: int, on_finished: OnFinished | None = None
-    ) -> Rollouts: ...
+    def __call__(self, policy: Any, prompts: Prompts, seed: int, on_finished: OnFinished | None = None) -> Rollouts: ...
 
 
 @runtime_checkable
 class WeightSyncedSampler(Sampler, Protocol):
     """A sampler with an engine of its own, which must be handed the policy's weights."""
 
-    max_difference: float
-    """Nats that its log-probabilities may differ from the policy's, averaged over the tokens of a rollout batch."""
+    @property
+    def max_difference(self) -> float:
+        """Nats that its log-probabilities may differ from the policy's, averaged over the tokens of a rollout batch."""
+        ...
 
-    def sync(self, policy: nn.Module) -> None:
+    def sync(self, policy: Any) -> None:
         """Take the policy's weights. Called on every rank before each rollout batch and each validation, with the full policy."""
         ...
 
@@ -179,7 +182,7 @@ class Guide(Protocol):
 class Reward(Protocol):
     """Declares ``counts_for_correctness`` and ``pointwise``."""
 
-    def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float]]:
+    def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float] | Tensor]:
         """Return one number per completion, or a mapping of named terms whose sum is the reward."""
         ...
 

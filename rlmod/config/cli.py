@@ -60,7 +60,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
             with open_dict(cfg):  # the run's folder, which ${hydra:runtime.output_dir} names
                 cfg.output = cfg.output and str(cfg.output)
-                cfg.hydra.runtime.output_dir = cfg.output
+                if cfg.output is not None:
+                    cfg.hydra.runtime.output_dir = cfg.output
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]

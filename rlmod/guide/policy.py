@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -84,6 +84,6 @@ class Policy:
     def _sampler_for(self, completions_per_prompt: int) -> Sampler:
         if is_dataclass(self.sampler):
             return replace(self.sampler, completions_per_prompt=completions_per_prompt)  # pyright: ignore[reportArgumentType]
-        sampler = copy(self.sampler)
+        sampler: Any = copy(self.sampler)
         sampler.completions_per_prompt = completions_per_prompt
         return sampler

@@ -28,6 +28,6 @@ def test_svamp():
 def test_competitions(name, count):
     problems = ProblemFile(path=real(f"{name}/test.jsonl"), prompt_field="problem")()
     assert len(problems) == count
-    assert all(p.answer.lstrip("-").isdecimal() for p in problems)
+    assert all(str(p.answer).lstrip("-").isdecimal() for p in problems)
     if name == "amc23":
         assert problems[0].answer == "27"

@@ -47,8 +47,8 @@ def test_values_and_gradients_are_those_of_whole_logits(entries_per_chunk, tempe
     for mine, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, plain)
     for weights in ((1, 0), (0, 1), (1, 1)):  # of the log-probabilities, of the entropies, of both
-        total = [
-            sum(w * (u * x).sum() for w, u, x in zip(weights, upstream, pair, strict=True))
+        total: list[torch.Tensor] = [
+            sum((w * (u * x).sum() for w, u, x in zip(weights, upstream, pair, strict=True)), torch.tensor(0.0))
             for pair in (found, expected)
         ]
         mine = torch.autograd.grad(total[0], [hidden, *linear.parameters()], retain_graph=True)
@@ -191,6 +191,7 @@ def test_what_a_model_does_to_its_logits_behind_the_head_is_found_out_and_done(
     logits = completion_logits(model, rows())
     expected = torch.stack([ops.token_logprobs(logits, rows().completion_ids, 0.8), ops.entropy(logits, 0.8)])
     monkeypatch.setattr(head, "completion_logits", lambda *_: pytest.fail("whole logits were asked for"))
+    found = torch.empty(0)
     for _ in range(2):  # found out the first time, known the second
         found = torch.stack(logprobs_and_entropy(model, rows(), 0.8))
         torch.testing.assert_close(found, expected * rows().mask)

@@ -108,7 +108,7 @@ def test_another_number_of_ranks_goes_on_with_the_weights_and_the_next_prompts(b
     folder_of_runs(tmp_path)
     ended(started(*SETTINGS, *before, "trainer.max_epochs=2", "output=two_steps", cwd=tmp_path))
     output = ended(started(*SETTINGS, *now, "resume=two_steps", "output=third", cwd=tmp_path))
-    assert output.count("the checkpoint was made by") == 1
+    assert output.count("the checkpoint was written by") == 1
     assert_same_steps(tmp_path / "third", one)
 
 
@@ -124,7 +124,7 @@ def test_a_sharded_checkpoint_is_no_checkpoint_of_one_whole_policy(tmp_path):
     sharded = ("strategy=fsdp2", "trainer.strategy.sharded_checkpoints=true", "trainer.max_epochs=1")
     ended(started(*SETTINGS, *sharded, "output=sharded", cwd=tmp_path))
     output = ended(started(*SETTINGS, "resume=sharded", "output=run", cwd=tmp_path), status=1)
-    assert "is sharded (a file a rank), which only the strategy that wrote it can read" in output
+    assert "is sharded (one file per rank), and only the strategy that wrote it can read it" in output
     assert "step-000001/policy" in output
     assert "Traceback" not in output
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused_in_a_sent
     for policy, shape in (("narrower", "[99, 48]"), ("wordy", "[120, 96]")):
         other = ("policy=hf", f"policy.path={other_policies / policy}", "policy.dtype=float32")
         output = ended(started(*SETTINGS, *alone, *other, "resume=first", f"output={policy}", cwd=tmp_path), status=1)
-        assert output.count("resume: the checkpoint is of another policy") == 1
+        assert output.count("resume: the checkpoint belongs to another policy") == 1
         assert f"of shape [99, 96] there and of shape {shape} here" in output
         assert "Traceback" not in output
 

@@ -59,7 +59,9 @@ def test_rows_end_where_they_are_told_to_whether_generation_is_interrupted_or_no
     assert (rollouts.logprobs[rollouts.mask] < 0).any()  # the policy's own, not those of what it was made to do
     lengths.start()
     ids, mask = (x.repeat_interleave(4, 0) for x in (prompts.ids, prompts.mask))
-    whole = policy.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, max_new_tokens=30)
+    whole = cast(Any, policy).generate(
+        input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, max_new_tokens=30
+    )
     ended = whole[:, ids.shape[1] :] == tokenizer.eos_token_id
     assert (ended.int().argmax(1) + 1).tolist() == list(wanted)
 
