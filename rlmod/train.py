@@ -71,7 +71,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             )
     if (finished := _finished(folder, cfg)) is not None:
         return finished
-    if (checkpoint := checkpoints.start(folder, cfg)) is not None:
+    if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
         checkpoints.check_optimizer(checkpoint, cfg)
     if distributed.is_rank_zero():
         checkpoints.rewind(folder, checkpoint)
@@ -79,9 +79,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             print(f"a new run in {folder}", flush=True)
         else:
             log.warning("resuming from %s", checkpoint)
-            if changed := checkpoints.changed(checkpoint, cfg):
+            if changed := checkpoints.changed_settings(checkpoint, cfg):
                 log.warning("with other settings than it was made with: %s", "; ".join(changed))
-        checkpoints.note_config(folder, cfg)
+        checkpoints.write_config(folder, cfg)
     read, read_held_out = parts.train(), parts.held_out() if parts.held_out else None
     tokenizer = parts.policy.tokenizer()  # after the problems: a file that is not there shows before a hub is asked
     problems = parts.encoder.encode(read, tokenizer)
@@ -97,9 +97,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     cli.quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg, checkpoints.step(folder, checkpoint))
+    trainer = _trainer(cfg, checkpoints.own_step(folder, checkpoint))
     module = _module(cfg, parts, tokenizer)
-    module.own_checkpoint = checkpoint is not None and checkpoints.is_own(folder, checkpoint, cfg)
+    module.own_checkpoint = checkpoint is not None and checkpoints.is_from_same_run(folder, checkpoint, cfg)
     data = _data(cfg, parts, problems, held_out)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fitted(trainer, module, data, checkpoint, folder, started)
@@ -138,7 +138,7 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     from rlmod import distributed
     from rlmod.training import checkpoint as checkpoints
 
-    if checkpoints.asks_for_own(folder, cfg) or not checkpoints.same_run(folder, cfg):
+    if checkpoints.resumes_own_run(folder, cfg) or not checkpoints.holds_same_run(folder, cfg):
         return None
     try:
         result = json.loads((folder / "result.json").read_text())

@@ -124,7 +124,7 @@ def test_so_are_they_on_the_command_line(name, tmp_path, monkeypatch):
 def test_sizes_that_module_and_data_see_differently_are_refused():
     components = parts()
     module, data = module_and_data(components, batch=replace(components.batch, minibatches=1))
-    with pytest.raises(ValueError, match="give it to RLModule alone"):
+    with pytest.raises(ValueError, match="pass batch to RLModule only"):
         plain_trainer().fit(module, datamodule=data)
 
 

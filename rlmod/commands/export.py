@@ -1,7 +1,7 @@
-"""``rlmod-export RUN_OR_CHECKPOINT OUTPUT``: the trained policy as a folder in Hugging Face format.
+"""Export the trained policy in Hugging Face format: ``rlmod-export RUN_OR_CHECKPOINT OUTPUT``.
 
-Every checkpoint has such a folder, ``policy/``, whatever the strategy that wrote it. The command finds the newest checkpoint that is whole,
-copies that folder, and on the way merges an adapter into its base (``--merge``) or changes the precision of the weights (``--dtype``).
+Every checkpoint has such a folder, ``policy/``, whatever strategy wrote it. The command finds the newest complete checkpoint and copies its
+folder. It can also merge an adapter into its base (``--merge``) or change the precision of the weights (``--dtype``).
 """
 
 import argparse
@@ -19,16 +19,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(place: Path, output: Path, *, merge: bool = False, dtype: str | None = None) -> Path:
-    """Writes ``output``, whole or not at all, and returns the checkpoint that it is of. ValueError for what cannot be exported."""
-    checkpoint = _checkpoint(place)
+    """Write ``output`` completely or not at all, and return the exported checkpoint. Raise ValueError if it cannot be exported."""
+    checkpoint = _find_checkpoint(place)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already, and nothing is written over: give another folder")
+        raise ValueError(f"{output} exists and is not overwritten: give another folder")
     adapted = (checkpoint / "policy" / "adapter_config.json").is_file()
     if merge and not adapted:
-        raise ValueError(f"--merge: {checkpoint} holds a whole policy, without an adapter to merge; leave it out")
+        raise ValueError(f"--merge: {checkpoint} holds full weights and no adapter to merge; omit --merge")
     if dtype is not None and adapted and not merge:
         raise ValueError(
-            "--dtype is of whole weights, and this policy is an adapter: give --merge too, or leave it out"
+            f"--dtype={dtype} applies to full weights, and this policy is an adapter: add --merge, or omit --dtype"
         )
     partial = output.with_name(f".partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,21 +44,25 @@ def export(place: Path, output: Path, *, merge: bool = False, dtype: str | None 
     return checkpoint
 
 
-def _checkpoint(place: Path) -> Path:
+def _find_checkpoint(place: Path) -> Path:
+    """Return the newest complete checkpoint of a run, or the checkpoint itself. Raise ValueError if there is none."""
     if not place.is_dir():
         raise ValueError(f"{place}: there is no such folder; relative paths start at {Path.cwd()}")
-    found = checkpoints.newest_whole(place)
+    found = checkpoints.find_newest_checkpoint(place)
     if found is not None:
         return found
     if (place.parent / checkpoints.MANIFEST).is_file():
-        raise ValueError(f"{place} is a part of a checkpoint: give the checkpoint, {place.parent}")
+        raise ValueError(f"{place} is a folder inside a checkpoint: give the checkpoint, {place.parent}")
     raise ValueError(
-        f"{place}: no whole checkpoint there; give a run's folder (with checkpoints/step-* in it), or one of those"
+        f"{place}: no complete checkpoint found; give the folder of a run (it has checkpoints/step-*) or one checkpoint"
     )
 
 
 def _convert(checkpoint: Path, folder: Path, dtype: str | None) -> None:
-    """An adapter is merged in float32 and then rounded once, by default to the precision of training."""
+    """Save the policy with its adapter merged and its weights in ``dtype``.
+
+    The adapter is merged in float32, and the result is rounded once, by default to the precision of training.
+    """
     import torch
 
     from rlmod.config import cli
@@ -77,22 +81,29 @@ def _convert(checkpoint: Path, folder: Path, dtype: str | None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="rlmod-export",
-        description="Writes the trained policy as a folder that AutoModelForCausalLM and policy.path=FOLDER load.",
+        description="Write the trained policy as a folder that AutoModelForCausalLM and policy.path=FOLDER load.",
     )
     parser.add_argument(
-        "place", type=Path, metavar="RUN_OR_CHECKPOINT", help="of a run, the newest whole checkpoint is taken"
+        "place",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="folder of a run (its newest complete checkpoint is exported) or a checkpoint",
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder to write; nothing is written over")
-    parser.add_argument("--merge", action="store_true", help="of adapter=lora: a whole model instead of the adapter")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default as they were trained")
-    given = parser.parse_args(argv)
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="folder to write; existing files are not overwritten"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="with adapter=lora: export the merged model instead of the adapter"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights; default: as trained")
+    args = parser.parse_args(argv)
     try:
-        checkpoint = export(given.place, given.output, merge=given.merge, dtype=given.dtype)
+        checkpoint = export(args.place, args.output, merge=args.merge, dtype=args.dtype)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{given.output} could not be written: {error}")
-    print(f"{given.output}: the policy of {checkpoint}; to resume with it: policy=hf policy.path={given.output}")
+        parser.error(f"{args.output} could not be written: {error}")
+    print(f"{args.output}: the policy of {checkpoint}; to train or evaluate it: policy=hf policy.path={args.output}")
 
 
 if __name__ == "__main__":

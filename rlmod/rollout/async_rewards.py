@@ -1,4 +1,4 @@
-"""Rewards computed beside sampling: in a thread, for completions that have finished, while others are being sampled."""
+"""Asynchronous rewards: a thread computes those of finished completions while the others are being sampled."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,9 +23,9 @@ def supports_async_rewards(sampler: Sampler, reward: Reward) -> bool:
 
 
 class AsyncRewards:
-    """The rewards of one batch of prompts: ``submit`` finished completions, then ask for the ``result`` of all.
+    """The rewards of one batch of prompts: ``submit`` finished completions, then request the ``result`` of all.
 
-    ``close`` it afterwards, also if sampling failed.
+    Call ``close`` afterwards, even if sampling failed.
     """
 
     def __init__(self, reward: Reward, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> None:
@@ -33,22 +33,22 @@ class AsyncRewards:
         self.submitted: list[tuple[Int[Tensor, " n"], Future[RewardResult]]] = []
         self.queue: SimpleQueue[tuple[Texts, Future[RewardResult]] | None] = SimpleQueue()
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        # No pool: the process would wait for its thread at exit, and a judge that hangs never ends.
-        Thread(target=self._work, daemon=True, name="reward").start()
+        # Not a thread pool: at exit the process would wait for its threads, and a reward that hangs never returns.
+        Thread(target=self._compute_submitted, daemon=True, name="reward").start()
 
     def submit(self, rows: Rollouts, index: Int[Tensor, " n"]) -> None:
-        """Take finished completions, with their indices in the final batch."""
+        """Queue finished completions, with their indices in the final batch."""
         texts = texts_for_reward(rows, self.problems, self.decode)
         self.submitted.append((index.cpu(), Future()))
         self.queue.put((texts, self.submitted[-1][1]))
 
     def result(self, rollouts: Rollouts, texts: Texts) -> RewardResult:
-        """Return the rewards of all rows, the guide's included; those that were not submitted are computed now.
+        """Return the rewards of all rows, the guide's included. Those that were not submitted are computed now.
 
-        RewardError if the results name different terms.
+        RewardError if the reward failed, or returned different terms for different completions.
         """
         sampled = torch.arange(len(rollouts))
-        if rollouts.from_guide is not None:  # the guide's rows stand between the sampled ones, which keep their order
+        if rollouts.from_guide is not None:  # the guide's rows lie between the sampled ones, which keep their order
             sampled = sampled[~rollouts.from_guide.cpu()]
         missing = torch.ones(len(rollouts), dtype=torch.bool)
         rows, results = [sampled[index] for index, _ in self.submitted], [each.result() for _, each in self.submitted]
@@ -62,9 +62,9 @@ class AsyncRewards:
             raise RewardError(f"the reward returned different terms for different completions: {sorted(names)}")
 
         def scatter(values: Sequence[Tensor]) -> Tensor:
-            combined = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true torch would make it 16 bits
-            for index, part in zip(rows, values, strict=True):
-                combined[index] = part
+            combined = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true the default would be 16 bits
+            for index, value in zip(rows, values, strict=True):
+                combined[index] = value
             return combined
 
         return RewardResult(
@@ -74,13 +74,14 @@ class AsyncRewards:
         )
 
     def close(self) -> None:
+        """Cancel pending computations and end the thread."""
         for _, pending in self.submitted:
             pending.cancel()
         self.queue.put(None)
 
-    @torch.no_grad()  # gradient mode belongs to a thread
-    def _work(self) -> None:
-        if self.device is not None:  # so does the current device
+    @torch.no_grad()  # gradient mode is set per thread
+    def _compute_submitted(self) -> None:
+        if self.device is not None:  # the current device is set per thread, too
             torch.cuda.set_device(self.device)
         while (item := self.queue.get()) is not None:
             texts, pending = item

@@ -36,14 +36,14 @@ class RolloutBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The components that turn prompts into rewarded groups, and what they need of the run."""
+    """The components that turn prompts into rewarded groups, and the functions and settings of the run that they need."""
 
     policy: nn.Module
     decode: Callable[[Rollouts], list[str]]
     logprob_pass: Callable[[Rollouts], Rollouts]
-    """Fills pi_old's log-probabilities and entropy if they are missing."""
+    """Fills pi_old's log-probabilities and entropy, in nats, if they are missing."""
     next_prompts: Callable[[int], Prompts]
-    """``next_prompts(n)``: the next n prompts."""
+    """``next_prompts(n)`` returns the next n prompts."""
     sampler: Sampler
     guide: Guide | None
     compute_reward: Reward
@@ -52,28 +52,29 @@ class Stages:
     threshold: float = 0.5
     """A completion is correct if its correctness score is above this."""
     seed: Callable[..., int]
-    """``seed(i)`` for batch i of prompts, ``seed(i, 1)`` for call i of the guide. With one seed for both, a guide that is much like the
-    policy would repeat its completions."""
+    """``seed(i)`` for batch i of prompts, ``seed(i, 1)`` for call i of the guide. With the same seed, a guide that resembles the policy
+    would repeat the policy's completions."""
     guide_calls: Iterator[int] = field(default_factory=count)
 
     def sample_and_reward(self, prompts: Prompts, batch: int, first_group: int) -> RewardedGroups:
-        """Sample completions of these prompts, the guide's included if it joins every prompt, and reward them."""
+        """Sample completions of these prompts, the guide's included if it completes every prompt, and reward them."""
         seed = self.seed(batch)
         if not supports_async_rewards(self.sampler, self.compute_reward):
             rollouts = self.add_guide(self.sampler(self.policy, prompts, seed), prompts)
             return self.reward(rollouts, prompts, first_group)
-        with closing(AsyncRewards(self.compute_reward, prompts.problems, self.decode)) as early:
-            on_policy = cast(Any, self.sampler)(self.policy, prompts, seed, on_finished=early.submit)
-            return self.reward(self.add_guide(on_policy, prompts), prompts, first_group, early.result)
+        with closing(AsyncRewards(self.compute_reward, prompts.problems, self.decode)) as rewards:
+            on_policy = cast(Any, self.sampler)(self.policy, prompts, seed, on_finished=rewards.submit)
+            return self.reward(self.add_guide(on_policy, prompts), prompts, first_group, rewards.result)
 
     def add_guide(self, on_policy: Rollouts, prompts: Prompts) -> Rollouts:
-        """Add the guide's completions, if it joins every prompt."""
+        """Add the guide's completions, if it completes every prompt."""
         if self.guide is None or self.guide.completions_per_prompt == 0:
             return on_policy
         on_policy = self.logprob_pass(on_policy)
         return interleave(on_policy, self.sample_guide(prompts, self.guide.completions_per_prompt))
 
     def sample_guide(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
+        """Sample the guide's completions of these prompts. Their log-probabilities are the guide's, their entropy is the policy's."""
         assert self.guide is not None
         rows = self.guide(prompts, completions_per_prompt, self.seed(next(self.guide_calls), 1))
         entropy = self.logprob_pass(replace(rows, logprobs=None, entropy=None)).entropy
@@ -86,6 +87,7 @@ class Stages:
         first_group: int,
         compute: Callable[[Rollouts, Texts], RewardResult] | None = None,
     ) -> RewardedGroups:
+        """Reward and filter the groups, with ``compute`` in place of the reward if the rewards are computed already."""
         compute = compute or (lambda _, texts: compute_rewards(self.compute_reward, texts))
         return reward_groups(
             rollouts, prompts, first_group, self.decode, compute, self.filter, threshold=self.threshold
@@ -94,7 +96,7 @@ class Stages:
 
 @torch.no_grad()
 def collect(stages: Stages, *, prompts: int, max_guided_groups: int = 0) -> RolloutBatch:
-    """Return ``prompts`` groups of rewarded rollouts; behind them the zero-reward batch, if it is active."""
+    """Return ``prompts`` groups of rewarded rollouts, followed by the zero-reward batch if it is active."""
     batches = sample_until_full(stages, prompts)
     kept = torch.cat([batch.kept for batch in batches])
     kept = kept & (kept.cumsum(0) <= prompts)
@@ -103,7 +105,7 @@ def collect(stages: Stages, *, prompts: int, max_guided_groups: int = 0) -> Roll
 
 
 def sample_until_full(stages: Stages, prompts: int) -> list[RewardedGroups]:
-    """Sample batches of prompts until the filter has kept ``prompts`` groups, or may not ask for more."""
+    """Sample batches of prompts, at most ``max_generation_batches``, until the filter has kept ``prompts`` groups."""
     batches: list[RewardedGroups] = []
     seen = kept = 0
     wanted = prompts
@@ -119,7 +121,7 @@ def sample_until_full(stages: Stages, prompts: int) -> list[RewardedGroups]:
 
 
 def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], prompts: int) -> RolloutBatch:
-    """Return the kept groups; missing ones are filled with dropped groups, whose mask is False everywhere."""
+    """Return the kept groups. Dropped groups, with a mask that is False everywhere, fill up the number to ``prompts``."""
     rollouts = concatenate([batch.rollouts for batch in batches])
     missing = prompts - int(kept.sum())
     fillers = ~kept & ((~kept).cumsum(0) <= missing)

@@ -1,4 +1,4 @@
-"""Prompts sampled together, with all their completions and the rewards of these."""
+"""Groups: prompts with all their completions and the rewards of the completions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +33,11 @@ class RewardedGroups:
     all_incorrect: Bool[Tensor, " groups"]
     """True if every on-policy completion is incorrect."""
     first_group: int
+    """The index of the first of these groups within the rollout batch."""
 
     @property
     def group_of_row(self) -> Int[Tensor, " R"]:
-        """The group of each row within these prompts, from 0."""
+        """The index of each row's prompt in ``prompts``."""
         return self.rollouts.group - self.first_group
 
     def without_rewards(self, groups: Int[Tensor, " n"]) -> Rollouts:
@@ -54,7 +55,7 @@ class RewardedGroups:
 
 
 def interleave(on_policy: Rollouts, guide: Rollouts) -> Rollouts:
-    """Join both, group by group, the on-policy completions first."""
+    """Merge both group by group, on-policy completions first."""
     if on_policy.from_guide is None:
         on_policy = replace(on_policy, from_guide=torch.zeros_like(on_policy.truncated))
     both = concatenate([on_policy, guide])
@@ -71,7 +72,10 @@ def reward_groups(
     *,
     threshold: float,
 ) -> RewardedGroups:
-    """Decode the completions, compute their rewards, and ask the filter which groups train."""
+    """Decode the completions, compute their rewards, and let the filter choose the groups that train.
+
+    RewardError if the reward fails, ValueError if the filter does not return one bool per group.
+    """
     texts = texts_for_reward(rollouts, prompts.problems, decode)
     result = compute(rollouts, texts)
     group, groups = rollouts.group, len(prompts)
@@ -84,7 +88,7 @@ def reward_groups(
         rollouts=replace(rollouts, group=group + first_group),
         texts=replace(texts, group=[int(g) + first_group for g in group]),
         terms=result.terms,
-        kept=_checked(keep(rollouts), keep, groups).to(group.device),
+        kept=_validate_kept(keep(rollouts), keep, groups).to(group.device),
         signal=has_signal(outcomes, group, groups, threshold),
         all_correct=group_sum((on_policy & ~correct).float(), group, groups) == 0,
         all_incorrect=group_sum((on_policy & correct).float(), group, groups) == 0,
@@ -92,7 +96,7 @@ def reward_groups(
     )
 
 
-def _checked(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
+def _validate_kept(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
     name = getattr(keep, "__qualname__", type(keep).__qualname__)
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (groups,):
         found = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
@@ -103,24 +107,24 @@ def _checked(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
 
 
 def texts_for_reward(rollouts: Rollouts, problems: Sequence[Problem], decode: Callable[[Rollouts], list[str]]) -> Texts:
-    """Build the reward's view of rollouts whose ``group`` indexes ``problems``."""
-    of_row = [problems[int(g)] for g in rollouts.group]
+    """Build the input of a reward from rollouts whose ``group`` indexes ``problems``."""
+    row_problems = [problems[int(g)] for g in rollouts.group]
     return Texts(
         completions=decode(rollouts),
-        answers=[problem.answer for problem in of_row],
-        problems=of_row,
+        answers=[problem.answer for problem in row_problems],
+        problems=row_problems,
         lengths=rollouts.mask.sum(1).tolist(),
         truncated=rollouts.truncated.tolist(),
         group=rollouts.group.tolist(),
     )
 
 
-def select_texts(parts: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
-    """Concatenate the parts and select rows."""
+def select_texts(batches: Sequence[Texts], rows: Bool[Tensor, " R"]) -> Texts:
+    """Concatenate the texts of several batches and select rows."""
     kept = rows.nonzero()[:, 0].tolist()
 
     def select(name: str) -> list[Any]:
-        values = list(chain.from_iterable(getattr(part, name) for part in parts))
+        values = list(chain.from_iterable(getattr(batch, name) for batch in batches))
         return [values[row] for row in kept]
 
     names = ("completions", "answers", "problems", "lengths", "truncated", "group")

@@ -1,6 +1,6 @@
 """Metrics and warnings of a rollout batch. They cover everything sampled, including groups that the filter dropped.
 
-A filter therefore does not flatter the policy. Names that do not begin with ``guide/`` are about on-policy completions.
+So a filter does not make the policy look better than it is. Names that do not begin with ``guide/`` cover on-policy completions only.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], prompts: int) -> dict[str, float]:
-    """Return the metrics of a rollout batch of ``prompts`` groups, of which the filter ``kept`` some."""
+    """Return the metrics of a rollout batch of ``prompts`` groups. ``kept`` is True for the groups that train."""
     rollouts = concatenate([batch.rollouts for batch in batches])
     signal, all_correct, all_incorrect = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("signal", "all_correct", "all_incorrect")
@@ -48,12 +48,12 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
     metrics |= mean_entropy(rollouts)
     if rollouts.from_guide is not None:
         metrics |= guide_metrics(batches)
-    _warn(metrics, int(on_policy.sum()), signal, torch.cat([batch.kept for batch in batches]), prompts)
+    _log_warnings(metrics, int(on_policy.sum()), signal, torch.cat([batch.kept for batch in batches]), prompts)
     return {name: float(value) for name, value in metrics.items()}
 
 
 def mean_entropy(rollouts: Rollouts) -> dict[str, float]:
-    """Average the entropy over on-policy tokens; empty if entropies are not known (yet)."""
+    """Average the entropy, in nats, over on-policy tokens. Empty if entropies are not computed yet."""
     if rollouts.entropy is None:
         return {}
     return {"completions/entropy": float(ops.masked_mean(rollouts.entropy, _on_policy_tokens(rollouts)))}
@@ -62,7 +62,7 @@ def mean_entropy(rollouts: Rollouts) -> dict[str, float]:
 def sampler_agreement(rollouts: Rollouts) -> dict[str, float]:
     """Compare the sampling engine's log-probabilities with pi_old's: |difference| in nats, and the ratios pi_old / pi_sampler.
 
-    Over the counted on-policy tokens. The ratios are not truncated.
+    Only on-policy tokens under the mask count. The ratios are not truncated. Empty if no token counts.
     """
     logprobs, reported = require(rollouts.logprobs, "logprobs"), require(rollouts.sampler_logprobs, "sampler_logprobs")
     difference = (logprobs - reported)[_on_policy_tokens(rollouts)]
@@ -79,14 +79,14 @@ def sampler_agreement(rollouts: Rollouts) -> dict[str, float]:
 
 
 def check_agreement(sampler: Sampler, metrics: Mapping[str, float]) -> None:
-    """ValueError if the engine samples from another policy than the one in training."""
+    """ValueError if the engine's log-probabilities differ from the policy's by more than ``sampler.max_difference`` nats on average."""
     difference = metrics.get("sampler/difference")
     if isinstance(sampler, WeightSyncedSampler) and difference is not None and not difference <= sampler.max_difference:
         raise ValueError(
             f"the sampler's log-probabilities differ from the policy's by {difference:.4f} nats on average, more than "
-            f"sampler.max_difference={sampler.max_difference} (the ratios go from {metrics['sampler/ratio_min']:.3g} to "
-            f"{metrics['sampler/ratio_max']:.3g}): the engine has other weights, or computes in another precision (sampler.dtype, "
-            "trainer.precision)"
+            f"sampler.max_difference={sampler.max_difference} (the ratios range from {metrics['sampler/ratio_min']:.3g} to "
+            f"{metrics['sampler/ratio_max']:.3g}): the engine has other weights, or computes in another precision (compare "
+            "sampler.dtype with trainer.precision)"
         )
 
 
@@ -95,13 +95,14 @@ def _on_policy_tokens(rollouts: Rollouts) -> Bool[Tensor, "R T"]:
 
 
 TOTALS = ("completions/tokens", "prompts/seen", "prompts/unfilled", "guide/tokens", "zero_reward/prompts")
+"""Metrics that are summed across ranks."""
 
 
 def reduce_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
     """Reduce across ranks: sum totals, take the maximum of ``_max`` and ``longest`` and the minimum of ``_min``, otherwise average.
 
-    Averages are weighted by the prompts that a rank has seen; the entropy of a token by the rank's tokens. Ranks may have measured
-    different things, for example if only some had failed prompts.
+    Averages are weighted by the number of prompts that each rank has seen, the entropy by each rank's number of tokens. Ranks may have
+    different metrics, for example if only some had failed prompts.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return dict(metrics)
@@ -109,22 +110,22 @@ def reduce_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
     dist.all_gather_object(ranks, dict(metrics))
     reduced: dict[str, float] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
-        having = [rank for rank in ranks if name in rank]
+        measured = [rank for rank in ranks if name in rank]
         if name in TOTALS:
-            reduced[name] = sum(rank[name] for rank in having)
+            reduced[name] = sum(rank[name] for rank in measured)
         elif name == "completions/longest" or name.endswith("_max"):
-            reduced[name] = max(rank[name] for rank in having)
+            reduced[name] = max(rank[name] for rank in measured)
         elif name.endswith("_min"):
-            reduced[name] = min(rank[name] for rank in having)
+            reduced[name] = min(rank[name] for rank in measured)
         else:
             weight = "completions/tokens" if name == "completions/entropy" else "prompts/seen"
-            total = sum(rank[weight] for rank in having)
-            reduced[name] = sum(rank[name] * rank[weight] for rank in having) / max(total, 1)
+            total = sum(rank[weight] for rank in measured)
+            reduced[name] = sum(rank[name] * rank[weight] for rank in measured) / max(total, 1)
     return reduced
 
 
 def guide_metrics(batches: Sequence[RewardedGroups]) -> dict[str, float]:
-    """Return reward, length and tokens of the guide's completions."""
+    """Return the mean reward and length, and the number of tokens, of the guide's completions."""
     rows = [
         batch.rollouts.rows(batch.rollouts.from_guide) for batch in batches if batch.rollouts.from_guide is not None
     ]
@@ -137,7 +138,7 @@ def guide_metrics(batches: Sequence[RewardedGroups]) -> dict[str, float]:
     }
 
 
-def _warn(
+def _log_warnings(
     metrics: dict[str, Tensor | float],
     completions: int,
     signal: Bool[Tensor, " groups"],
@@ -147,24 +148,26 @@ def _warn(
     if metrics["completions/truncated"] == 1:
         log.warning(
             "100 %% of the %d completions of this rollout batch hit the limit of %d tokens before an end of sequence: rewards that need "
-            "the end of the text cannot be earned. Raise sampler.max_new_tokens, or check that the policy ever ends its text.",
+            "the end of the text cannot be earned. Raise sampler.max_new_tokens, or check that the policy generates an EOS token.",
             completions,
             int(metrics["completions/longest"]),
         )
     if not signal.any():
         log.warning(
-            "None of the %d groups of this rollout batch has signal (%.0f %% all correct, %.0f %% all incorrect): nothing is learned "
-            "from it.",
+            "None of the %d groups of this rollout batch has signal (%.0f %% all correct, %.0f %% all incorrect): the policy learns "
+            "nothing from it.",
             len(signal),
             100 * metrics["prompts/all_correct"],
             100 * metrics["prompts/all_incorrect"],
         )
     elif not kept.any():
-        log.warning("The filter dropped all %d groups of this rollout batch: nothing is learned from it.", len(kept))
+        log.warning(
+            "The filter dropped all %d groups of this rollout batch: the policy learns nothing from it.", len(kept)
+        )
     elif metrics["prompts/unfilled"]:
         log.warning(
-            "After %d generation batches %d of %d groups are still missing (the filter keeps %.0f %% of the prompts): the step is "
-            "smaller. Raise filter.max_generation_batches, or give easier or harder problems.",
+            "After %d generation batches %d of %d groups are still missing (the filter keeps %.0f %% of the prompts), so the "
+            "step has fewer groups. Raise filter.max_generation_batches, or use easier or harder problems.",
             int(metrics["prompts/generation_batches"]),
             int(metrics["prompts/unfilled"]),
             prompts,

@@ -1,6 +1,6 @@
-"""Held-out problems, sampled and graded: the same loop for validation while training and for ``rlmod-eval``.
+"""Sample and grade held-out problems, both for validation during training and for ``rlmod-eval``.
 
-Same seeds and same batches, so a checkpoint has one number.
+Both use the same seeds and batches, so a checkpoint has one accuracy.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from rlmod.types import Prompts, Rollouts, Texts
 
 @runtime_checkable
 class ValidationSettings(Protocol):
+    """The components of validation, and the threshold above which a correctness score counts as correct."""
+
     @property
     def sampler(self) -> Sampler: ...
     @property
@@ -30,6 +32,8 @@ class ValidationSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GradedBatch:
+    """The completions of a batch of held-out prompts, with their rewards and correctness."""
+
     rollouts: Rollouts
     texts: Texts
     rewards: Float[Tensor, " R"]

@@ -1,7 +1,7 @@
-"""The zero-reward batch: prompts on which the policy alone failed, as a sub-batch that the guide leads.
+"""The zero-reward batch: prompts on which all on-policy completions failed, trained as a separate sub-batch with the guide's completions.
 
-Everything about it is in this file. The frame knows only sub-batches: rows marked by ``Rollouts.sub_batch``, each shaped and normalized
-apart, with a weight in the loss.
+Everything about it is in this file. The rest of the package knows only sub-batches: rows marked by ``Rollouts.sub_batch``, which are
+shaped and normalized separately and have a weight in the loss.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -26,28 +26,29 @@ SUB_BATCH = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroReward:
-    """J = J_1 + weight * J_0: the filtered rollout batch, and the prompts on which the policy alone failed, led by the guide
+    """J = J_1 + weight * J_0, with J_1 the filtered rollout batch and J_0 the zero-reward batch.
 
-    J_0 holds the prompts that the filter dropped and whose on-policy completions are all incorrect. Each is joined by
-    ``completions_per_prompt`` completions of the guide. J_0 is shaped apart, with a normalizer of its own.
+    J_0 holds the prompts that the filter dropped and whose on-policy completions are all incorrect. Each gets
+    ``completions_per_prompt`` additional completions of the guide. J_0 is shaped and normalized separately.
 
     Source: [R] MIX, arXiv:2507.12931: zero-reward samples are used again "as a distinct batch guided by the expert policy".
     Differs: [D] at most ``prompts`` of them per rollout batch; the others are dropped and counted.
-    Degenerate: weight 0 asks nothing of the guide and changes nothing, bit for bit. A prompt on which the guide fails too stays dropped
-    (unless ``keep_if_guide_fails``). A prompt whose completions are all correct is never among them.
+    Degenerate: with weight 0 the guide is not called and nothing changes, bit for bit. A prompt on which the guide fails too stays
+    dropped (unless ``keep_if_guide_fails``). A prompt whose completions are all correct is never in J_0.
     """
 
     weight: float = 0.0
     """lambda; 0 turns it off."""
     completions_per_prompt: int = 2
-    """Completions of the guide."""
+    """The guide's completions per prompt of this batch."""
     prompts: int | None = None
-    """The most prompts per rollout batch, over all ranks; null: as many as batch.prompts."""
+    """Maximum number of prompts per rollout batch, over all ranks; null: batch.prompts."""
     keep_if_guide_fails: bool = False
+    """Also train on prompts on which the guide's completions are all incorrect."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
-            raise ValueError(f"zero_reward.weight must be finite, 0 (off) or more, got {self.weight}")
+            raise ValueError(f"zero_reward.weight must be finite and at least 0 (0 turns it off), got {self.weight}")
         for name in ("completions_per_prompt", "prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -63,27 +64,27 @@ class ZeroReward:
         return (1.0, self.weight) if self.active else (1.0,)
 
     def max_groups(self, prompts: int, ranks: int, rank: int = 0) -> int:
-        """Return the most groups on this rank, whose rollout batch holds ``prompts``; a remainder goes to the first ranks."""
+        """Return the maximum number of groups on this rank, which has ``prompts`` per rollout batch. The first ranks get a remainder."""
         if not self.active:
             return 0
         return prompts if self.prompts is None else self.prompts // ranks + (rank < self.prompts % ranks)
 
     def max_rows(self, prompts: int, ranks: int, rows_per_prompt: int) -> int:
-        """Return the most rows on one rank."""
+        """Return the maximum number of rows on one rank."""
         return self.max_groups(prompts, ranks) * (rows_per_prompt + self.completions_per_prompt)
 
 
 def add_zero_reward(
     batch: "RolloutBatch", batches: Sequence[RewardedGroups], stages: "Stages", max_groups: int
 ) -> "RolloutBatch":
-    """Append the groups that the guide rescued, marked as a sub-batch, and their metrics."""
+    """Append the groups on which the guide succeeded, marked as a sub-batch, and their metrics."""
     settings, seen = stages.zero_reward, sum(len(each.prompts) for each in batches)
     guided = _sample_guided(stages, batches, max_groups)
-    # pi_old's log-probabilities are filled now: later, the guide's rows could not be told from those that still lack them.
+    # pi_old's log-probabilities are filled now: after the merge, rows that lack them could not be told from the guide's rows.
     main = stages.logprob_pass(batch.rollouts) if guided else batch.rollouts
-    nothing = torch.zeros_like(main.truncated)
-    from_guide = nothing if main.from_guide is None else main.from_guide
-    main = replace(main, sub_batch=nothing.long(), from_guide=from_guide)
+    all_false = torch.zeros_like(main.truncated)
+    from_guide = all_false if main.from_guide is None else main.from_guide
+    main = replace(main, sub_batch=all_false.long(), from_guide=from_guide)
     # No on-policy completion is correct, so a correct one is the guide's.
     rescued = [each.any_correct(stages.threshold) for each in guided]
     failed, saved = sum(len(each.prompts) for each in guided), sum(int(groups.sum()) for groups in rescued)
@@ -113,7 +114,7 @@ def add_zero_reward(
 
 
 def _sample_guided(stages: "Stages", batches: Sequence[RewardedGroups], max_groups: int) -> list[RewardedGroups]:
-    """Join the first ``max_groups`` dropped groups without a correct on-policy completion with completions of the guide."""
+    """Add the guide's completions to the first ``max_groups`` dropped groups without a correct on-policy completion."""
     guided: list[RewardedGroups] = []
     first_group = sum(len(each.prompts) for each in batches)
     for each in batches:

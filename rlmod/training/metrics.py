@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 
 class MeanAtK(Metric):
-    """mean@k: the share of correct completions, k completions a problem; estimates the accuracy of one sample."""
+    """mean@k: the share of correct completions, with k completions per problem. It estimates the accuracy of a single sample."""
 
     correct: Tensor
     completions: Tensor
@@ -28,7 +28,7 @@ class MeanAtK(Metric):
 
 
 class PassAtK(Metric):
-    """pass@k: the chance that at least one of k completions is correct, from n >= k completions a problem.
+    """pass@k: the chance that at least one of k completions is correct, estimated from n >= k completions per problem.
 
     Unbiased: the mean over problems of 1 - C(n - c, k) / C(n, k), with c of n correct.
 
@@ -53,10 +53,13 @@ class PassAtK(Metric):
 
 
 def pass_at_k(correct: Bool[Tensor, "problems n"], k: int) -> Tensor:
-    """1 - C(n - c, k) / C(n, k) of each problem, as 1 - prod_{i<k} (n - c - i) / (n - i), which is 1 when n - c < k."""
+    """1 - C(n - c, k) / C(n, k) per problem, computed as 1 - prod_{i<k} (n - c - i) / (n - i), which is 1 if n - c < k.
+
+    Shape [problems], float64. ValueError unless 1 <= k <= n.
+    """
     n = correct.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} completions a problem, got {n}: raise completions_per_prompt")
-    wrong = n - correct.sum(1, dtype=torch.float64)
+        raise ValueError(f"pass@{k} needs at least {k} completions per problem, got {n}: raise completions_per_prompt")
+    incorrect = n - correct.sum(1, dtype=torch.float64)
     i = torch.arange(k, dtype=torch.float64, device=correct.device)
-    return 1 - ((wrong[:, None] - i).clamp(min=0) / (n - i)).prod(1)
+    return 1 - ((incorrect[:, None] - i).clamp(min=0) / (n - i)).prod(1)

@@ -81,9 +81,9 @@ def test_a_broken_checkpoint_is_named_and_passed_over(run, tmp_path, caplog, cap
     broken, whole = folder / "checkpoints" / "step-000002", folder / "checkpoints" / "step-000001"
     os.truncate(broken / "policy" / "model.safetensors", 1000)
     assert export.export(folder, tmp_path / "out") == whole
-    assert f"{broken} is broken and is passed over: policy/model.safetensors has 1,000 of" in caplog.text
+    assert f"{broken} is damaged and is skipped: policy/model.safetensors has 1,000 of" in caplog.text
     torch.testing.assert_close(logits(tmp_path / "out"), expected(whole), atol=0, rtol=0)
-    assert "no whole checkpoint there" in refused(capsys, broken, tmp_path / "other")
+    assert "no complete checkpoint found" in refused(capsys, broken, tmp_path / "other")
 
 
 def test_weights_are_rounded_to_another_dtype(run, tmp_path):
@@ -114,15 +114,15 @@ def test_an_adapter_is_exported_as_it_is_or_merged(adapted, tmp_path):
 
 def test_what_cannot_be_exported_is_said(run, adapted, tmp_path, capsys):
     assert "there is no such folder" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "no whole checkpoint there" in refused(capsys, tmp_path, tmp_path / "out")
+    assert "no complete checkpoint found" in refused(capsys, tmp_path, tmp_path / "out")
     policy = run / "checkpoints" / "step-000002" / "policy"
     assert f"give the checkpoint, {policy.parent}" in refused(capsys, policy, tmp_path / "out")
-    assert "without an adapter to merge" in refused(capsys, run, tmp_path / "out", "--merge")
-    assert "give --merge too" in refused(capsys, adapted, tmp_path / "out", "--dtype", "bfloat16")
+    assert "no adapter to merge" in refused(capsys, run, tmp_path / "out", "--merge")
+    assert "add --merge" in refused(capsys, adapted, tmp_path / "out", "--dtype", "bfloat16")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
-    assert "nothing is written over" in refused(capsys, run, tmp_path / "mine")
+    assert "is not overwritten" in refused(capsys, run, tmp_path / "mine")
     assert "could not be written" in refused(capsys, run, "/proc/out")
 
 

@@ -113,7 +113,7 @@ REFUSED = {
     ),
     "decay": (["reference=ema", "reference.decay=2"], ["reference.decay must be at least 0 and at most 1"]),
     "no epochs": (["trainer.max_epochs=abc"], ["trainer.max_epochs", "whole number"]),
-    "not to resume": (["resume=/nowhere"], ["resume=/nowhere", "no whole checkpoint"]),
+    "not to resume": (["resume=/nowhere"], ["resume=/nowhere", "no intact checkpoint"]),
     "accumulation is ours": (["trainer.accumulate_grad_batches=2"], ["unknown key trainer.accumulate_grad_batches"]),
 }
 

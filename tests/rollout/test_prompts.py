@@ -87,7 +87,7 @@ def test_a_system_message_of_the_prompts_own(chatty):
     own = ({"role": "system", "content": "Own."}, *CHAT)
     assert text(PromptEncoder().encode(problems(own), chatty), chatty) == ["s<Own.>u<1+1>a<"]
     with pytest.raises(
-        ValueError, match=r"a\.jsonl:1: .* system message of its own; set data\.encoder\.system to null"
+        ValueError, match=r"a\.jsonl:1: .* already has a system message; set data\.encoder\.system to null"
     ):
         PromptEncoder(system="Add.").encode(problems(own), chatty)
 
@@ -104,12 +104,12 @@ def test_messages_where_chat_is_off(chatty):
 
 @pytest.mark.parametrize(("chat", "prompt"), [(None, CHAT), (True, "1+1")])
 def test_a_tokenizer_without_a_chat_template(tokenizer, chat, prompt):
-    with pytest.raises(ValueError, match=r"data\.encoder\.chat: .* no chat template; take an instruction-tuned"):
+    with pytest.raises(ValueError, match=r"data\.encoder\.chat: .* no chat template; use an instruction-tuned"):
         PromptEncoder(chat=chat).encode(problems(prompt), tokenizer)
 
 
 def test_a_chat_template_that_refuses(chatty):
-    with pytest.raises(ValueError, match=r"data\.encoder: .* refuses the messages: no tools here"):
+    with pytest.raises(ValueError, match=r"data\.encoder: .* rejects the messages: no tools here"):
         PromptEncoder().encode(problems(({"role": "tool", "content": "x"},)), chatty)
 
 
@@ -128,7 +128,7 @@ def test_an_eos_that_a_chat_template_ends_with_stays(chatty):
 
 
 def test_a_prompt_without_tokens(tokenizer):
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: the tokenizer makes no tokens of the prompt ''"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: the tokenizer returns no tokens for the prompt ''"):
         PromptEncoder().encode(problems("1", ""), tokenizer)
 
 
@@ -148,7 +148,9 @@ def test_no_warning_without_a_loss(tokenizer, caplog):
 
 
 def test_all_prompts_are_too_long(tokenizer):
-    with pytest.raises(ValueError, match=r"all 2 prompts are longer than data\.encoder\.max_tokens=1 .*shortest: 2"):
+    with pytest.raises(
+        ValueError, match=r"all 2 prompts are longer than data\.encoder\.max_tokens=1 .*shortest has 2 tokens"
+    ):
         PromptEncoder(max_tokens=1).encode(problems("12", "123"), tokenizer)
 
 
@@ -178,7 +180,7 @@ def test_too_long_as_an_error(tokenizer):
     [
         ({"max_tokens": 0}, r"data\.encoder\.max_tokens"),
         ({"too_long": "cut"}, "too_long"),
-        ({"chat": False, "system": "Add."}, r"data\.encoder\.system needs a chat"),
+        ({"chat": False, "system": "Add."}, r"data\.encoder\.system='Add\.' needs a chat"),
     ],
 )
 def test_bad_fields(fields, message):

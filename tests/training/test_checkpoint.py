@@ -63,7 +63,7 @@ def test_newer_checkpoints_are_set_aside_when_a_run_goes_on_from_an_older_one(fi
         "passed-over-step-000003", "passed-over-step-000003-2", "passed-over-step-000004",
         "step-000001", "step-000002", "step-000003",
     ]  # fmt: skip
-    assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001", "step-000002", "step-000003"]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000001", "step-000002", "step-000003"]
     assert steps(run) == steps(finished)[:3]  # those of the steps that were taken back are gone
     assert same(folder / "step-000003", folder / "passed-over-step-000003-2")  # the same steps again, bit for bit
 
@@ -77,10 +77,10 @@ def test_a_broken_checkpoint_is_set_aside_and_does_not_count_among_those_that_ar
     run_train(monkeypatch, *command(run, keep=1))
     log = (run / "train.log").read_text()
     for step in ("step-000003", "step-000004"):
-        assert f"{folder / step} is broken and is passed over: trainer.ckpt has 1,000 of" in log
+        assert f"{folder / step} is damaged and is skipped: trainer.ckpt has 1,000 of" in log
     assert f"resuming from {folder / 'step-000002'}" in log
     # The older broken one stays, and the new one is the one that is kept.
-    assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001", "step-000004"]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000001", "step-000004"]
     assert sorted(path.name for path in folder.glob("passed-over-*")) == [
         "passed-over-step-000003",
         "passed-over-step-000004",
@@ -90,10 +90,10 @@ def test_a_broken_checkpoint_is_set_aside_and_does_not_count_among_those_that_ar
 
 
 def test_with_broken_checkpoints_alone_the_same_command_says_so_in_its_own_words(run, monkeypatch):
-    for checkpoint in checkpoints.checkpoints(run):
+    for checkpoint in checkpoints.list_checkpoints(run):
         (checkpoint / "complete.json").unlink()
     message = answer(lambda: run_train(monkeypatch, *command(run)))
-    assert f"output={run}: every checkpoint of this run is broken" in message
+    assert f"output={run}: every checkpoint of this run is damaged" in message
     assert "resume=" not in message
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_copied_elsewhere_under_another_name_begins_a_run(run, fini
 def test_a_renamed_checkpoint_in_the_runs_own_folder_is_refused(run, monkeypatch):
     shutil.move(run / "checkpoints" / "step-000003", run / "checkpoints" / "best")
     message = answer(lambda: run_train(monkeypatch, *command(run), f"resume={run / 'checkpoints' / 'best'}"))
-    assert "in the run's own folder, but not one of its checkpoints/step-N" in message
+    assert "in the run's own folder, but is not one of its checkpoints/step-N" in message
     assert "output=FOLDER" in message
 
 
@@ -131,7 +131,7 @@ def test_an_earlier_end_does_not_outlive_the_steps_that_are_taken_back(finished,
 def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
-    checkpoints.note_config(tmp_path, OmegaConf.create({"a": 1}))
+    checkpoints.write_config(tmp_path, OmegaConf.create({"a": 1}))
 
     def full(cfg, path, resolve):
         Path(path).write_text("a: ")
@@ -139,7 +139,7 @@ def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OmegaConf, "save", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.note_config(tmp_path, OmegaConf.create({"a": 2}))
+        checkpoints.write_config(tmp_path, OmegaConf.create({"a": 2}))
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
@@ -148,20 +148,22 @@ def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, m
     """As a power cut may leave it."""
     state = run / "checkpoints" / "step-000004" / "trainer.ckpt"
     state.write_bytes(content(state.stat().st_size))
-    assert checkpoints.newest_whole(run) == run / "checkpoints" / "step-000003"
-    assert "step-000004 is broken and is passed over: trainer.ckpt cannot be read" in caplog.text
+    assert checkpoints.find_newest_checkpoint(run) == run / "checkpoints" / "step-000003"
+    assert "step-000004 is damaged and is skipped: trainer.ckpt cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", "3", '{"trainer.ckpt": "x"}'])
 def test_a_manifest_that_is_none_makes_a_checkpoint_broken(run, manifest):
     checkpoint = run / "checkpoints" / "step-000004"
     (checkpoint / checkpoints.MANIFEST).write_text(manifest)
-    assert checkpoints.MANIFEST in str(checkpoints.damage(checkpoint))
-    assert checkpoints.newest_whole(run) == run / "checkpoints" / "step-000003"
+    assert checkpoints.MANIFEST in str(checkpoints.find_damage(checkpoint))
+    assert checkpoints.find_newest_checkpoint(run) == run / "checkpoints" / "step-000003"
 
 
 def test_what_differs_is_named_and_where_it_is_written_is_no_difference(run, tmp_path):
     before = OmegaConf.load(run / "config.yaml")
     now = OmegaConf.create(OmegaConf.to_yaml(before).replace(before.output, str(tmp_path / "elsewhere")))
     now.optimizer.lr = 1e-5
-    assert checkpoints.changed(run / "checkpoints" / "step-000004", now) == ["optimizer.lr was 0.001, now 1e-05"]
+    assert checkpoints.changed_settings(run / "checkpoints" / "step-000004", now) == [
+        "optimizer.lr was 0.001, now 1e-05"
+    ]

@@ -37,7 +37,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, sc
 
 def test_a_checkpoint_of_another_policy_is_refused_in_a_sentence(run, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, *QUICK, "adapter=lora", f"resume={run}")
-    assert "resume: the checkpoint is of another policy" in message
+    assert "resume: the checkpoint belongs to another policy" in message
     assert "weights differ" in message
     assert "is missing there and of shape" in message
 
@@ -55,7 +55,7 @@ def test_a_signal_writes_a_checkpoint_and_exits(number, tmp_path):
         output = ended(process, status=128 + number)
     finally:
         kill(process)
-    assert "finishing this iteration, then a checkpoint" in output
+    assert "finishing this iteration, then writing a checkpoint" in output
     assert f"resume={folder}" in output
     assert "Traceback" not in output
     (checkpoint,) = (folder / "checkpoints").iterdir()
@@ -131,22 +131,22 @@ def test_a_broken_checkpoint_is_named_and_passed_over(run, tmp_path, monkeypatch
     file = broken / "trainer.ckpt"
     size = file.stat().st_size
     os.truncate(file, size // 2)
-    assert checkpoints.newest(tmp_path / "a") == whole
-    assert checkpoints.damage(broken) == f"trainer.ckpt has {size // 2:,} of {size:,} bytes"
+    assert checkpoints.newest_checkpoint(tmp_path / "a") == whole
+    assert checkpoints.find_damage(broken) == f"trainer.ckpt has {size // 2:,} of {size:,} bytes"
     (broken / "policy" / "config.json").unlink()
     file.unlink()
-    assert "is missing" in str(checkpoints.damage(broken))
+    assert "is missing" in str(checkpoints.find_damage(broken))
     (broken / "complete.json").unlink()
-    assert "complete.json cannot be read" in str(checkpoints.damage(broken))
+    assert "complete.json cannot be read" in str(checkpoints.find_damage(broken))
     shutil.rmtree(whole)
-    with pytest.raises(ValueError, match="no whole checkpoint there"):
-        checkpoints.newest(tmp_path / "a")
+    with pytest.raises(ValueError, match="no intact checkpoint there"):
+        checkpoints.newest_checkpoint(tmp_path / "a")
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
     for step in ("step-999999", "step-1000000", "step-000005", "step-new"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
-    assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == [
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path)] == [
         "step-000005",
         "step-999999",
         "step-1000000",

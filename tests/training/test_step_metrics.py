@@ -17,7 +17,7 @@ MASK = torch.tensor([[True, True, True], [True, False, False]])
 def test_values_of_tokens(values, total, count):
     means = StepMetrics()
     means.add("ratio", values, MASK)
-    assert means.over_ranks() == {"ratio": (total, count)}
+    assert means.reduce_and_reset() == {"ratio": (total, count)}
 
 
 def test_the_mean_does_not_depend_on_the_cut():
@@ -26,14 +26,14 @@ def test_the_mean_does_not_depend_on_the_cut():
     whole.add("x", values, MASK)
     for row in range(2):
         cut.add("x", values[row : row + 1], MASK[row : row + 1])
-    assert whole.over_ranks() == cut.over_ranks() == {"x": (6, 4)}
+    assert whole.reduce_and_reset() == cut.reduce_and_reset() == {"x": (6, 4)}
 
 
 def test_a_number_without_a_mask_is_kept_whatever_it_is_and_reading_begins_anew():
     means = StepMetrics()
     means.add("loss", torch.tensor(torch.nan))
-    total, count = means.over_ranks()["loss"]
+    total, count = means.reduce_and_reset()["loss"]
     assert total != total  # a loss that is NaN is to show
     assert count == 1
     means.add("loss", torch.tensor(0.5, requires_grad=True))
-    assert means.over_ranks() == {"loss": (0.5, 1)}
+    assert means.reduce_and_reset() == {"loss": (0.5, 1)}

@@ -1,1 +1,1 @@
-"""Displays and records of a run. Callbacks only watch: none changes what is trained."""
+"""Displays and records of a run. Callbacks only observe: none changes the training."""

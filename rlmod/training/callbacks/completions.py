@@ -1,4 +1,4 @@
-"""Completions to read: a table on the console every so often, and samples.jsonl for the report."""
+"""Completions to read: a table on the console at intervals, and samples.jsonl for the report."""
 
 import json
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from rlmod.rollout.collect import RolloutBatch
 from rlmod.training.module import RLModule
 
 TOKENS_SHOWN = 512
+"""Maximum number of tokens of a completion that are recorded one by one."""
 
 
 class Completions(L.Callback):
@@ -22,7 +23,7 @@ class Completions(L.Callback):
     def __init__(self, *, folder: str, every: int = 20, rows: int = 4, recorded: int = 16) -> None:
         if every < 0 or rows < 1 or recorded < 1:
             raise ValueError(
-                "callbacks.completions.every must not be negative, .rows and .recorded at least 1, "
+                "callbacks.completions.every must be at least 0, .rows and .recorded at least 1, "
                 f"got {every}, {rows}, {recorded}"
             )
         self.file, self.every, self.rows, self.recorded = Path(folder) / "samples.jsonl", every, rows, recorded
@@ -34,25 +35,30 @@ class Completions(L.Callback):
             done in (1, trainer.max_epochs) or (self.every and done % self.every == 0)
         ):
             return
-        samples = list(records(pl_module.rollout_batch, self.rows, pl_module, trainer.global_step, "train"))
+        samples = list(sample_records(pl_module.rollout_batch, self.rows, pl_module, trainer.global_step, "train"))
         self._append(samples)
         if self.every and done % self.every == 0:
-            Console().print(_table(samples, f"completions of iteration {done}"))
+            Console().print(_build_table(samples, f"completions of iteration {done}"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)
         if trainer.is_global_zero and not trainer.sanity_checking and pl_module.validated:
             first = pl_module.validated[0]
-            self._append(list(records(first, self.recorded, pl_module, trainer.global_step, "validation")))
+            self._append(list(sample_records(first, self.recorded, pl_module, trainer.global_step, "validation")))
 
     def _append(self, samples: list[dict[str, Any]]) -> None:
         with self.file.open("a") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
 
-def records(collected: RolloutBatch, number: int, module: RLModule, step: int, when: str) -> Iterator[dict[str, Any]]:
-    """The first completion of each of the first groups; of training also the tokens, with their entropy and advantage."""
-    texts, rollouts = collected.texts, collected.rollouts
+def sample_records(
+    batch: RolloutBatch, number: int, module: RLModule, step: int, when: str
+) -> Iterator[dict[str, Any]]:
+    """Yield a record of the first completion of each of the first ``number`` groups.
+
+    A record of a training completion also has its tokens, with their entropy in nats and their advantage.
+    """
+    texts, rollouts = batch.texts, batch.rollouts
     assert texts.group is not None and texts.problems is not None and texts.lengths is not None
     assert rollouts.rewards is not None
     firsts = {group: row for row, group in reversed(list(enumerate(texts.group)))}
@@ -77,18 +83,18 @@ def records(collected: RolloutBatch, number: int, module: RLModule, step: int, w
         yield sample
 
 
-def _table(samples: list[dict[str, Any]], title: str) -> Table:
+def _build_table(samples: list[dict[str, Any]], title: str) -> Table:
     table = Table("prompt", "completion", "answer", "reward", title=title, title_justify="left", show_lines=True)
     for sample in samples:
         table.add_row(
-            Text(_end(sample["prompt"])),
-            Text(_end(sample["completion"])),
-            Text(_end(sample["answer"])),
+            Text(_last_characters(sample["prompt"])),
+            Text(_last_characters(sample["completion"])),
+            Text(_last_characters(sample["answer"])),
             f"{sample['reward']:.2f}",
         )
     return table
 
 
-def _end(text: str, characters: int = 300) -> str:
-    """The end of a long text: where the answer stands."""
+def _last_characters(text: str, characters: int = 300) -> str:
+    """Shorten a long text to its end, which holds the answer."""
     return text if len(text) <= characters else "…" + text[-characters:]

@@ -1,4 +1,4 @@
-"""metrics.csv, resumed where a run is."""
+"""A CSV logger that appends to the file of a resumed run."""
 
 import csv
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 
 class MetricsCSV(CSVLogger):
-    """Lightning's, but the rows that the file holds already stay: they are the earlier part of a run that is resumed."""
+    """Lightning's CSVLogger, but it keeps the rows that metrics.csv already holds: the earlier steps of a resumed run."""
 
     @property
     @rank_zero_experiment

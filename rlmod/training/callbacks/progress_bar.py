@@ -1,4 +1,4 @@
-"""One bar for the whole run, a step a rollout batch."""
+"""One progress bar for the whole run, with one step per iteration."""
 
 import lightning as L
 from rich.console import Console
@@ -15,13 +15,13 @@ SHOWN = {
 
 
 class ProgressBar(L.Callback):
-    """A bar with reward, held-out accuracy, entropy, length and tokens per second; where there is no terminal, a line now and then."""
+    """A bar with reward, held-out accuracy, entropy, length and tokens per second. Without a terminal it prints lines instead."""
 
     def __init__(self, *, lines: int = 10) -> None:
         if lines < 1:
             raise ValueError(f"callbacks.progress_bar.lines must be at least 1, got {lines}")
         self.lines = lines
-        """Printed over the whole run where there is no terminal."""
+        """Number of lines printed over the whole run if there is no terminal."""
         self.held_out = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class ProgressBar(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
-        # This rollout batch's own come last: the Trainer's are those of the rollout batch before, until the module has logged them.
+        # This rollout batch's metrics come last: the Trainer's are from the previous iteration until the module has logged the new ones.
         metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.rollout_batch.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
         numbers = "  ".join([shown[0], *([self.held_out] if self.held_out else []), *shown[1:]])
@@ -62,7 +62,7 @@ class ProgressBar(L.Callback):
             and done * self.lines // total > (done - 1) * self.lines // total
         ):
             self.console.print(f"iteration {done}/{total}  {numbers}", soft_wrap=True, highlight=False)
-            self.held_out = ""  # a line says it once
+            self.held_out = ""  # printed in one line only
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "progress"):

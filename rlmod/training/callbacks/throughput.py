@@ -1,4 +1,4 @@
-"""Timing of an iteration."""
+"""Times of an iteration and tokens per second."""
 
 import time
 from typing import Any
@@ -9,7 +9,10 @@ from rlmod.training.module import RLModule
 
 
 class Throughput(L.Callback):
-    """Logs seconds of collecting and of training, and sampled completion tokens per second of both (this rank's)."""
+    """Logs this rank's times in seconds and the sampled completion tokens per second.
+
+    ``time/collect`` is the sampling of the rollout batch, ``time/train`` the optimizer steps. ``speed/tokens_per_second`` divides by both.
+    """
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started, self.collected, self.validating = time.perf_counter(), None, 0.0
