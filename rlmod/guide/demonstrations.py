@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlmod import jsonl
 from rlmod.guide._fields import check_completions
+from rlmod.model.policy import turn_end_ids
 from rlmod.types import Problem, Prompts, Rollouts
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _parse_demonstration(
     logprobs = _parse_logprobs(record, where, len(ids), settings.ratio)
     cut = settings.max_tokens is not None and len(ids) > settings.max_tokens
     limit = settings.max_tokens if cut else None
-    lacks_eos = ids[-1] != tokenizer.eos_token_id
+    lacks_eos = ids[-1] not in turn_end_ids(tokenizer)
     truncated = cut or bool(record.get("truncated", lacks_eos))
     return Demonstration(tuple(ids[:limit]), tuple(logprobs[:limit]), truncated)
 
@@ -156,8 +157,11 @@ def _parse_ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedToke
         raise ValueError(
             f"{where}: completion_ids has an EOS ({eos}) at index {ids.index(eos)} and tokens after it: a completion must end there"
         )
-    decoded = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
-    if text is not None and decoded.split() != text.removesuffix(end).split():
+    # A recorded text may or may not hold special tokens such as <think>.
+    decoded, whole = (cast(str, tokenizer.decode(ids, skip_special_tokens=skip)) for skip in (True, False))
+    endings = [cast(str, tokenizer.decode([token])) for token in turn_end_ids(tokenizer)]
+    visible = next((whole.removesuffix(ending) for ending in endings if whole.endswith(ending)), whole)
+    if text is not None and text.removesuffix(end).split() not in (decoded.split(), visible.split()):
         raise ValueError(
             f"{where}: completion and completion_ids differ: {_shorten(text)}, but the tokens decode to {_shorten(decoded)}"
         )

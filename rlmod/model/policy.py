@@ -1,5 +1,6 @@
 """The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlmod.model import shared_prompts
+from rlmod.model import noise, shared_prompts
 from rlmod.types import Rollouts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).parent / "policies"
 """The tiny policies that come with rlmod, by name; tools/tiny_policies.py trains them."""
@@ -29,6 +30,8 @@ class HFPolicy:
     """Dtype of the trained weights; mixed precision is trainer.precision."""
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
+    dropout: bool = False
+    """Train with the model's own dropout and router noise, if it has any. false: they are 0, so that the ratios begin at 1."""
     compile: bool = False
     """torch.compile of each layer, for training and scoring: a start that is slower by a minute, and then faster steps."""
     adapter: Callable[..., Any] | None = None
@@ -92,22 +95,53 @@ class HFPolicy:
                 model = AutoModelForCausalLM.from_pretrained(self.location, **settings)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._cannot("model", error)) from error
-        rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
-        if len(tokenizer) > rows:
-            raise ValueError(
-                f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings: "
-                "they do not belong together"
-            )
+        rows = embedding_rows(model)
+        self._check_vocabulary(tokenizer, rows)
         ends = model.generation_config
         known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
         ends.eos_token_id = sorted({cast(int, tokenizer.eos_token_id), *(i for i in known if i is not None)})
         ends.pad_token_id = tokenizer.pad_token_id
+        self._make_savable(ends)
+        if not self.dropout:
+            noise.switch_off(model)
         model.train()  # from_pretrained hands it over in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.compile:
             shared_prompts.compile_layers(model)
         return model if self.adapter is None else self.adapter(model)
+
+    def _check_vocabulary(self, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
+        """Raise ValueError if the tokenizer is another model's.
+
+        It may list special tokens that no text of this model produces, such as the image placeholder of a multimodal family. A prompt
+        that names one is refused when the prompts are known.
+        """
+        special = _special_tokens(tokenizer)
+        needed = [tokenizer.eos_token, tokenizer.pad_token]
+        vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else special
+        beyond = [token for token, i in vocabulary.items() if i >= rows and (token in needed or token not in special)]
+        if beyond:
+            raise ValueError(
+                f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings, and none for "
+                f"{beyond[0]!r}: they do not belong together"
+            )
+
+    def _make_savable(self, config: "GenerationConfig") -> None:
+        """Complete a generation config that transformers reads but refuses to write, or raise ValueError before anything is trained."""
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.do_sample = (
+                True  # sampling settings without it, as in older models' files; rlmod's samplers set their own
+            )
+            try:
+                config.validate(strict=True)
+            except ValueError as error:
+                raise ValueError(
+                    f"policy.path={self.path}: its generation_config.json could not be saved with the trained policy; mend or remove it: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
 
     def shape(self) -> "PreTrainedConfig":
         """The config of the model, or of the one under the adapter; no weights are loaded."""
@@ -140,10 +174,47 @@ class HFPolicy:
 
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
-    """The text of each completion: the counted tokens, without special ones."""
+    """Return the text of each completion: the counted tokens without BOS, EOS, padding and unknown tokens.
+
+    Other special tokens stay, because a reward may look for them: a tokenizer may list ``<think>`` among its special tokens. A special
+    token that ends a completion before the token limit is its EOS, whichever of a model's several EOS tokens it is.
+    """
     counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
-    ids = [row.tolist() for row in counted]
-    return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=True))
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    invisible = {getattr(tokenizer, name) for name in names}
+    special = _special_tokens(tokenizer).values()
+    ids = []
+    for row, truncated in zip([row.tolist() for row in counted], rollouts.truncated.tolist(), strict=True):
+        ended = bool(row) and not truncated and row[-1] in special
+        ids.append([token for token in (row[:-1] if ended else row) if token not in invisible])
+    return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=False))
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return the number of token ids that the model has embeddings for."""
+    return cast(Any, model).get_input_embeddings().weight.shape[0]
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return the ids of all special tokens, also of those that have no role such as EOS."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, cast(list[int], tokenizer.all_special_ids), strict=True))
+
+
+def turn_end_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids that end a completion: the EOS, and the special token that the chat template puts behind an assistant's turn."""
+    ends = {cast(int, tokenizer.eos_token_id)}
+    if tokenizer.chat_template:
+        from jinja2 import TemplateError
+
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "rlmod"}]
+        try:
+            text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+        except (TemplateError, ValueError, TypeError):
+            return ends
+        behind = text.rpartition("rlmod")[2].lstrip()
+        ends |= {number for token, number in _special_tokens(tokenizer).items() if behind.startswith(token)}
+    return ends
 
 
 def save_policy(
@@ -155,8 +226,22 @@ def save_policy(
     """
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+    _add_rope_keys(folder / "config.json")
     for file in folder.glob("*.safetensors"):  # which are written for their owner alone, unlike all else
         shutil.copymode(folder / "tokenizer_config.json", file)
+
+
+def _add_rope_keys(path: Path) -> None:
+    """Repeat the rotary settings under the names that transformers 4 and older engines read; without them they assume a base of 10,000."""
+    if not path.is_file():
+        return  # an adapter has no config of its own
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

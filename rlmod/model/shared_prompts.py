@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rlmod.model import noise
 from rlmod.types import Rollouts
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def can_share(policy: nn.Module) -> bool:
         and not getattr(policy, "_is_stateful", False)
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and not getattr(policy, "is_gradient_checkpointing", False)
-        and not (policy.training and has_dropout(policy))
+        and not (policy.training and noise.rates(policy))
         and not {kind.__name__ for kind in type(policy).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}
     )
 
@@ -110,12 +111,3 @@ def uncompiled(policy: nn.Module) -> AbstractContextManager[object]:
     """Switch compilation off for passes with a key-value cache: every length and layer would be compiled again."""
     compiled = any(module._compiled_call_impl is not None for module in policy.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def has_dropout(policy: nn.Module) -> bool:
-    """Return True if the policy computes something else in training than in evaluation."""
-    config = getattr(policy, "config", None)
-    rates = [value for name, value in vars(config).items() if name.endswith(("dropout", "pdrop"))] if config else []
-    return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()
-    )

@@ -61,11 +61,15 @@ class HF(SamplingParameters):
         from rlmod.sampler._cache import preallocate
         from rlmod.sampler._recorder import LastLogits, Recorder
 
-        if getattr(policy, "_is_stateful", False):
+        cache = preallocate(DynamicCache(config=policy.config))
+        # Layers of a hybrid model, such as convolutions, have a state from which unfinished rows cannot be selected.
+        recurrent = [layer for layer in cache.layers if not hasattr(layer, "batch_select_indices")]
+        if recurrent or getattr(policy, "_is_stateful", False):
             raise ValueError(
                 f"sampler=hf resumes from a key-value cache, but {type(policy).__name__} keeps a recurrent state instead; "
-                "use a policy with attention layers only"
+                "use a policy with attention layers only, or sampler=vllm"
             )
+        check_rope(policy, prompts.ids.shape[1] + self.max_new_tokens)
         ids, attention = prompts.ids[group], prompts.mask[group]
         eos = torch.tensor(eos_token_ids(policy), device=ids.device)
         padding = cast(int, policy.generation_config.pad_token_id)
@@ -76,7 +80,6 @@ class HF(SamplingParameters):
                 on_finished(record.rollouts().rows(rows), indices[rows])
 
         running = torch.arange(len(ids), device=ids.device)
-        cache = preallocate(DynamicCache(config=policy.config))
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
@@ -157,6 +160,24 @@ class _Record:
             sampler_logprobs=logprobs,
             truncated=self.truncated,
         )
+
+
+def check_rope(policy: "PreTrainedModel", longest: int) -> None:
+    """Raise ValueError if the model's rotary embedding would change while a sequence grows to ``longest`` tokens.
+
+    The frequencies of the types ``dynamic`` and ``longrope`` depend on the longest sequence of a batch. Beyond the original context, keys
+    in the cache would have other frequencies than in the training pass, and the ratios would not begin at 1.
+    """
+    rope = getattr(policy.config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    for kind in kinds:
+        name = kind.get("rope_type", "default")
+        original = kind.get("original_max_position_embeddings") or policy.config.max_position_embeddings
+        if name in ("dynamic", "longrope") and longest > original:
+            raise ValueError(
+                f"sampler=hf: the policy's rotary embedding ({name}) changes beyond {original} tokens, and prompt and completion may have "
+                f"{longest}; lower sampler.max_new_tokens or data.encoder.max_tokens so that both together have at most {original}"
+            )
 
 
 @contextmanager

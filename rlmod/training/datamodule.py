@@ -1,4 +1,4 @@
-"""One Lightning epoch is one iteration: sample a rollout batch, then take the optimizer steps on it."""
+"""Data loading: one Lightning epoch is one iteration, which samples a rollout batch and then takes the optimizer steps on it."""
 
 import logging
 import math
@@ -20,6 +20,7 @@ from rlmod.aggregation.token_mean import TokenMean
 from rlmod.config.sizes import Batch
 from rlmod.interfaces import Aggregation
 from rlmod.model.packing import pack_by_length, rows_that_train
+from rlmod.model.policy import embedding_rows
 from rlmod.rollout.prompts import EncodedProblems
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.types import Prompts, Rollouts, concatenate
@@ -33,10 +34,10 @@ TOKEN_MEAN = TokenMean()
 
 
 class RolloutLoader:
-    """Samples when the epoch's first micro-batch is asked for, and yields the rollout batch in micro-batches.
+    """Samples a rollout batch when the epoch's first micro-batch is requested, and yields it in micro-batches.
 
-    It is sized, or Lightning would prefetch one batch and train on samples that are one update stale. ``__iter__`` is a generator, or
-    Lightning would sample twice in the first epoch.
+    The loader is sized, otherwise Lightning would prefetch one batch and train on samples that are one update stale. ``__iter__`` is a
+    generator, otherwise Lightning would sample twice in the first epoch.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class RolloutLoader:
         found = [rows[pack] for pack in packs]
         needed = max(int(ops.all_max(torch.tensor(float(len(found)), device=minibatch.device))), 1)
         yield from (minibatch.rows(slice(0, 0)) for _ in range(self.micro_batches - needed))
-        yield from (_masked_out(minibatch.rows(slice(0, 1))).trimmed() for _ in range(needed - len(found)))
+        yield from (_mask_out(minibatch.rows(slice(0, 1))).trimmed() for _ in range(needed - len(found)))
         yield from (minibatch.rows(pack).trimmed() for pack in found)
 
     def split_into_minibatches(self, rollouts: Rollouts) -> Iterator[Rollouts]:
-        """Yield the rows of each optimizer step; a share of every sub-batch goes into each."""
+        """Yield the rows of each optimizer step. Each step gets a share of every sub-batch."""
         if rollouts.sub_batch is None:
             yield from split(rollouts, self.batch.minibatches)
             return
@@ -80,7 +81,7 @@ class RolloutLoader:
             yield concatenate(shares)
 
     def weigh(self, minibatch: Rollouts) -> Float[Tensor, "R T"]:
-        """J = sum_k weight_k J_k: each sub-batch has a normalizer of its own."""
+        """J = sum_k weight_k J_k: the aggregation normalizes each sub-batch separately."""
         if minibatch.sub_batch is None:
             return self.aggregation(minibatch)
         weights = torch.zeros_like(minibatch.mask, dtype=torch.float32)
@@ -91,19 +92,19 @@ class RolloutLoader:
 
 
 def split(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
-    """Yield ``number`` slices of nearly equal size. With fewer rows than slices, some hold one row that is masked out."""
+    """Yield ``number`` slices of nearly equal size. With fewer rows than slices, some hold one masked-out row."""
     bounds = [len(rollouts) * i // number for i in range(number + 1)]
     for start, stop in pairwise(bounds):
-        yield rollouts.rows(slice(start, stop)) if start < stop else _masked_out(rollouts.rows(slice(0, 1)))
+        yield rollouts.rows(slice(start, stop)) if start < stop else _mask_out(rollouts.rows(slice(0, 1)))
 
 
-def _masked_out(rollouts: Rollouts) -> Rollouts:
+def _mask_out(rollouts: Rollouts) -> Rollouts:
     weights = None if rollouts.weights is None else torch.zeros_like(rollouts.weights)
     return replace(rollouts, mask=torch.zeros_like(rollouts.mask), weights=weights)
 
 
 class PromptLoader:
-    """Batches of some problems, always in the same order."""
+    """Batches of the problems at ``indices``, always in the same order."""
 
     def __init__(self, problems: EncodedProblems, indices: Sequence[int], size: int) -> None:
         self.problems, self.indices, self.size = problems, indices, size
@@ -117,11 +118,11 @@ class PromptLoader:
 
 
 class RLData(L.LightningDataModule):
-    """Prompts for the rollout batches, in a new random order each time all were seen, and held-out prompts for validation.
+    """Prompts for the rollout batches, reshuffled after each pass over the problems, and held-out prompts for validation.
 
-    Each rank has prompts of its own: every world_size-th of the shuffled order. The position of each rank is in the checkpoint.
-    What is None is as ``RLModule`` has it. ``Trainer.accumulate_grad_batches`` follows from the sizes and is set here; settings of the
-    Trainer that cannot be right are refused.
+    Each rank gets its own prompts: every world_size-th of the shuffled order. A checkpoint holds the position of each rank. A field that
+    is None has ``RLModule``'s value. ``setup`` sets ``Trainer.accumulate_grad_batches``, which follows from the sizes, and refuses
+    settings of the Trainer that would train something else.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class RLData(L.LightningDataModule):
         self.prompts_seen = 0
         """Prompts that this rank has seen so far."""
         self.random: dict[str, Any] | None = None
-        """Random states that a checkpoint left, until the first rollout batch takes them up."""
+        """Random states from a checkpoint, until they are restored before the first rollout batch."""
 
     @property
     def module(self) -> "RLModule":
@@ -153,10 +154,12 @@ class RLData(L.LightningDataModule):
 
     @property
     def batch(self) -> Batch:
+        """The sizes of one iteration."""
         return self._batch or self.module.batch
 
     @property
     def rows_per_prompt(self) -> int:
+        """Completions per prompt, the guide's included."""
         return self._rows_per_prompt or self.module.completions_per_prompt
 
     @property
@@ -165,10 +168,12 @@ class RLData(L.LightningDataModule):
 
     @property
     def every_row(self) -> bool:
+        """True if completions with advantage 0 need a forward pass too."""
         return self.module.every_row_trains if self._every_row is None else self._every_row
 
     @property
     def validation_prompts(self) -> int:
+        """Held-out prompts per validation batch."""
         return self._validation_prompts or self.module.validation.prompts_per_batch
 
     @property
@@ -176,49 +181,56 @@ class RLData(L.LightningDataModule):
         return self.module.seed if self._seed is None else self._seed
 
     def setup(self, stage: str) -> None:
-        """Set what follows from the sizes on the Trainer, and refuse what cannot be right. Lightning calls this before ``fit``."""
+        """Set ``accumulate_grad_batches`` on the Trainer. Lightning calls this before ``fit``.
+
+        ValueError if a setting of the Trainer would cut an optimizer step, or if RLData and RLModule have different sizes.
+        """
         trainer = self.trainer
         assert trainer is not None
+        for problems in filter(None, (self.train, self.held_out)):
+            problems.check_token_ids(embedding_rows(self.module.policy))
         if self.held_out is None:
             trainer.limit_val_batches = 0
         if stage != "fit":
             return
         for name in ("batch", "zero_reward"):
-            mine, theirs = getattr(self, name), getattr(self.module, name)
-            if mine != theirs:
-                raise ValueError(f"RLData has {name}={mine}, RLModule {theirs}: give it to RLModule alone")
+            own, of_module = getattr(self, name), getattr(self.module, name)
+            if own != of_module:
+                raise ValueError(f"RLData has {name}={own}, but RLModule has {of_module}: pass {name} to RLModule only")
         if overfit := getattr(trainer, "overfit_batches", 0):
             raise ValueError(
                 f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
-                "0; to train on few problems, give few"
+                "0; to train on few problems, pass only those to RLData"
             )
         if trainer.limit_train_batches not in (1.0, None):
             raise ValueError(
                 f"trainer.limit_train_batches={trainer.limit_train_batches} would cut an iteration in the middle of an optimizer step: "
-                "leave it at 1.0; fewer iterations are trainer.max_epochs, smaller ones batch.prompts"
+                "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
             )
         needed = self.micro_batches(trainer.world_size)
         if trainer.accumulate_grad_batches not in (1, needed):
             raise ValueError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {needed} micro-batches, by "
-                "batch.prompts, batch.minibatches and batch.micro_batch; leave it at 1, and change batch.micro_batch instead"
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {needed} micro-batches, which "
+                "follow from batch.prompts, batch.minibatches and batch.micro_batch; leave it at 1, and change batch.micro_batch instead"
             )
         trainer.accumulate_grad_batches = needed
 
     def next_prompts(self, number: int) -> Prompts:
-        """Return the next prompts of this rank."""
+        """Return the next ``number`` prompts of this rank, token ids [number P] padded on the left, and advance the position."""
         assert self.trainer is not None
         ranks, rank, size = self.trainer.world_size, self.trainer.global_rank, len(self.train.problems)
         positions = [(self.prompts_seen + i) * ranks + rank for i in range(number)]
         self.prompts_seen += number
-        order = {r: self._order(r) for r in {position // size for position in positions}}
+        order = {index: self._shuffle(index) for index in {position // size for position in positions}}
         return self.train.batch([order[position // size][position % size] for position in positions])
 
-    def _order(self, round: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round)
+    def _shuffle(self, index: int) -> list[int]:
+        """Return the order of the problems in pass ``index`` over them."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return torch.randperm(len(self.train.problems), generator=generator).tolist()
 
     def train_dataloader(self) -> RolloutLoader:
+        """Build the loader that samples rollout batches. Restore the random states of a checkpoint first."""
         assert self.trainer is not None
         ranks, module = self.trainer.world_size, self.module
         if self.random is not None:
@@ -234,58 +246,63 @@ class RLData(L.LightningDataModule):
         )
 
     def micro_batches(self, ranks: int) -> int:
-        """Return the micro-batches of one optimizer step on one rank; the zero-reward batch counts at its largest."""
+        """Return the number of micro-batches per optimizer step and rank, for the largest possible zero-reward batch.
+
+        ValueError if the sizes do not divide evenly.
+        """
         extra = self.zero_reward.max_rows(self.batch.prompts // ranks, ranks, self.rows_per_prompt)
         return self.batch.micro_batches(self.rows_per_prompt, ranks, extra)
 
     def val_dataloader(self) -> "PromptLoader | list[Any]":
+        """Build the loader of this rank's held-out prompts; an empty list if there are none."""
         assert self.trainer is not None
         if self.held_out is None:
             return []
-        mine = range(self.trainer.global_rank, len(self.held_out.problems), self.trainer.world_size)
-        return PromptLoader(self.held_out, mine, self.validation_prompts)
+        indices = range(self.trainer.global_rank, len(self.held_out.problems), self.trainer.world_size)
+        return PromptLoader(self.held_out, indices, self.validation_prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank calls this for a checkpoint; what rank 0 returns is saved."""
-        mine = {"prompts_seen": self.prompts_seen, "random": random_states()}
-        ranks: list[Any] = [mine]
+        """Return the position and the random states of all ranks. Every rank must call this; Lightning saves rank 0's result."""
+        state = {"prompts_seen": self.prompts_seen, "random": random_states()}
+        ranks: list[Any] = [state]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+            dist.all_gather_object(ranks, state)
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up each rank's position. With another number of ranks, all continue after the furthest one: no prompt is seen twice."""
+        """Restore each rank's position. With another number of ranks, all continue after the furthest one, so no prompt is seen twice."""
         assert self.trainer is not None
         saved, ranks, rank = state_dict["ranks"], self.trainer.world_size, self.trainer.global_rank
-        self.prompts_seen = saved[rank]["prompts_seen"] if len(saved) == ranks else furthest(saved, ranks)
+        self.prompts_seen = saved[rank]["prompts_seen"] if len(saved) == ranks else furthest_position(saved, ranks)
         self.random = saved[rank]["random"] if rank < len(saved) else None
         if len(saved) != ranks and rank == 0:
             log.warning(
-                "the checkpoint was made by %d ranks, this run has %d: it resumes with the same weights and the next prompts, but samples "
-                "other completions than the earlier ranks would have",
+                "the checkpoint was written by %d ranks, this run has %d: it resumes with the same weights and the next prompts, but "
+                "samples other completions than the earlier ranks would have sampled",
                 len(saved),
                 ranks,
             )
 
 
-def furthest(saved: Sequence[dict[str, Any]], ranks: int) -> int:
+def furthest_position(saved: Sequence[dict[str, Any]], ranks: int) -> int:
     """Return the position from which ``ranks`` ranks continue so that no prompt is seen twice."""
     return math.ceil(max(state["prompts_seen"] for state in saved) * len(saved) / ranks)
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of the generators that dropout, or a component of one's own, may draw from. Sampling has seeds of its own."""
+    """Return the states of the generators that dropout or a user's own component may use. Sampling does not: it has separate seeds."""
     name, key, *rest = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.tensor(key.tolist()), *rest),  # no array: a checkpoint is to load with weights_only
+        "numpy": (name, torch.tensor(key.tolist()), *rest),  # not an array: a checkpoint must load with weights_only
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Restore the states that ``random_states`` returned. CUDA's are skipped if the number of devices differs."""
     random.setstate(states["python"])
     name, key, *rest = states["numpy"]
     np.random.set_state((name, key.numpy().astype(np.uint32), *rest))

@@ -3,8 +3,8 @@
 prompts -> sampler -> guide -> reward -> filter -> logprob pass -> reference
         -> shaper -> correction -> aggregation -> loss -> regularizer -> optimizer
 
-collect        prompts to shaped rollouts      once an epoch, without gradients
-training_step  a micro-batch to its loss       many times an epoch; the aggregation has made its weights span the step
+collect        prompts to shaped rollouts      once per epoch, without gradients
+training_step  a micro-batch to its loss       many times per epoch; the aggregation's weights span the optimizer step
 """
 
 import time
@@ -47,10 +47,10 @@ from rlmod.interfaces import (
     unwrap,
 )
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.model import noise
 from rlmod.model.logprob_pass import iter_micro_batches, logprob_pass
 from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
 from rlmod.model.policy import completion_texts
-from rlmod.model.shared_prompts import has_dropout
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
 from rlmod.rollout.metrics import check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
 from rlmod.rollout.validation import sample_and_grade, validation_seed
@@ -60,7 +60,7 @@ from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_ful
 from rlmod.training.checkpoint import check_iterations, check_same_policy
 from rlmod.training.metrics import MeanAtK, PassAtK
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
-from rlmod.training.own_components import check_constant_per_completion, names_component
+from rlmod.training.own_components import check_constant_per_completion, name_component_on_error
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
 
@@ -73,6 +73,8 @@ class RLModule(L.LightningModule):
 
     With ``RLData`` and a plain ``lightning.Trainer`` it trains exactly what ``rlmod-train`` trains. Only the policy, its tokenizer, the
     sampler and the reward have no default.
+
+    Shapes: R rows (one completion each), P prompt tokens, T completion tokens, as in ``Rollouts``.
     """
 
     def __init__(
@@ -110,13 +112,13 @@ class RLModule(L.LightningModule):
             compute_groups=False,
         )
         self.rollout_batch: RolloutBatch | None = None
-        """The current iteration's rollout batch, advantages filled in; for callbacks to watch."""
+        """The current iteration's rollout batch, with advantages, for callbacks to read."""
         self.validated: list[RolloutBatch] = []
-        """Samples of the current or last validation, batch by batch; for callbacks to watch."""
+        """Samples of the current or last validation, one entry per batch, for callbacks to read."""
         self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
         """Result of the last validation, and the optimizer step after which it ran."""
         self.own_checkpoint = False
-        """True if the resumed checkpoint was made in the run's folder with the run's settings, so that ``held_out`` still holds."""
+        """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled = 0
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
@@ -126,17 +128,24 @@ class RLModule(L.LightningModule):
 
     @property
     def completions_per_prompt(self) -> int:
-        """On-policy completions and the guide's."""
+        """Completions per prompt: on-policy ones and the guide's."""
         return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
 
     @property
     def every_row_trains(self) -> bool:
-        """True if completions without advantage have a gradient too."""
+        """True if completions with advantage 0 have a gradient too."""
         return bool(self.regularizer) or not declared(self.loss, "proportional_to_advantage")
 
     @torch.no_grad()
     def collect(self, next_prompts: Callable[[int], Prompts], prompts: int) -> Rollouts:
-        """Return ``prompts`` groups: sampled by the current policy, rewarded, filtered and shaped."""
+        """Return ``prompts`` groups, sampled by the current policy, rewarded, filtered and shaped; behind them the zero-reward batch.
+
+        The completions are on this rank. ``advantages`` [R T] are filled; ``logprobs`` [R T] may be None if ``logprobs_can_wait``.
+        ``next_prompts(n)`` must return the next n prompts.
+
+        RewardError if the reward fails. ValueError if the sampling engine disagrees with the policy, or if a component returns
+        something that does not fit.
+        """
         with self.evaluating() as policy:
             sync(self.sampler, policy)
             find_logit_transform(policy)
@@ -168,7 +177,7 @@ class RLModule(L.LightningModule):
         return rollouts
 
     def setup(self, stage: str) -> None:
-        # Precision plugins would round what a batch holds (advantages, log-probabilities), and cannot take a frozen record.
+        # Precision plugins would round a batch's advantages and log-probabilities, and they do not support a frozen record.
         vars(self.trainer.precision_plugin)["convert_input"] = lambda batch: batch
 
     def configure_model(self) -> None:
@@ -176,18 +185,23 @@ class RLModule(L.LightningModule):
             self.policy = self.trainer.strategy.shard(self.policy)
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Float[Tensor, ""]:
+        """Return the loss of a micro-batch: sum over [R T] of weights * (loss + regularizers), scaled for Lightning's averaging.
+
+        The weights must be filled by the aggregation. An empty micro-batch has the loss 0.
+        """
         # Every optimizer step has the same number of micro-batches. Leading ones may be empty; the last one never is.
         if not len(batch):
             return torch.zeros((), device=self.device, requires_grad=True)
         terms = (self.loss, *self.regularizer.values())
         entropy = any("policy_entropy" in declared(term, "reads") for term in terms)
         logprobs, policy_entropy = logprobs_and_entropy(self.policy, batch, self.sampler.temperature, entropy=entropy)
-        old = logprobs.detach() if batch.logprobs is None else batch.logprobs  # None: this very policy sampled them
+        # None: the policy in training sampled the completions.
+        old = logprobs.detach() if batch.logprobs is None else batch.logprobs
         batch = replace(batch, logprobs=old, policy_entropy=policy_entropy)
-        with names_component("loss", self.loss):
+        with name_component_on_error("loss", self.loss):
             per_token, metrics = self.loss(logprobs, batch)
         for name, regularizer in self.regularizer.items():
-            with names_component(f"regularizer.{name}", regularizer):
+            with name_component_on_error(f"regularizer.{name}", regularizer):
                 added, measured = regularizer(logprobs, batch)
             per_token = per_token + added
             metrics = {**metrics, **measured}
@@ -196,18 +210,25 @@ class RLModule(L.LightningModule):
         for name, value in metrics.items():
             values = value if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
             self.step_metrics.add(name.removeprefix("train/"), values, batch.mask)
-        # The weights span the optimizer step over all ranks. Lightning divides by the accumulated micro-batches, DDP and FSDP average
-        # over the ranks: both are undone here.
+        # The weights span the optimizer step over all ranks. Lightning divides by the number of accumulated micro-batches, and DDP and
+        # FSDP average over the ranks: both are undone here.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def logprob_pass(
         self, policy: nn.Module, rollouts: Rollouts, *, pi_old: bool = True, reference: Reference | None = None
     ) -> Rollouts:
+        """Fill pi_old's log-probabilities and entropy [R T], in nats, if they are missing, and the reference's log-probabilities.
+
+        With ``pi_old=False`` only the reference's are computed.
+        """
         rows, tokens, temperature = self.batch.micro_batch, self.batch.micro_batch_tokens, self.sampler.temperature
         return logprob_pass(policy, rollouts, temperature, rows=rows, tokens=tokens, pi_old=pi_old, reference=reference)
 
     def sampler_agreement(self, policy: nn.Module, rollouts: Rollouts) -> dict[str, float]:
-        """Compare the engine's log-probabilities, if there is an engine, with the policy's; of one micro-batch if none are computed yet."""
+        """Compare the sampling engine's log-probabilities with the policy's: differences in nats, and ratios.
+
+        Empty without an engine. If the policy's are not computed yet, the comparison covers one micro-batch.
+        """
         if not isinstance(self.sampler, WeightSyncedSampler) or rollouts.sampler_logprobs is None:
             return {}
         if rollouts.logprobs is None:
@@ -217,9 +238,9 @@ class RLModule(L.LightningModule):
 
     @property
     def logprobs_can_wait(self) -> bool:
-        """True if the training step itself yields pi_old's log-probabilities, and nothing reads them, or the entropy, before.
+        """True if the training step itself yields pi_old's log-probabilities, and no component reads them or the entropy before.
 
-        That needs one training step per completion (pi_old is then the policy in training), and no component that reads them earlier.
+        This requires one optimizer step per rollout batch, because pi_old is then the policy in training.
         """
         before = (self.shaper, *self.correction.values())
         during = (self.loss, *self.regularizer.values())
@@ -229,14 +250,14 @@ class RLModule(L.LightningModule):
             and self.guide is None
             and not any(declared(component, "reads") & {"logprobs", "entropy"} for component in before)
             and not any("entropy" in declared(component, "reads") for component in during)
-            and not has_dropout(self.policy)
+            and not noise.rates(self.policy)
         )
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the policy without dropout, with its full parameters, in the precision of training.
 
-        pi_old must be the policy that the ratios are taken with.
+        The ratios compare the policy in training with pi_old, so both must be computed in the same way.
         """
         before = self.policy.training
         self.policy.eval()
@@ -250,24 +271,27 @@ class RLModule(L.LightningModule):
             self.policy.train(before)
 
     def shape(self, rollouts: Rollouts) -> Rollouts:
-        """Fill the advantages and correct them, each sub-batch apart: its rows must not enter the statistics of another."""
+        """Fill the advantages [R T] and apply the corrections, separately for each sub-batch, so that statistics do not mix.
+
+        ValueError if advantages vary over the tokens of a completion and the loss takes one per completion.
+        """
         if rollouts.sub_batch is None:
             return self._shape(rollouts)
         sub_batches = range(len(self.zero_reward.sub_batch_weights))
         return concatenate([self._shape(rollouts.rows(rollouts.sub_batch == index)) for index in sub_batches])
 
     def _shape(self, rollouts: Rollouts) -> Rollouts:
-        with names_component("shaper", self.shaper):
+        with name_component_on_error("shaper", self.shaper):
             rollouts = replace(rollouts, advantages=self.shaper(rollouts))
         for name, correct in self.correction.items():
-            with names_component(f"correction.{name}", correct):
+            with name_component_on_error(f"correction.{name}", correct):
                 rollouts = correct(rollouts)
         if getattr(unwrap(self.loss), "granularity", LOSS_GRANULARITY) == "sequence":
             check_constant_per_completion(rollouts, self.shaper, self.correction, self.loss)
         return rollouts
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm; skip a step whose gradient is 0 everywhere, momentum and weight decay included."""
+        """Log the gradient's norm. Skip a step whose gradient is 0 on all ranks, including its momentum and weight decay."""
         norm = gradient_norm(self.trainer.strategy, self.policy)
         self.step_metrics.add("grad_norm", norm)
         if ops.all_max(norm) == 0:
@@ -278,16 +302,17 @@ class RLModule(L.LightningModule):
     ) -> None:
         policy = self.policy
         if isinstance(policy, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            policy.clip_grad_norm_(gradient_clip_val)  # each rank has a shard of the gradient; Lightning refuses
+            # Each rank has a shard of the gradient, which Lightning does not support.
+            policy.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
         assert self.rollout_batch is not None
-        measured = self.step_metrics.over_ranks()
+        totals = self.step_metrics.reduce_and_reset()
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        loss, _ = measured.pop("loss")  # the sum over micro-batches and ranks of the steps' losses
-        means = {f"train/{name}": total / count for name, (total, count) in measured.items() if count}
+        loss, _ = totals.pop("loss")  # summed over all optimizer steps, micro-batches and ranks
+        means = {f"train/{name}": total / count for name, (total, count) in totals.items() if count}
         self.log_dict({**self.rollout_batch.metrics, "train/loss": loss / steps, **means}, batch_size=1)
         if isinstance(self.reference, MovingReference):
             self.reference.update(full_precision_policy(self.trainer.strategy, self.policy))
@@ -310,26 +335,26 @@ class RLModule(L.LightningModule):
         self.validated.append(RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={}))
 
     def on_validation_epoch_end(self) -> None:
-        found = self.validation_metrics.compute()
-        self.log_dict(found, batch_size=1)
+        metrics = self.validation_metrics.compute()
+        self.log_dict(metrics, batch_size=1)
         self.validation_metrics.reset()
         sleep(self.validation.sampler)
         rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
         problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt
-        accuracy = float(found[self.validation.objective])
+        accuracy = float(metrics[self.validation.objective])
         self.held_out = {"step": self.global_step, "problems": problems, "accuracy": accuracy}
 
     def configure_optimizers(self) -> Any:
         weights = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer, schedule = self.optimizing(weights)
+        optimizer, schedule = self._build_optimizer(weights)
         return optimizer if schedule is None else ([optimizer], [{"scheduler": schedule, "interval": "step"}])
 
-    def optimizing(self, weights: list[nn.Parameter]) -> tuple[Any, Any | None]:
+    def _build_optimizer(self, weights: list[nn.Parameter]) -> tuple[Any, Any | None]:
         return build_optimizer(self.optimizer, self.schedule, weights, int(self.trainer.estimated_stepping_batches))
 
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path and not self.own_checkpoint:
-            apply_new_hyperparameters(self.trainer, *self.optimizing([nn.Parameter(torch.zeros(1))]))
+            apply_new_hyperparameters(self.trainer, *self._build_optimizer([nn.Parameter(torch.zeros(1))]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
@@ -346,12 +371,15 @@ class RLModule(L.LightningModule):
         self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
-                raise ValueError("resume: the checkpoint holds no moving reference; it was made with another reference")
+                raise ValueError(
+                    "resume: the checkpoint holds no moving reference; use the reference of the run that wrote it"
+                )
             self.reference.load_state_dict(checkpoint["reference"])
 
     def training_seconds(self) -> float:
+        """Return the seconds of training so far, including those before the run was resumed."""
         return (self.history["seconds"] or 0.0) + time.perf_counter() - self.fit_started
 
     def derived_seed(self, *position: int) -> int:
-        """Return a seed for this position in the run: a resumed run samples what an uninterrupted one would have sampled."""
+        """Return the seed of this position in the run on this rank, so that a resumed run samples the same completions."""
         return int(SeedSequence([self.seed, self.global_rank, *position]).generate_state(1)[0])

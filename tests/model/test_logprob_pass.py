@@ -64,7 +64,7 @@ def test_the_only_training_step_needs_no_scores_before_it(counted, monkeypatch, 
         ["batch.minibatches=2"],
         ["batch.epochs=2"],
         ["correction=[forking_tokens]"],
-        ["policy.path=DROPOUT"],
+        ["policy.path=DROPOUT", "policy.dropout=true"],
         ["guide=policy", "guide.policy.path=strong"],
         [
             "shaper._target_=tests.model.test_logprob_pass.Unknown",
@@ -80,7 +80,7 @@ def test_scores_are_computed_where_something_reads_them(counted, monkeypatch, tm
         model.config.attention_dropout = 0.1
         model.save_pretrained(tmp_path / "dropout")
         TINY.tokenizer().save_pretrained(tmp_path / "dropout")
-        reason = [f"policy.path={tmp_path / 'dropout'}"]
+        reason = [f"policy.path={tmp_path / 'dropout'}", *reason[1:]]
     trained(monkeypatch, tmp_path / "run", *reason)
     assert counted
 
