@@ -55,7 +55,7 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python tools/gpu/rehearse.py
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow and not vllm"
 
 test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/sampler
