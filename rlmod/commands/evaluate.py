@@ -1,6 +1,7 @@
-"""``rlmod-eval policy=hf policy.path=... data.validation_path=test.jsonl``, or ``rlmod-eval completions=FILE.jsonl output=OUT.jsonl``.
+"""Evaluate a policy, or compute the rewards of recorded completions.
 
-The first evaluates a policy on held-out problems; the second scores recorded completions, without a model.
+``rlmod-eval policy=hf policy.path=... data.validation_path=test.jsonl`` evaluates a policy on held-out problems.
+``rlmod-eval completions=FILE.jsonl output=OUT.jsonl`` computes the rewards of recorded completions, without a model.
 """
 
 import json
@@ -20,7 +21,7 @@ from rlmod.config import cli
 
 log = logging.getLogger(__name__)
 
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # standard normal quantile of a 95 % interval
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -34,7 +35,7 @@ def evaluate(cfg: DictConfig) -> float:
 def evaluate_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
     """Evaluate as ``rlmod-eval OVERRIDES`` does; return the summary (summary.json), with its ``folder``.
 
-    With ``completions=FILE`` it returns ``mean_reward``, ``completions`` and ``output``. ValueError for what the command would refuse.
+    With ``completions=FILE`` return ``mean_reward``, ``completions`` and ``output``. Raise ValueError for what the command would refuse.
     """
     return run(overrides if isinstance(overrides, DictConfig) else cli.compose("eval", overrides))
 
@@ -46,12 +47,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     logging.captureWarnings(True)
     reward = build_reward(cfg.reward)
     if cfg.completions is not None:
-        return _score_file(Path(cfg.completions), reward, cfg.output)
+        return _write_rewards(Path(cfg.completions), reward, cfg.output)
     return _evaluate_policy(cfg, reward)
 
 
-def _score_file(source: Path, reward: Any, output: str | None) -> dict[str, Any]:
-    """Add ``reward`` (and its named terms) to each line; the output is written completely or not at all."""
+def _write_rewards(source: Path, reward: Any, output: str | None) -> dict[str, Any]:
+    """Add ``reward`` (and its named terms) to each line, and return the summary. The output is written completely or not at all."""
     from rlmod.reward._compute import compute_rewards
     from rlmod.types import Texts
 
@@ -59,14 +60,14 @@ def _score_file(source: Path, reward: Any, output: str | None) -> dict[str, Any]
         raise ValueError(f"output must name a .jsonl file to write, as output=OUT.jsonl, got {output}")
     target = Path(output)
     if target.resolve() == source.resolve():
-        raise ValueError(f"output={output} is the file that is read: give another")
-    located = list(_recorded(source))
+        raise ValueError(f"output={output} is the input file: give another path")
+    located = list(_read_completions(source))
     records = [record for _, record in located]
-    texts = Texts(completions=[r["completion"] for r in records], answers=[_text(r["answer"]) for r in records])
+    texts = Texts(completions=[r["completion"] for r in records], answers=[_answer_text(r["answer"]) for r in records])
     try:
         rewards, terms, _ = compute_rewards(reward, texts)
     except ValueError as error:
-        raise ValueError(f"{_culprit(reward, located) or source}: {error}") from error
+        raise ValueError(f"{_find_refused_line(reward, located) or source}: {error}") from error
     for row, record in enumerate(records):
         record["reward"] = float(rewards[row])
         if terms:
@@ -80,20 +81,21 @@ def _score_file(source: Path, reward: Any, output: str | None) -> dict[str, Any]
     return {"mean_reward": mean, "completions": len(records), "output": str(target)}
 
 
-def _culprit(reward: Any, located: list[tuple[str, dict[str, Any]]]) -> str | None:
-    """The line that the reward refuses; None where it takes each by itself."""
+def _find_refused_line(reward: Any, located: list[tuple[str, dict[str, Any]]]) -> str | None:
+    """Return the location of the first line that the reward refuses; None if it accepts each line alone."""
     from rlmod.reward._compute import compute_rewards
     from rlmod.types import Texts
 
     for where, record in located:
         try:
-            compute_rewards(reward, Texts(completions=[record["completion"]], answers=[_text(record["answer"])]))
+            compute_rewards(reward, Texts(completions=[record["completion"]], answers=[_answer_text(record["answer"])]))
         except ValueError:
             return where
     return None
 
 
-def _recorded(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_completions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the location and the record of each line. Raise ValueError for a missing file or an invalid line."""
     if not source.is_file():
         raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
     found = False
@@ -110,11 +112,11 @@ def _recorded(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         found = True
         yield where, record
     if not found:
-        raise ValueError(f"completions={source}: the file holds no line")
+        raise ValueError(f"completions={source}: the file is empty")
 
 
-def _text(answer: str | int | float) -> str:
-    """Numbers without artefacts: 27.0 is 27."""
+def _answer_text(answer: str | int | float) -> str:
+    """Return the answer as text; a float that is a whole number has no decimals (27.0 is 27)."""
     return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
 
 
@@ -132,7 +134,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
     if cfg.prompts_per_batch < 1:
         raise ValueError(f"prompts_per_batch must be at least 1, got {cfg.prompts_per_batch}")
-    device = _device(cfg.device)
+    device = _resolve_device(cfg.device)
     for k in cfg.pass_at:
         if not 1 <= k <= n:
             raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
@@ -151,11 +153,12 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     encoded.check_max_model_len(sampler, "sampler")
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)
-    samples = _sampled(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
-    return _summary(samples, n, cfg, encoded.dropped, folder)
+    samples = _sample_and_write(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
+    return _summarize(samples, n, cfg, encoded.dropped, folder)
 
 
-def _device(name: str) -> str:
+def _resolve_device(name: str) -> str:
+    """Return the device for ``device=NAME``. Raise ValueError if it is not available."""
     import torch
 
     if name == "auto":
@@ -164,15 +167,15 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device={name}: {str(error).splitlines()[0]}; give auto, cpu, or a device that is here"
+            f"device={name}: {str(error).splitlines()[0]}; use auto, cpu, or an available device"
         ) from error
     return name
 
 
-def _sampled(
+def _sample_and_write(
     cfg: DictConfig, policy: Any, tokenizer: Any, encoded: Any, sampler: Any, reward: Any, device: str, file: Path
 ) -> list[dict[str, Any]]:
-    """Sample and grade batch by batch, as validation does while training; write every completion as it comes."""
+    """Sample and grade batch by batch, as the validation of a training run does. Each batch is written as soon as it is graded."""
     from rich.progress import track
 
     from rlmod.config.sizes import Validation
@@ -207,17 +210,19 @@ def _sampled(
                     "length": (texts.lengths or ())[row],
                 }
                 if cfg.record_tokens:
-                    sample |= _tokens(graded.rollouts, row)
+                    sample |= _token_fields(graded.rollouts, row)
                 samples.append(sample)
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
             stream.flush()
     return samples
 
 
-def _tokens(rollouts: Any, row: int) -> dict[str, Any]:
+def _token_fields(rollouts: Any, row: int) -> dict[str, Any]:
     """Return the fields that guide=demonstrations reads beyond the text: tokens and their log-probabilities."""
     if rollouts.logprobs is None:
-        raise ValueError("record_tokens=true: this sampler gives no log-probabilities; use sampler=hf")
+        raise ValueError(
+            "record_tokens=true needs log-probabilities, which this sampler does not return; use sampler=hf"
+        )
     length = int(rollouts.mask[row].sum())
     return {
         "completion_ids": rollouts.completion_ids[row, :length].tolist(),
@@ -225,7 +230,8 @@ def _tokens(rollouts: Any, row: int) -> dict[str, Any]:
     }
 
 
-def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> dict[str, Any]:
+def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> dict[str, Any]:
+    """Print and write the metrics (summary.json), and return them with the folder."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -236,15 +242,15 @@ def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: in
     values = {f"mean@{n}": correct.double().mean(1)} | {f"pass@{k}": pass_at_k(correct, k) for k in cfg.pass_at}
     summary: dict[str, Any] = {"problems": len(correct), "completions_per_problem": n, "dropped_problems": dropped}
     table = Table("metric", "value", "95 % interval", title=f"{cfg.policy.path} on {len(correct)} problems")
-    for name, of_problem in values.items():
-        low, high = interval(of_problem.tolist())
-        summary[name] = {"value": float(of_problem.mean()), "interval": [low, high]}
-        table.add_row(name, f"{float(of_problem.mean()):.4f}", f"{low:.4f} to {high:.4f}")
+    for name, per_problem in values.items():
+        low, high = interval(per_problem.tolist())
+        summary[name] = {"value": float(per_problem.mean()), "interval": [low, high]}
+        table.add_row(name, f"{float(per_problem.mean()):.4f}", f"{low:.4f} to {high:.4f}")
     summary["length"] = sum(sample["length"] for sample in samples) / len(samples)
     summary["truncated"] = sum(sample["truncated"] for sample in samples) / len(samples)
     if summary["truncated"] == 1:
         log.warning(
-            "100 %% of the %d completions hit the limit of %d tokens before an end of sequence: raise sampler.max_new_tokens",
+            "100 %% of the %d completions reached the limit of %d tokens before the end of sequence: raise sampler.max_new_tokens",
             len(samples),
             cfg.sampler.max_new_tokens,
         )
@@ -255,12 +261,12 @@ def _summary(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: in
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """A 95 % interval for the mean of per-problem values in [0, 1].
+    """Return a 95 % interval for the mean of per-problem values in [0, 1]: Wilson's interval for the mean p.
 
-    Problems are the units, since completions of one problem are not independent: Wilson's interval for the mean p. Values of 0 and 1, as
-    of one completion a problem, count as n problems; others, which vary less, as so many more as p (1 - p) is larger than their variance.
-    That is taken with two problems at 0 and two at 1 besides (Agresti and Coull's): near 0 and 1 hardly any values differ, and would claim
-    to know what they do not. So 0 of 30 does not claim to be exactly 0, nor a mean just below 1 to be surer than 1 itself.
+    The units are problems, because completions of one problem are not independent. n problems with values of 0 and 1, as with one
+    completion per problem, count as n. Other values vary less and count as more: (n + 4) q (1 - q) / variance - 4. Here the mean q and the
+    variance include two additional problems at 0 and two at 1 (Agresti and Coull), because near 0 and 1 almost all values are equal and
+    the variance alone is too small. Thus the interval of 0 of 30 is wider than 0, and a mean just below 1 has no narrower interval than 1.
     """
     p = sum(values) / len(values)
     more = [*values, 0.0, 0.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""``rlmod-serve policy.path=Qwen/Qwen2.5-7B engine.tensor_parallel_size=4``: vLLM's own server, for ``sampler=vllm_server``."""
+"""Start a vLLM server for ``sampler=vllm_server``: ``rlmod-serve policy.path=Qwen/Qwen2.5-7B engine.tensor_parallel_size=4``."""
 
 import json
 import os
@@ -16,20 +16,20 @@ from rlmod.config import cli
 
 
 def serve(cfg: DictConfig) -> None:
-    """Becomes the server, which has the policy's shape and tokenizer but no weights: a run hands them over."""
+    """Replace this process by the server. It has the policy's config and tokenizer but no weights; the training run transfers them."""
     from rlmod.config.validation import check_types
     from rlmod.sampler._vllm_environment import check_torch_extensions, explain_missing_vllm
 
     for key in ("policy", "sampler"):
         check_types(cfg[key], key)
     if not str(cfg.sampler._target_).endswith("VLLMServer"):
-        raise ValueError(f"rlmod-serve is for sampler=vllm_server, not for {cfg.sampler._target_}")
+        raise ValueError(f"rlmod-serve needs sampler=vllm_server, got {cfg.sampler._target_}")
     if find_spec("vllm") is None:
         raise ValueError(explain_missing_vllm("sampler=vllm_server"))
     sampler, policy = instantiate(cfg.sampler), instantiate(cfg.policy)
     address = urlparse(sampler.url)
     host, port = address.hostname or "127.0.0.1", address.port or 8000
-    _check_free(host, port)
+    _check_address_is_free(host, port)
     check_torch_extensions()
     folder = Path(cfg.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,13 +46,13 @@ def serve(cfg: DictConfig) -> None:
         **(OmegaConf.to_container(cfg.engine) or {}),  # pyright: ignore[reportGeneralTypeIssues]
     }
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    command = [sys.executable, "-m", *_server(folder), *_flags(settings)]
+    command = [sys.executable, "-m", *_server_module(folder), *_format_flags(settings)]
     print(f"{' '.join(command[2:])}\nready when {sampler.url}/health answers", flush=True)
     os.execve(sys.executable, command, environment)
 
 
-def _server(folder: Path) -> list[str]:
-    """``vllm serve`` asks for the version of the package vllm, which the CPU's build is not called."""
+def _server_module(folder: Path) -> list[str]:
+    """Return the module that serves, with its arguments. ``vllm serve`` needs a package named vllm; the CPU build has another name."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -60,8 +60,8 @@ def _server(folder: Path) -> list[str]:
     return ["vllm.entrypoints.cli.main", "serve", str(folder)]
 
 
-def _flags(settings: dict[str, object]) -> list[str]:
-    """Return flags of ``vllm serve``: ``--load-format dummy``; a switch alone, or with ``no-`` before its name."""
+def _format_flags(settings: dict[str, object]) -> list[str]:
+    """Return the flags of ``vllm serve``, such as ``--load-format dummy``; a boolean is ``--name`` or ``--no-name``."""
     flags: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -72,15 +72,16 @@ def _flags(settings: dict[str, object]) -> list[str]:
     return flags
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_address_is_free(host: str, port: int) -> None:
+    """Raise ValueError if the server cannot listen on this address."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"sampler.url=http://{host}:{port}: cannot listen there ({error.strerror}); give an address of this machine and a port "
-                "that is free"
+                f"sampler.url=http://{host}:{port}: cannot listen there ({error.strerror}); give an address of this machine and a "
+                "free port"
             ) from error
 
 

@@ -68,7 +68,7 @@ def test_gsm8k_through_the_command(tmp_path, monkeypatch):
         (['{"completion": 3, "answer": "1"}'], ["in.jsonl:1", "completion must be text"]),
         (['{"completion": "3", "answer": [1]}'], ["in.jsonl:1", "answer must be text or a number"]),
         (["[1]"], ["in.jsonl:1", "must be a JSON object"]),
-        ([], ["the file holds no line"]),
+        ([], ["the file is empty"]),
     ],
 )
 def test_a_bad_file_of_completions_is_named_and_nothing_is_written(lines, expected, tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_bad_file_of_completions_is_named_and_nothing_is_written(lines, expect
 def test_other_mistakes(tmp_path, monkeypatch):
     source = written(tmp_path / "in.jsonl", {"completion": "1", "answer": "1"})
     assert "there is no such file" in refused_eval(monkeypatch, "completions=nowhere.jsonl", "output=o.jsonl")
-    assert "is the file that is read" in refused_eval(monkeypatch, f"completions={source}", f"output={source}")
+    assert "is the input file" in refused_eval(monkeypatch, f"completions={source}", f"output={source}")
     assert "must name a .jsonl file" in refused_eval(monkeypatch, f"completions={source}")
     assert "pass_at holds 9" in refused_eval(monkeypatch, "pass_at=[9]")
     assert "unknown key pas_at; did you mean pass_at?" in refused_eval(monkeypatch, "pas_at=[1]")

@@ -1,9 +1,9 @@
-"""``rlmod-plan experiment=gtpo policy.path=Qwen/Qwen2.5-7B strategy=fsdp2 trainer.devices=64``: will it fit?
+"""Estimate memory, traffic and time of a run: ``rlmod-plan policy.path=Qwen/Qwen2.5-7B strategy=fsdp2 trainer.devices=64``.
 
-the config of a run -> its sizes (read, run, shape) -> bytes by part and phase (memory, activations), bytes over the wire (traffic),
-seconds by stage (duration, hardware) -> what to change (advice) -> text (table)
+config of a run -> its sizes (read, run, shape) -> bytes by part and phase (memory, activations), bytes over the network (traffic),
+seconds by stage (duration, hardware) -> suggested changes (advice) -> text (table)
 
-No weights are loaded, no data read, no GPU needed.
+A plan loads no weights, reads no data and needs no GPU.
 """
 
 from omegaconf import DictConfig
@@ -12,11 +12,11 @@ from rlmod.config import cli
 
 
 def plan(cfg: DictConfig) -> None:
-    """Prints the plan of the run that the config describes."""
-    from rlmod.commands.plan.read import run_of
-    from rlmod.commands.plan.table import report
+    """Print the plan of the run that the config describes."""
+    from rlmod.commands.plan.read import run_from_config
+    from rlmod.commands.plan.table import format_plan
 
-    print(report(run_of(cfg)))
+    print(format_plan(run_from_config(cfg)))
 
 
 def main() -> None:

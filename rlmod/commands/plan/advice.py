@@ -1,4 +1,4 @@
-"""The cheapest change with which a run would fit."""
+"""Search for the cheapest changes that make a run fit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,34 +7,34 @@ from itertools import combinations
 from rlmod.commands.plan import duration, memory
 from rlmod.commands.plan.run import Run
 
-Ways = dict[str, list[tuple[str, Run]]]
-"""Return possible changes by name: the override and the run with it; each half of a size that can be halved."""
+Changes = dict[str, list[tuple[str, Run]]]
+"""Possible changes by name, each a list of (override, changed run). A size has one entry per halving."""
 
 
-def cheapest(run: Run) -> list[str] | None:
-    """Overrides with which the run fits: the fewest, and of as few those that take the least time. None where none are enough."""
+def cheapest_changes(run: Run) -> list[str] | None:
+    """Return the fewest overrides that make the run fit, and among equally few the fastest; None if none are enough."""
     for number in range(1, 6):
-        found = [_taken(run, chosen) for chosen in combinations(ways(run), number)]
+        found = [_apply_changes(run, chosen) for chosen in combinations(possible_changes(run), number)]
         fitting = [(overrides, changed) for overrides, changed in found if memory.fits(changed)]
         if fitting:
             return min(fitting, key=lambda change: sum(stage.seconds for stage in duration.stages(change[1])))[0]
     return None
 
 
-def _taken(run: Run, chosen: tuple[str, ...]) -> tuple[list[str], Run]:
-    """Return the run after the chosen changes, one after the other; a size is halved until the phases of that name fit."""
+def _apply_changes(run: Run, chosen: tuple[str, ...]) -> tuple[list[str], Run]:
+    """Apply the chosen changes in order, and return the overrides and the run. A size is halved until the phase of that name fits."""
     overrides: list[str] = []
     for name in chosen:
-        steps = ways(run).get(name, [])
+        steps = possible_changes(run).get(name, [])
         if steps:
             override, run = next((step for step in steps if memory.fits(step[1], name)), steps[-1])
             overrides.append(override)
     return overrides, run
 
 
-def ways(run: Run) -> Ways:
-    """The sizes come last, since the phase that they are of has to fit with all else."""
-    found: Ways = {}
+def possible_changes(run: Run) -> Changes:
+    """List the changes that apply to the run. Sizes come last, because their phase must fit with all other changes."""
+    found: Changes = {}
     if run.sharded and not run.reduced:
         found["reduced"] = [("trainer.strategy.reduced_precision=bfloat16", replace(run, reduced=True))]
     if not run.checkpointing:
@@ -46,15 +46,16 @@ def ways(run: Run) -> Ways:
         found["fsdp2"] = [("strategy=fsdp2 trainer.strategy.reduced_precision=bfloat16", changed)]
     if run.sharded and not run.offload:
         found["offload"] = [("trainer.strategy.cpu_offload=true", replace(run, offload=True))]
-    return {name: steps for name, steps in (found | _sizes(run)).items() if steps}
+    return {name: steps for name, steps in (found | _smaller_sizes(run)).items() if steps}
 
 
-def _sizes(run: Run) -> Ways:
-    sampling, entries_per_chunk = run.sampling, min(run.sampling.rows_at_once or run.own_rows, run.own_rows)
+def _smaller_sizes(run: Run) -> Changes:
+    sampling = run.sampling
+    batch_rows = min(sampling.rows_per_batch or run.on_policy_rows, run.on_policy_rows)
     if sampling.engine:
         shares = [share for share in (0.7, 0.5, 0.3) if share < sampling.share]
         engine = [(share, replace(run, sampling=replace(sampling, share=share))) for share in shares]
-        found: Ways = {"engine": [(f"sampler.gpu_memory_utilization={share}", changed) for share, changed in engine]}
+        found: Changes = {"engine": [(f"sampler.gpu_memory_utilization={share}", changed) for share, changed in engine]}
     else:
         found = {
             "validation": [
@@ -62,8 +63,8 @@ def _sizes(run: Run) -> Ways:
                 for rows in _halves(run.validation_rows)
             ],
             "sampling": [
-                (f"sampler.rows_per_batch={rows}", replace(run, sampling=replace(sampling, rows_at_once=rows)))
-                for rows in _halves(entries_per_chunk)
+                (f"sampler.rows_per_batch={rows}", replace(run, sampling=replace(sampling, rows_per_batch=rows)))
+                for rows in _halves(batch_rows)
             ],
         }
     found["training"] = [
@@ -75,6 +76,7 @@ def _sizes(run: Run) -> Ways:
 
 
 def _halves(number: int) -> Iterator[int]:
+    """Yield the number halved once, twice, and so on, down to 1."""
     while number > 1:
         number //= 2
         yield number

@@ -1,4 +1,4 @@
-"""Read the sizes of a run from its composed config."""
+"""The sizes of a run, read from its composed config."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlmod.adapter.lora import LoRA
 from rlmod.commands.plan.hardware import Hardware
 from rlmod.commands.plan.run import Adapter, Model, Run, Sampling
-from rlmod.commands.plan.shape import Shape, shape_of
+from rlmod.commands.plan.shape import Shape, read_shape
 from rlmod.config.validation import check_arguments, check_types, given
 from rlmod.model.policy import HFPolicy
 
@@ -31,17 +31,18 @@ STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adagrad":
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Settings of a plan beyond the run's own config."""
+    """Settings of a plan that a run's config does not have."""
 
     prompt_tokens: int | None = None
     """Tokens of the longest prompt; null: data.encoder.max_tokens."""
     mean_prompt_tokens: float | None = None
-    """For the times alone, as the two below; null: as long as the longest."""
+    """Mean prompt length, used only for times; null: the longest."""
     mean_completion_tokens: float | None = None
+    """Mean completion length, used only for times; null: the longest."""
     held_out_problems: int | None = None
-    """Over all ranks; null: so many that each rank fills validation.prompts_per_batch."""
+    """Held-out problems over all ranks; null: enough to fill validation.prompts_per_batch on each rank."""
     draws: float = 1.0
-    """Prompts sampled for each that trains: 1 / share of groups with signal, with dynamic sampling."""
+    """Prompts sampled per prompt that trains. With dynamic sampling: 1 / share of groups with signal."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "mean_prompt_tokens", "mean_completion_tokens", "held_out_problems"):
@@ -52,48 +53,48 @@ class Lengths:
             raise ValueError(f"plan.draws must be at least 1, got {self.draws}")
 
 
-def run_of(cfg: DictConfig) -> Run:
-    """Raises: ValueError that names the key of what is wrong, or of what the plan does not know."""
-    policy, batch, zero_reward = (made(cfg, key) for key in ("policy", "batch", "zero_reward"))
-    hardware: Hardware = made(cfg, "hardware")
-    lengths: Lengths = made(cfg, "plan")
+def run_from_config(cfg: DictConfig) -> Run:
+    """Return the sizes of the run. Raise ValueError that names the key if a value is invalid or not supported by the plan."""
+    policy, batch, zero_reward = (instantiate_node(cfg, key) for key in ("policy", "batch", "zero_reward"))
+    hardware: Hardware = instantiate_node(cfg, "hardware")
+    lengths: Lengths = instantiate_node(cfg, "plan")
     ranks = _count(cfg, "trainer.devices") * _count(cfg, "trainer.num_nodes")
-    per_prompt = positive(cfg, "sampler.completions_per_prompt")
-    guided = positive(cfg, "guide.completions_per_prompt", least=0) if cfg.guide else 0
+    per_prompt = whole_number(cfg, "sampler.completions_per_prompt")
+    guided = whole_number(cfg, "guide.completions_per_prompt", least=0) if cfg.guide else 0
     if zero_reward.active and not cfg.guide:
         raise ValueError(
-            f"zero_reward.weight={zero_reward.weight} without a guide: give guide=policy or guide=demonstrations"
+            f"zero_reward.weight={zero_reward.weight} needs a guide: set guide=policy or guide=demonstrations"
         )
     extra = zero_reward.max_rows(batch.prompts // ranks, ranks, per_prompt + guided)
     batch.micro_batches(per_prompt + guided, ranks, extra)
     prompts = batch.prompts // ranks
-    rescued = zero_reward.max_groups(prompts, ranks)
-    prompt, completion = _longest_prompt(cfg, lengths), positive(cfg, "sampler.max_new_tokens")
+    zero_reward_groups = zero_reward.max_groups(prompts, ranks)
+    prompt, completion = _longest_prompt(cfg, lengths), whole_number(cfg, "sampler.max_new_tokens")
     strategy, settings = _strategy(cfg, ranks)
-    own, width, autocast = _precision(cfg, policy)
-    joining, leading = prompts * guided, rescued * zero_reward.completions_per_prompt
+    shape, width, autocast = _precision(cfg, policy)
+    guide_rows, zero_reward_rows = prompts * guided, zero_reward_groups * zero_reward.completions_per_prompt
     return Run(
-        shape=own,
-        weight=width,
+        shape=shape,
+        weight_width=width,
         autocast=autocast,
         attention=policy.attention,
         checkpointing=policy.gradient_checkpointing,
-        adapter=_adapter(policy, own),
+        adapter=_adapter(policy, shape),
         strategy=strategy,
         ranks=ranks,
         reduced=strategy.startswith("fsdp") and settings.get("reduced_precision") is not None,
         offload=bool(settings.get("cpu_offload", False)),
         sharded_checkpoints=strategy == "fsdp" or bool(settings.get("sharded_checkpoints", False)),
-        optimizer_states=_states(cfg),
+        optimizer_states=_optimizer_states(cfg),
         prompt=prompt,
         completion=completion,
         mean_prompt=min(lengths.mean_prompt_tokens or prompt, prompt),
         mean_completion=min(lengths.mean_completion_tokens or completion, completion),
         draws=lengths.draws,
         prompts=prompts,
-        own_rows=prompts * per_prompt,
-        guide_rows=joining + leading,
-        collected_rows=prompts * per_prompt + joining + extra,
+        on_policy_rows=prompts * per_prompt,
+        guide_rows=guide_rows + zero_reward_rows,
+        rollout_rows=prompts * per_prompt + guide_rows + extra,
         validation_rows=_validation_rows(cfg, ranks, lengths),
         minibatches=batch.minibatches,
         epochs=batch.epochs,
@@ -101,20 +102,21 @@ def run_of(cfg: DictConfig) -> Run:
         micro_batch_tokens=batch.micro_batch_tokens,
         entropy="entropy_bonus" in (cfg.get("regularizer") or {}),
         sampling=_sampling(cfg, prompts * per_prompt),
-        guide=_held(cfg.guide, "guide", max(joining, leading)),
-        reference=_held(cfg.reference, "reference"),
+        guide=_separate_model(cfg.guide, "guide", max(guide_rows, zero_reward_rows)),
+        reference=_separate_model(cfg.reference, "reference"),
         hardware=hardware,
     )
 
 
-def made(cfg: DictConfig, key: str) -> Any:
+def instantiate_node(cfg: DictConfig, key: str) -> Any:
+    """Check the types of a config node and instantiate it."""
     node = OmegaConf.select(cfg, key)
     check_types(node, key)
     return instantiate(node, _convert_="all")
 
 
-def positive(cfg: DictConfig, key: str, least: int = 1) -> int:
-    """A whole number of the config; ValueError for anything else."""
+def whole_number(cfg: DictConfig, key: str, least: int = 1) -> int:
+    """Return a whole number of the config. Raise ValueError for any other value, and for one below ``least``."""
     parent, _, name = key.rpartition(".")
     value = given(OmegaConf.select(cfg, parent), name, parent)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -123,6 +125,7 @@ def positive(cfg: DictConfig, key: str, least: int = 1) -> int:
 
 
 def _count(cfg: DictConfig, key: str) -> int:
+    """Return a number of devices or nodes, which may also be given as a list."""
     value = OmegaConf.select(cfg, key)
     if OmegaConf.is_list(value):
         return len(value)
@@ -135,7 +138,7 @@ def _longest_prompt(cfg: DictConfig, lengths: Lengths) -> int:
     longest = lengths.prompt_tokens or OmegaConf.select(cfg, "data.encoder.max_tokens")
     if longest is None:
         raise ValueError(
-            "data.encoder.max_tokens is null, so prompts may have any length: give plan.prompt_tokens=N, the longest that there are"
+            "data.encoder.max_tokens is null, so the length of prompts has no limit: set plan.prompt_tokens=N, the length of the longest"
         )
     if not isinstance(longest, int) or longest < 1:
         raise ValueError(f"data.encoder.max_tokens must be null or a whole number, at least 1, got {longest!r}")
@@ -147,22 +150,22 @@ def _strategy(cfg: DictConfig, ranks: int) -> tuple[str, DictConfig]:
     settings = node if isinstance(node, DictConfig) else OmegaConf.create({})
     name = settings.get("_target_", node)
     if name not in STRATEGIES:
-        raise ValueError(f"trainer.strategy={name}: the plan knows strategy=single, ddp, fsdp and fsdp2")
+        raise ValueError(f"trainer.strategy={name}: the plan supports strategy=single, ddp, fsdp and fsdp2")
     known = STRATEGIES[name]
-    return "ddp" if known == "single" and ranks > 1 else known, settings  # Lightning's "auto" does so too
+    return "ddp" if known == "single" and ranks > 1 else known, settings  # as Lightning's "auto" does
 
 
 def _precision(cfg: DictConfig, policy: HFPolicy) -> tuple[Shape, int, bool]:
-    """The policy's shape, the width of its weights, and whether products are taken in 16 bits of their own."""
+    """Return the policy's shape, the width of its weights, and True if autocast computes products in 16 bits."""
     precision = str(cfg.trainer.precision)
     known = {"32-true": None, "bf16-mixed": None, "16-mixed": None, "bf16-true": 2, "16-true": 2}
     if precision not in known:
-        raise ValueError(f"trainer.precision={precision}: the plan knows {', '.join(known)}")
+        raise ValueError(f"trainer.precision={precision}: the plan supports {', '.join(known)}")
     return _shape(policy, "policy"), known[precision] or WIDTHS[policy.dtype], precision.endswith("-mixed")
 
 
 def _shape(policy: HFPolicy, key: str) -> Shape:
-    return shape_of(str(_adapter_config(policy).get("base_model_name_or_path", policy.location)), f"{key}.path")
+    return read_shape(str(_adapter_config(policy).get("base_model_name_or_path", policy.location)), f"{key}.path")
 
 
 def _adapter_config(policy: HFPolicy) -> dict[str, Any]:
@@ -179,62 +182,60 @@ def _adapter(policy: HFPolicy, shape: Shape) -> Adapter | None:
         rank, targets = policy.adapter.rank, policy.adapter.targets
     else:
         raise ValueError(
-            f"policy.adapter={type(policy.adapter).__name__}: the plan knows adapter=none and adapter=lora"
+            f"policy.adapter={type(policy.adapter).__name__}: the plan supports adapter=none and adapter=lora"
         )
     named = list(shape.linears) if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
     if unknown := [name for name in named if name not in shape.linears]:
         raise ValueError(
-            f"policy.adapter.targets holds {unknown[0]!r}: a layer of this model has {', '.join(shape.linears)}"
+            f"policy.adapter.targets holds {unknown[0]!r}, but the linear layers of this model are {', '.join(shape.linears)}"
         )
     return Adapter(rank=rank, targets=tuple(named))
 
 
 def _sampling(cfg: DictConfig, rows: int) -> Sampling:
-    """An engine is told by the share of memory that it takes; one that runs elsewhere takes none."""
+    """Return how the run samples. An engine takes a share of the accelerator's memory; one on a server takes none."""
     node = cfg.sampler
     if not str(node.get("_target_", "")).startswith("rlmod.sampler.vllm"):
-        entries_per_chunk = node.get("rows_per_batch")
-        return Sampling(
-            rows_at_once=None if entries_per_chunk is None else min(positive(cfg, "sampler.rows_per_batch"), rows)
-        )
-    elsewhere = bool(node.get("url"))
+        limit = None if node.get("rows_per_batch") is None else whole_number(cfg, "sampler.rows_per_batch")
+        return Sampling(rows_per_batch=None if limit is None else min(limit, rows))
+    on_server = bool(node.get("url"))
     share = node.get("gpu_memory_utilization")
-    share = 0.0 if elsewhere else share
+    share = 0.0 if on_server else share
     if not isinstance(share, float | int) or not 0 <= share < 1:
-        raise ValueError(f"sampler.gpu_memory_utilization must be a share below 1, got {share!r}")
+        raise ValueError(f"sampler.gpu_memory_utilization must be at least 0 and below 1, got {share!r}")
     return Sampling(engine=True, share=float(share), sleeps=bool(node.get("sleep_while_training", False)))
 
 
 def _validation_rows(cfg: DictConfig, ranks: int, lengths: Lengths) -> int:
     if cfg.data.get("validation") is None:
         return 0
-    prompts = positive(cfg, "validation.prompts_per_batch")
+    prompts = whole_number(cfg, "validation.prompts_per_batch")
     if lengths.held_out_problems is not None:
         prompts = min(prompts, math.ceil(lengths.held_out_problems / ranks))
-    rows = prompts * positive(cfg, "validation.sampler.completions_per_prompt")
+    rows = prompts * whole_number(cfg, "validation.sampler.completions_per_prompt")
     key = "validation.sampler" if "rows_per_batch" in cfg.validation.sampler else "sampler"
     if OmegaConf.select(cfg, f"{key}.rows_per_batch") is None:
         return rows
-    return min(positive(cfg, f"{key}.rows_per_batch"), rows)
+    return min(whole_number(cfg, f"{key}.rows_per_batch"), rows)
 
 
-def _held(node: DictConfig | None, key: str, rows: int = 0) -> Model | None:
-    """The model of a guide or a reference that has one of its own; an average is kept in float32."""
+def _separate_model(node: DictConfig | None, key: str, rows: int = 0) -> Model | None:
+    """Return the separate model of a guide or a reference, or None if it has none. A moving average is stored in float32."""
     if not node or "policy" not in node:
         return None
     check_types(node.policy, f"{key}.policy")
     policy = instantiate(node.policy, _convert_="all")
-    entries_per_chunk = OmegaConf.select(node, "sampler.rows_per_batch")
-    average = str(node.get("_target_", "")).endswith(".EMA")
+    limit = OmegaConf.select(node, "sampler.rows_per_batch")
+    is_average = str(node.get("_target_", "")).endswith(".EMA")
     return Model(
         shape=_shape(policy, f"{key}.policy"),
-        width=4 if average else WIDTHS[policy.dtype],
-        rows=min(rows, entries_per_chunk or rows),
+        width=4 if is_average else WIDTHS[policy.dtype],
+        rows=min(rows, limit or rows),
     )
 
 
-def _states(cfg: DictConfig) -> int:
-    """Numbers kept for each trained one: known for torch's optimizers, else found by one step on a vector of nobody's."""
+def _optimizer_states(cfg: DictConfig) -> int:
+    """Return the numbers that the optimizer stores per parameter: known for torch's, otherwise measured by one step on a dummy vector."""
     check_types(cfg.optimizer, "optimizer")
     name, settings = str(cfg.optimizer._target_).rpartition(".")[2], cfg.optimizer
     build = instantiate(settings, _convert_="all")

@@ -1,4 +1,4 @@
-"""The sizes of a run: all that its plan depends on, in numbers."""
+"""The sizes of a run: all numbers that its plan depends on."""
 
 import math
 from dataclasses import dataclass
@@ -9,44 +9,47 @@ from rlmod.commands.plan.shape import Shape
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that is held whole on every rank: a guide, a reference."""
+    """A model of which every rank holds all weights: a guide or a reference."""
 
     shape: Shape
     width: int
-    """Bytes of a weight."""
+    """Bytes per weight."""
     rows: int = 0
-    """Rows sampled together on one rank."""
+    """Rows sampled at once on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
+    """A LoRA adapter. Its weights are in float32, as peft creates them."""
+
     rank: int
     targets: tuple[str, ...]
-    """The linear layers that it changes; its weights are in float32, as peft makes them."""
+    """Names of the adapted linear layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the policy's on-policy completions are drawn."""
+    """How on-policy completions are sampled."""
 
     engine: bool = False
-    """An engine of its own beside the policy (vLLM), not the policy itself."""
-    rows_at_once: int | None = None
+    """True if a separate engine (vLLM) samples, not the policy itself."""
+    rows_per_batch: int | None = None
+    """Rows sampled at once; None: all."""
     share: float = 0.0
     """Share of the accelerator's memory that the engine takes; 0 if it runs elsewhere."""
     sleeps: bool = False
-    """It hands its memory back while the policy trains."""
+    """True if the engine frees its memory while the policy trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Rows are those of one rank. Widths are bytes of a number. Prompt and completion are the longest, in tokens."""
+    """Sizes of a run. Rows count those of one rank. Widths are bytes per number. Prompt and completion are the longest, in tokens."""
 
     shape: Shape
-    weight: int
-    """Width of a weight as it is kept and trained."""
+    weight_width: int
+    """Width of the weights that are stored and trained."""
     autocast: bool
-    """trainer.precision is mixed: products are taken in 16 bits, whatever the weights are."""
+    """True if trainer.precision is mixed: matrix products are in 16 bits, whatever the weights are."""
     attention: str
     checkpointing: bool
     adapter: Adapter | None
@@ -54,33 +57,33 @@ class Run:
     """single, ddp, fsdp or fsdp2."""
     ranks: int
     reduced: bool
-    """trainer.strategy.reduced_precision: sharded weights are gathered in 16 bits."""
+    """True if trainer.strategy.reduced_precision is set: sharded weights are gathered in 16 bits."""
     offload: bool
     sharded_checkpoints: bool
     optimizer_states: int
-    """Numbers that the optimizer keeps for each that is trained."""
+    """Numbers that the optimizer stores per trained parameter."""
     prompt: int
     completion: int
     mean_prompt: float
     mean_completion: float
     draws: float
-    """Prompts sampled for each that trains; above 1 with dynamic sampling."""
+    """Prompts sampled per prompt that trains; above 1 with dynamic sampling."""
     prompts: int
     """Prompts per rollout batch."""
-    own_rows: int
+    on_policy_rows: int
     """Rows that the policy samples per rollout batch, without refills."""
     guide_rows: int
-    """Rows that the guide supplies, those of the zero-reward batch included."""
-    collected_rows: int
-    """Rows that train, at most: on-policy ones, the guide's, and the zero-reward batch."""
+    """Rows from the guide, including those of the zero-reward batch."""
+    rollout_rows: int
+    """Most rows that train on one rollout batch: on-policy rows, the guide's, and the zero-reward batch."""
     validation_rows: int
-    """Rows that a validation samples together; 0 without validation."""
+    """Rows that a validation samples at once; 0 without validation."""
     minibatches: int
     epochs: int
     micro_batch: int
     micro_batch_tokens: int | None
     entropy: bool
-    """A penalty wants the entropy with its gradient."""
+    """True if a regularizer needs the entropy with its gradient."""
     sampling: Sampling
     guide: Model | None
     reference: Model | None
@@ -88,59 +91,63 @@ class Run:
 
     @property
     def sharded(self) -> bool:
+        """True if parameters are sharded over the ranks."""
         return self.strategy in ("fsdp", "fsdp2")
 
     @property
     def shards(self) -> int:
+        """Number of ranks that share one copy of the parameters."""
         return self.ranks if self.sharded else 1
 
     @property
-    def gathered(self) -> int:
-        """Width of a weight while a sharded layer is whole."""
-        return 2 if self.reduced else self.weight
+    def gathered_width(self) -> int:
+        """Width of a weight in a gathered layer."""
+        return 2 if self.reduced else self.weight_width
 
     @property
-    def casts(self) -> bool:
-        """Autocast makes 16-bit copies of weights and of what comes into a linear layer."""
-        return self.autocast and self.gathered > 2
+    def casts_weights(self) -> bool:
+        """True if autocast makes 16-bit copies of the weights and inputs of linear layers."""
+        return self.autocast and self.gathered_width > 2
 
     @property
-    def compute(self) -> int:
-        """Width of what products are taken in, and of what they give."""
-        return 2 if self.autocast else self.gathered
+    def compute_width(self) -> int:
+        """Width of the operands and outputs of matrix products."""
+        return 2 if self.autocast else self.gathered_width
 
     @property
-    def residual(self) -> int:
-        """Width of the stream between the layers, which is that of the weights."""
-        return self.gathered
+    def residual_width(self) -> int:
+        """Width of the residual stream, which has the precision of the weights."""
+        return self.gathered_width
 
     @property
-    def trained(self) -> int:
-        """Numbers that have a gradient."""
+    def trained_parameters(self) -> int:
+        """Number of parameters with a gradient."""
         if self.adapter is None:
             return self.shape.parameters
         return self.shape.lora(self.adapter.rank, list(self.adapter.targets))
 
     @property
     def trained_width(self) -> int:
-        return self.weight if self.adapter is None else 4
+        """Width of a trained parameter."""
+        return self.weight_width if self.adapter is None else 4
 
     @property
     def length(self) -> int:
+        """Tokens of the longest row."""
         return self.prompt + self.completion
 
     @property
     def step_rows(self) -> int:
-        """Return the most rows of an optimizer step."""
-        return math.ceil(self.collected_rows / self.minibatches)
+        """Most rows of an optimizer step."""
+        return math.ceil(self.rollout_rows / self.minibatches)
 
     @property
     def rows(self) -> int:
-        """Return the most rows that go through the policy together in training, all at full length."""
+        """Most rows of a micro-batch, all at full length."""
         by_tokens = self.step_rows if self.micro_batch_tokens is None else self.micro_batch_tokens // self.length
         return max(min(self.micro_batch, self.step_rows, by_tokens), 1)
 
     @property
     def micro_batches(self) -> int:
-        """Return the micro-batches of an optimizer step in which every row trains at full length."""
+        """Number of micro-batches of an optimizer step with all rows at full length."""
         return math.ceil(self.step_rows / self.rows)

@@ -1,4 +1,4 @@
-"""A model's size from its config.json: no weights, and no transformers, whose import takes seconds."""
+"""The sizes of a model, read from its config.json without weights and without transformers, whose import takes seconds."""
 
 import json
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = Path(__file__).parent / "shapes"
-"""The shapes that rlmod knows by name, so that a plan needs neither weights nor the hub."""
+"""Folder of the shapes that rlmod knows by name, so that a plan needs neither weights nor the hub."""
 
 BIASES = {"qwen2": ("q_proj", "k_proj", "v_proj"), "mistral": (), "llama": None, "qwen3": None}
-"""The architectures that a plan knows, and the layers that have a bias; None: as attention_bias and mlp_bias say."""
+"""Supported architectures, and their linear layers with a bias; None: attention_bias and mlp_bias in the config decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder of layers with two RMS norms, grouped-query attention, and a gated MLP. All numbers count weights, not bytes."""
+    """Sizes of a decoder whose layers have two RMS norms, grouped-query attention and a gated MLP. All numbers count weights, not bytes."""
 
     layers: int
     hidden: int
@@ -24,11 +24,11 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool
-    """The head is the embedding."""
+    """True if the head shares the weights of the embedding."""
     biased: tuple[str, ...] = ()
     """The linear layers with a bias."""
     head_norms: bool = False
-    """A norm on the queries and on the keys of every head."""
+    """True if every head normalizes its queries and keys."""
 
     @property
     def queries(self) -> int:
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one decoder layer: what comes in, what goes out."""
+        """The linear layers of one decoder layer, as (input width, output width)."""
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
@@ -55,8 +55,8 @@ class Shape:
 
     @property
     def layer_products(self) -> int:
-        """The weights of a layer that a token is multiplied with."""
-        return sum(wide * out for wide, out in self.linears.values())
+        """Weights of a layer that take part in matrix products."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
     def layer(self) -> int:
@@ -70,7 +70,7 @@ class Shape:
 
     @property
     def root(self) -> int:
-        """Parameters in no layer: the embedding, the last norm, and the head if it is not the embedding."""
+        """Parameters outside layers: the embedding, the last norm, and the head unless it is tied."""
         return self.embedding * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -78,32 +78,33 @@ class Shape:
         return self.layers * self.layer + self.root
 
     def lora(self, rank: int, targets: list[str]) -> int:
-        """Weights of an adapter: rank (in + out) for each layer that it changes."""
+        """Return the number of weights of an adapter: rank (in + out) for each adapted linear layer."""
         return self.layers * sum(rank * sum(self.linears[name]) for name in targets)
 
 
-def shape_of(location: str, key: str) -> Shape:
+def read_shape(location: str, key: str) -> Shape:
     """Read the shape from a folder with a config.json, a name that rlmod knows, or a name on the hub.
 
-    Raises: ValueError that names ``key``.
+    Raise ValueError that names ``key`` if the shape cannot be read or the architecture is not supported.
     """
     file = _config_file(location, key)
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{key}={location}: {file} is no JSON ({error})") from error
+        raise ValueError(f"{key}={location}: {file} is not valid JSON ({error})") from error
     kind = config.get("model_type")
     if kind not in BIASES:
         raise ValueError(
-            f"{key}={location}: the plan knows the layers of {', '.join(BIASES)}, and this model is of type {kind!r}"
+            f"{key}={location}: the plan supports the model types {', '.join(BIASES)}, and this model is of type {kind!r}"
         )
     try:
-        return _shape(config)
+        return shape_from_config(config)
     except KeyError as error:
-        raise ValueError(f"{key}={location}: {file} does not say {error}") from error
+        raise ValueError(f"{key}={location}: {file} has no {error}") from error
 
 
-def _shape(config: dict[str, Any]) -> Shape:
+def shape_from_config(config: dict[str, Any]) -> Shape:
+    """Return the shape of a config.json. Raise KeyError for a missing size."""
     biased = BIASES[config["model_type"]]
     if biased is None:
         attention = ("q_proj", "k_proj", "v_proj", "o_proj") if config.get("attention_bias") else ()
@@ -127,7 +128,9 @@ def _config_file(location: str, key: str) -> Path:
     folder = Path(location)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{key}={location}: the folder holds no config.json, which says what shape the model has")
+            raise ValueError(
+                f"{key}={location}: the folder has no config.json, from which the plan reads the model's sizes"
+            )
         return folder / "config.json"
     known = SHAPES / f"{location.rpartition('/')[2].removesuffix('-Instruct')}.json"
     if known.is_file():
@@ -136,9 +139,9 @@ def _config_file(location: str, key: str) -> Path:
 
     try:
         return Path(hf_hub_download(location, "config.json", etag_timeout=3))
-    except Exception as error:  # of the network, of the name, of a gate before it: whatever the hub answers
+    except Exception as error:  # network, unknown name, gated repository, or any other answer of the hub
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
         raise ValueError(
-            f"{key}={location}: no config.json could be had from the hub ({type(error).__name__}). Give a folder that holds one "
-            f"(no weights are needed), or one of the shapes that rlmod knows: {names}"
+            f"{key}={location}: cannot download config.json from the hub ({type(error).__name__}). Give a folder with a config.json "
+            f"(no weights are needed), or one of the names that rlmod knows: {names}"
         ) from error

@@ -1,4 +1,4 @@
-"""The plan as text: what docs/scaling.md quotes."""
+"""The plan as text. docs/scaling.md quotes it."""
 
 from dataclasses import replace
 
@@ -6,22 +6,22 @@ from rlmod.commands.plan import activations, advice, duration, memory, traffic
 from rlmod.commands.plan.run import Run
 
 
-def report(run: Run) -> str:
-    """Memory by part and phase, whether it fits, bytes over the wire, and seconds by stage."""
+def format_plan(run: Run) -> str:
+    """Return the plan: memory by part and phase, the verdict, bytes over the network, and seconds by stage."""
     return "\n\n".join((_title(run), _memory(run), _verdict(run), _traffic(run), _times(run)))
 
 
 def _title(run: Run) -> str:
     s = run.shape
     number = f"{s.parameters / 1e9:.2f} B" if s.parameters >= 1e8 else f"{s.parameters / 1e6:.2f} M"
-    what = f"{number} weights, {s.layers} layers, hidden {s.hidden}, vocabulary {s.vocabulary}"
-    trained = "" if run.adapter is None else f"; an adapter of {run.trained / 1e6:.1f} M is trained"
-    precision = f"weights {8 * run.weight} bit, products {8 * run.compute} bit"
+    size = f"{number} weights, {s.layers} layers, hidden {s.hidden}, vocabulary {s.vocabulary}"
+    trained = "" if run.adapter is None else f"; an adapter of {run.trained_parameters / 1e6:.1f} M is trained"
+    precision = f"weights in {8 * run.weight_width} bit, matrix products in {8 * run.compute_width} bit"
     rows = (
-        f"{run.own_rows} rows a rollout batch on each rank, up to {run.prompt} + {run.completion} tokens; "
-        f"{run.step_rows} rows a step in {run.micro_batches} micro-batches of {run.rows}"
+        f"{run.on_policy_rows} completions per rollout batch on each rank, up to {run.prompt} + {run.completion} tokens; "
+        f"{run.step_rows} per step in {run.micro_batches} micro-batches of {run.rows}"
     )
-    return f"{what}{trained}\n{run.strategy} on {run.ranks} x {run.hardware.name}; {precision}\n{rows}"
+    return f"{size}{trained}\n{run.strategy} on {run.ranks} x {run.hardware.name}; {precision}\n{rows}"
 
 
 def _memory(run: Run) -> str:
@@ -31,57 +31,57 @@ def _memory(run: Run) -> str:
         if any(phase.parts.get(part) for phase in phases):
             lines.append([part, *(_size(run, phase.parts[part]) if part in phase.parts else "-" for phase in phases)])
     lines.append(["total", *(_size(run, phase.total) for phase in phases)])
-    table = _aligned(lines)
-    return f"{table}\nactivations of a micro-batch {_checkpointed(run)}"
+    table = _align(lines)
+    return f"{table}\nactivations of a micro-batch {_compare_checkpointing(run)}"
 
 
-def _checkpointed(run: Run) -> str:
-    without, with_ = (activations.kept(replace(run, checkpointing=on)) for on in (False, True))
+def _compare_checkpointing(run: Run) -> str:
+    without, with_ = (activations.saved_bytes(replace(run, checkpointing=on)) for on in (False, True))
     return f"without checkpointing {_size(run, without)} {_unit(run)[0]}, with it {_size(run, with_)} {_unit(run)[0]}"
 
 
 def _verdict(run: Run) -> str:
     worst, hardware = memory.peak(run), run.hardware
     largest = max(worst.parts, key=lambda part: worst.parts[part])
-    there = hardware.memory_gib - hardware.reserve_gib
+    available = hardware.memory_gib - hardware.reserve_gib
     size = (
-        f"{_size(run, worst.total)} {_unit(run)[0]} of {there:.1f} GiB ({hardware.memory_gib} less {hardware.reserve_gib} held back), "
+        f"{_size(run, worst.total)} {_unit(run)[0]} of {available:.1f} GiB ({hardware.memory_gib} less {hardware.reserve_gib} reserved), "
         f"in {worst.name}; "
         f"the largest part is {largest}"
     )
     if memory.fits(run):
         return f"fits: {size}"
-    changes = advice.cheapest(run)
-    way = (
+    changes = advice.cheapest_changes(run)
+    suggestion = (
         f"the cheapest change that makes it fit: {' '.join(changes)}"
         if changes
-        else "no change of sizes, checkpointing or sharding is enough: more ranks, an adapter, or a smaller policy"
+        else "no change of sizes, checkpointing or sharding is enough: use more ranks, an adapter, or a smaller policy"
     )
-    return f"does not fit: {size}\n{way}"
+    return f"does not fit: {size}\n{suggestion}"
 
 
 def _traffic(run: Run) -> str:
-    sent = traffic.sent(run)
-    size, writers = traffic.checkpoint(run)
-    lines = [["GB that a rank sends, one rollout batch and its steps", ""]]
+    sent = traffic.bytes_sent(run)
+    size, writers = traffic.checkpoint_bytes(run)
+    lines = [["GB sent per rank, one rollout batch and its steps", ""]]
     lines += [[name, f"{value / 1e9:.1f}"] for name, value in sent.items()]
     if not sent:
         lines.append(["nothing: one rank", "0.0"])
-    return f"{_aligned(lines)}\na checkpoint: {size / 1e9:.1f} GB, written {writers}"
+    return f"{_align(lines)}\na checkpoint: {size / 1e9:.1f} GB, written {writers}"
 
 
 def _times(run: Run) -> str:
     stages = duration.stages(run)
     total = sum(stage.seconds for stage in stages)
-    lines = [["seconds, one rollout batch and its steps", "", "waits for"]]
+    lines = [["seconds, one rollout batch and its steps", "", "limited by"]]
     lines += [[stage.name, f"{stage.seconds:.1f}", stage.bound] for stage in stages]
-    lines.append(["total, nothing overlapping", f"{total:.1f}", ""])
-    tokens = run.ranks * run.own_rows * run.draws * run.mean_completion
+    lines.append(["total, without overlap", f"{total:.1f}", ""])
+    tokens = run.ranks * run.on_policy_rows * run.draws * run.mean_completion
     h = run.hardware
     return (
-        f"{_aligned(lines)}\n{tokens / total:.0f} sampled tokens a second over all ranks, for completions of {run.mean_completion:.0f} "
-        f"tokens and {run.draws:g} draws a prompt\nassumed: {h.mfu:.0%} of the peak rate, {h.bandwidth_share:.0%} of bandwidths, "
-        f"{h.layer_ms} ms a layer and token with sampler=hf"
+        f"{_align(lines)}\n{tokens / total:.0f} sampled tokens per second over all ranks, for completions of {run.mean_completion:.0f} "
+        f"tokens and {run.draws:g} draws per prompt\nassumed: {h.mfu:.0%} of the peak rate, {h.bandwidth_share:.0%} of the bandwidths, "
+        f"{h.layer_ms} ms per layer and token with sampler=hf"
     )
 
 
@@ -93,8 +93,8 @@ def _size(run: Run, number: float) -> str:
     return f"{number / _unit(run)[1]:.2f}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    """The first column to the left, numbers to the right, words behind them to the left."""
+def _align(lines: list[list[str]]) -> str:
+    """Align the lines as a table: the first column and trailing words to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = []
     for line in lines:

@@ -1,7 +1,7 @@
-"""``rlmod-report RUN [RUN ...]``: what a run did, on one HTML page that needs no other file.
+"""Report runs as one HTML page that needs no other file: ``rlmod-report RUN [RUN ...]``.
 
 run folder -> Run (runs) -> pictures (plots, panels) and a page (page, templates): RUN/report.html
-several runs, or the folder of a multirun -> laid over each other (comparison): comparison.html in the first-named folder
+several runs, or the folder of a multirun -> curves in common plots (comparison): comparison.html in the first folder
 """
 
 import argparse
@@ -10,43 +10,43 @@ from pathlib import Path
 
 from rlmod.commands.report import pictures
 from rlmod.commands.report.comparison import comparison_page, run_folders
-from rlmod.commands.report.html import written
-from rlmod.commands.report.page import has_headline, headline, run_page
+from rlmod.commands.report.html import write_atomically
+from rlmod.commands.report.page import draw_headline, has_headline, run_page
 from rlmod.commands.report.runs import read_run
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
-    """The page of ``run``; with ``compare``, or where ``run`` is the folder of a multirun, the comparison."""
+    """Write the page of ``run`` and return its path. With ``compare``, or if ``run`` is the folder of a multirun, write the comparison."""
     if not compare and (run / "metrics.csv").is_file():
-        return written(run / "report.html", run_page(read_run(run)))
-    runs = [read_run(folder) for given in (run, *compare) for folder in run_folders(given)]
-    return written(run / "comparison.html", comparison_page(run, runs))
+        return write_atomically(run / "report.html", run_page(read_run(run)))
+    runs = [read_run(folder) for place in (run, *compare) for folder in run_folders(place)]
+    return write_atomically(run / "comparison.html", comparison_page(run, runs))
 
 
 def headline_picture(run: Path) -> Path:
-    """Writes the main picture alone, RUN/report/headline.png."""
-    read = read_run(run)
-    if not has_headline(read):
-        raise ValueError(f"{run} has logged neither reward/mean nor a validation: there is no headline to draw")
+    """Write only the main picture, RUN/report/headline.png, and return its path."""
+    loaded = read_run(run)
+    if not has_headline(loaded):
+        raise ValueError(f"{run} has logged neither reward/mean nor a validation, so it has no main picture")
     path = run / "report" / "headline.png"
     path.parent.mkdir(exist_ok=True)
-    pictures.write(headline(read), path, pictures.LIGHT)
+    pictures.write_picture(draw_headline(loaded), path, pictures.LIGHT)
     return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="rlmod-report", description="Writes what a run did, or how runs compare, as one page."
+        prog="rlmod-report", description="Write a report of one run, or a comparison of several, as one HTML page."
     )
     parser.add_argument(
         "run",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run folder, or the folder of a multirun; of several, the first one gets the page",
+        help="folder of a run or of a multirun; with several, the page is written to the first",
     )
-    given = parser.parse_args(argv).run
+    folders = parser.parse_args(argv).run
     try:
-        print(write_report(given[0], given[1:]))
+        print(write_report(folders[0], folders[1:]))
     except ValueError as error:
         parser.error(str(error))

@@ -13,7 +13,7 @@ def window(points: int) -> int:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The centred moving average. At the ends the window shrinks on both sides, so that it stays centred."""
+    """Return the centred moving average. At the ends the window shrinks on both sides, so that it stays centred."""
     averages = []
     for i in range(len(values)):
         reach = min(width // 2, i, len(values) - 1 - i)
@@ -23,14 +23,16 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def smoothing_note(curves: Curves, columns: Sequence[str]) -> str:
+    """Return a sentence on the smoothing of the columns; empty if none is smoothed."""
     width = max((window(len(curves[c])) for c in columns if c in curves), default=1)
     return f"thin: every step; bold: centred mean over {width} steps" if width > 1 else ""
 
 
-def short(metric: str) -> str:
-    """val/mean@4 -> mean@4."""
+def short_name(metric: str) -> str:
+    """Return the metric without its group: val/mean@4 -> mean@4."""
     return metric.removeprefix("val/")
 
 
 def reward_terms(curves: Curves) -> list[str]:
+    """Return the columns of the reward's named terms."""
     return [name for name in curves if name.startswith("reward/") and name != "reward/mean"]

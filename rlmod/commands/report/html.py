@@ -1,4 +1,4 @@
-"""The pages as HTML: no scripts, no files beside them; jinja2 escapes whatever a run put in."""
+"""Pages as HTML, without scripts and without other files. jinja2 escapes everything that comes from a run."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlmod.commands.report.curves import short
+from rlmod.commands.report.curves import short_name
 
 
-def rendered(page: str, **values: Any) -> str:
-    """templates/``page``.html, filled in."""
+def render_page(page: str, **values: Any) -> str:
+    """Return templates/``page``.html filled with the values."""
     environment = Environment(
         loader=PackageLoader("rlmod.commands.report"),
         autoescape=True,
@@ -20,18 +20,19 @@ def rendered(page: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     style = files("rlmod.commands.report").joinpath("templates/style.css").read_text(encoding="utf-8")
-    return environment.get_template(f"{page}.html").render(style=Markup(style), short=short, **values)
+    return environment.get_template(f"{page}.html").render(style=Markup(style), short_name=short_name, **values)
 
 
-def written(path: Path, page: str) -> Path:
-    """Whole or not at all."""
+def write_atomically(path: Path, page: str) -> Path:
+    """Write the page completely or not at all, and return its path."""
     partial = path.with_name(f".partial-{path.name}")
-    # A completion may hold half of a surrogate pair, which has no UTF-8.
+    # A completion may hold half of a surrogate pair, which UTF-8 cannot encode.
     partial.write_bytes(page.encode("utf-8", errors="replace"))
     return partial.replace(path)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Return seconds as text: 45 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"

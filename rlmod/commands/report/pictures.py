@@ -1,6 +1,6 @@
-"""How a picture is drawn twice, for a light and for a dark page, and embedded in it.
+"""Pictures, each drawn for a light and for a dark page and embedded in the page.
 
-Colours: colour-blind readers tell blue from orange (and from red) too.
+Colour-blind readers can tell blue from orange and from red.
 """
 
 import base64
@@ -22,8 +22,10 @@ DPI = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
+    """Colours of a light or dark page."""
+
     suffix: str
-    """Suffix of the file name: the dark picture stands beside the light one."""
+    """Suffix of the file name. Both pictures are in the same folder."""
     surface: str
     ink: str
     faint: str
@@ -31,7 +33,7 @@ class Theme:
     orange: str
     grey: str
     series: tuple[str, ...]
-    """For runs laid over each other; a colour returns dashed once all are used."""
+    """Colours of the runs in one plot. Further runs reuse them with dashed lines."""
 
 
 LIGHT = Theme(
@@ -58,29 +60,30 @@ DARK = Theme(
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture as the page embeds it."""
+    """A picture embedded in the page."""
 
     name: str
     title: str
     caption: str
     light: str
     dark: str
-    """data: addresses, so that the page needs no file beside it."""
+    """A data: URL, like ``light``, so that the page needs no other file."""
 
 
-def saved(figure: Callable[[Theme], Figure], folder: Path, name: str, title: str, caption: str) -> Picture:
-    """Draws in both themes, writes folder/name.png and folder/name-dark.png."""
+def save_picture(figure: Callable[[Theme], Figure], folder: Path, name: str, title: str, caption: str) -> Picture:
+    """Draw the figure in both themes, and write folder/name.png and folder/name-dark.png."""
     folder.mkdir(parents=True, exist_ok=True)
     return Picture(
         name=name,
         title=title,
         caption=caption,
-        light=_address(write(figure, folder / f"{name}.png", LIGHT)),
-        dark=_address(write(figure, folder / f"{name}{DARK.suffix}.png", DARK)),
+        light=_data_url(write_picture(figure, folder / f"{name}.png", LIGHT)),
+        dark=_data_url(write_picture(figure, folder / f"{name}{DARK.suffix}.png", DARK)),
     )
 
 
-def write(figure: Callable[[Theme], Figure], path: Path, theme: Theme) -> bytes:
+def write_picture(figure: Callable[[Theme], Figure], path: Path, theme: Theme) -> bytes:
+    """Draw the figure in one theme, and return the PNG that was written."""
     style: dict[Any, Any] = {
         "font.size": 9,
         "axes.titlesize": 9,
@@ -115,25 +118,27 @@ def write(figure: Callable[[Theme], Figure], path: Path, theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
-def _address(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def line(axes: Axes, curve: Curve, color: str, label: str | None = None) -> None:
-    """Thin as logged, bold smoothed."""
+def draw_line(axes: Axes, curve: Curve, color: str, label: str | None = None) -> None:
+    """Draw the logged values as a thin line and the smoothed values as a bold line."""
     steps, values = list(curve), list(curve.values())
     width = window(len(values))
     if width > 1:
         axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
-    marker = "o" if len(values) == 1 else ""  # a line of one point shows nothing
+    marker = "o" if len(values) == 1 else ""  # a line through one point is invisible
     axes.plot(steps, smooth(values, width), color=color, linewidth=1.8, label=label, marker=marker, markersize=4)
 
 
-def points(axes: Axes, curve: Curve, color: str, label: str, **style: Any) -> None:
+def draw_points(axes: Axes, curve: Curve, color: str, label: str, **style: Any) -> None:
+    """Draw a curve with a marker at each value."""
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} | style
     axes.plot(list(curve), list(curve.values()), color=color, label=label, **style)
 
 
-def step_axis(axes: Axes) -> None:
+def format_step_axis(axes: Axes) -> None:
+    """Label the horizontal axis with whole optimizer steps."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))

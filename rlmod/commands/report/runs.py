@@ -1,7 +1,6 @@
-"""A run folder, read: whatever of it is there.
+"""The contents of a run folder: metrics.csv, config.yaml, samples.jsonl and result.json.
 
-It holds metrics.csv, and, where the run got that far, config.yaml, samples.jsonl and result.json. Only metrics.csv is
-required: a run that was killed is reported too, and ``notes`` say what is missing.
+Only metrics.csv is required, so that a killed run can be reported too; ``notes`` say what is missing.
 """
 
 import csv
@@ -17,13 +16,13 @@ import yaml
 
 from rlmod.commands.report.curves import Curves
 
-RIGHT = 0.5
-"""A sample is marked right when its reward is above this, as in the shapers."""
+CORRECT_ABOVE = 0.5
+"""A sample is marked correct if its reward is above this value, as in the shapers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A line of samples.jsonl. The tuples are empty where the line had no values by token."""
+    """A line of samples.jsonl. The tuples are empty if the line has no values per token."""
 
     step: int
     when: str
@@ -38,13 +37,13 @@ class Sample:
     advantages: tuple[float, ...] = ()
 
     @property
-    def right(self) -> bool:
-        return self.reward > RIGHT
+    def correct(self) -> bool:
+        return self.reward > CORRECT_ABOVE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder, read. What is missing is empty, and ``notes`` say so."""
+    """The contents of a run folder. Missing files leave empty fields and a sentence in ``notes``."""
 
     folder: Path
     curves: Curves
@@ -58,27 +57,29 @@ class Run:
 
     @property
     def held_out(self) -> list[str]:
-        """The columns of the validation, mean@K before pass@K and small K first."""
+        """Columns of validation metrics, mean@K before pass@K, small K first."""
         order = {"mean": 0, "pass": 1}
         names = [name for name in self.curves if re.fullmatch(r"val/(mean|pass)@\d+", name)]
         return sorted(names, key=lambda name: (order[name[4:8]], int(name.split("@")[1])))
 
     @property
     def metric(self) -> str | None:
-        """The column of the headline: the one that result.json names, else the first."""
+        """Column of the main picture: the one that result.json names, otherwise the first of ``held_out``."""
         named = _mapping(self.result, "held_out").get("metric")
         return named if isinstance(named, str) and named in self.curves else next(iter(self.held_out), None)
 
     @property
     def before(self) -> float | None:
+        """Held-out accuracy before training."""
         return self._accuracy("before")
 
     @property
     def after(self) -> float | None:
+        """Held-out accuracy at the last validation."""
         return self._accuracy("after")
 
     def _accuracy(self, when: str) -> float | None:
-        """result.json has it; of a killed run the validations in metrics.csv do, if there were two."""
+        """Return the accuracy from result.json, or from metrics.csv if the run was killed; None without that validation."""
         held_out = _mapping(self.result, "held_out")
         if _is_number(held_out.get(when)) and self.metric in (None, held_out.get("metric", self.metric)):
             return float(held_out[when])
@@ -89,11 +90,13 @@ class Run:
 
     @property
     def problems(self) -> int | None:
+        """Number of held-out problems."""
         value = _mapping(self.result, "held_out").get("problems")
         return int(value) if _is_number(value) else None
 
     @property
     def steps(self) -> int:
+        """Number of optimizer steps."""
         logged = max((max(curve) for curve in self.curves.values()), default=0)
         steps = self.result.get("steps")
         return int(steps) if _is_number(steps) else logged
@@ -114,10 +117,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
+    """Read a run folder. Raise ValueError if it has no metrics.csv."""
     if not (folder / "metrics.csv").is_file():
         raise ValueError(
-            f"{folder} is not a run folder: it has no metrics.csv. A run folder is what rlmod-train writes: "
-            "metrics.csv, config.yaml, samples.jsonl and result.json; a Hydra multirun's folder holds several of them"
+            f"{folder} is not a run folder: it has no metrics.csv. rlmod-train writes run folders, with metrics.csv, "
+            "config.yaml, samples.jsonl and result.json; the folder of a Hydra multirun holds several"
         )
     notes: list[str] = []
     curves = _read_curves(folder / "metrics.csv", notes)
@@ -128,7 +132,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         curves=curves,
         result=result,
-        config=_parsed_yaml(config_text, notes),
+        config=_parse_yaml(config_text, notes),
         config_text=config_text,
         overrides=_read_overrides(folder / ".hydra" / "overrides.yaml"),
         samples=samples,
@@ -137,32 +141,32 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_curves(path: Path, notes: list[str]) -> Curves:
-    """A cell is empty where its metric was not logged at that step; a resumed run's later row replaces the earlier."""
+    """Read metrics.csv. A cell is empty if its metric was not logged at that step. A resumed run's later row replaces the earlier one."""
     curves: dict[str, dict[int, float]] = {}
     unreadable = 0
-    strange: dict[str, list[int]] = {}
+    not_finite: dict[str, list[int]] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(line.replace("\0", "") for line in file):
-            step = _number(row.pop("step", None))
+            step = _parse_number(row.pop("step", None))
             row.pop("epoch", None)
             if step is None or not math.isfinite(step):
                 unreadable += 1
                 continue
             for name, cell in row.items():
-                value = _number(cell)
+                value = _parse_number(cell)
                 if value is None:
                     unreadable += bool(cell)
                 elif not math.isfinite(value):
-                    strange.setdefault(name, []).append(int(step))
+                    not_finite.setdefault(name, []).append(int(step))
                 else:
                     curves.setdefault(name, {})[int(step)] = value
     if not curves:
-        notes.append("metrics.csv holds no values yet: there is nothing to draw.")
+        notes.append("metrics.csv holds no values yet, so nothing is drawn.")
     if unreadable:
         notes.append(
             f"metrics.csv: {unreadable} {_plural(unreadable, 'cell or row', 'cells or rows')} could not be read."
         )
-    for name, steps in strange.items():
+    for name, steps in not_finite.items():
         times = f"{len(steps)} {_plural(len(steps), 'value', 'values')}"
         notes.append(f"{name}: {times} not finite (NaN or infinite), the first at step {steps[0]}; not drawn.")
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
@@ -176,22 +180,22 @@ def _read_samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
     for line in path.read_bytes().split(b"\n"):
         if line.strip():
             try:
-                samples.append(_sample(json.loads(line)))
+                samples.append(_parse_sample(json.loads(line)))
             except (ValueError, TypeError, KeyError):
                 broken += 1
     if broken:
         lines = _plural(broken, "line is", "lines are")
         notes.append(
-            f"samples.jsonl: {broken} {lines} broken and left out (a run killed while it writes leaves half a line)."
+            f"samples.jsonl: {broken} {lines} broken and omitted (a run killed while writing leaves half a line)."
         )
     return tuple(samples)
 
 
-def _sample(record: Mapping[str, Any]) -> Sample:
+def _parse_sample(record: Mapping[str, Any]) -> Sample:
     if not isinstance(record, dict) or not isinstance(record["completion"], str):
-        raise TypeError("a sample is a mapping with a completion")
+        raise TypeError("a sample must be a mapping with a completion")
     tokens, entropy, advantages = (record.get(name) or () for name in ("tokens", "entropy", "advantages"))
-    by_token = bool(tokens) and len(tokens) == len(entropy) == len(advantages)
+    per_token = bool(tokens) and len(tokens) == len(entropy) == len(advantages)
     return Sample(
         step=int(record["step"]),
         when=str(record["when"]),
@@ -201,9 +205,9 @@ def _sample(record: Mapping[str, Any]) -> Sample:
         reward=float(record["reward"]),
         truncated=bool(record.get("truncated", False)),
         length=int(record["length"]) if _is_number(record.get("length")) else None,
-        tokens=tuple(map(str, tokens)) if by_token else (),
-        entropy=tuple(map(_finite, entropy)) if by_token else (),
-        advantages=tuple(map(_finite, advantages)) if by_token else (),
+        tokens=tuple(map(str, tokens)) if per_token else (),
+        entropy=tuple(map(_finite_or_zero, entropy)) if per_token else (),
+        advantages=tuple(map(_finite_or_zero, advantages)) if per_token else (),
     )
 
 
@@ -211,7 +215,7 @@ def _read_overrides(path: Path) -> tuple[str, ...]:
     try:
         overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return ()  # a run that was not started on the command line has none
+        return ()  # only a run started on the command line has this file
     return tuple(map(str, overrides)) if isinstance(overrides, list) else ()
 
 
@@ -224,7 +228,7 @@ def _read_text(path: Path, consequence: str, notes: list[str]) -> str:
 
 
 def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
-    consequence = "the run was stopped before its end, and the numbers are the last that metrics.csv has"
+    consequence = "the run was stopped before its end, so the numbers are the last in metrics.csv"
     text = _read_text(path, consequence, notes)
     if not text:
         return {}
@@ -236,11 +240,11 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
         notes.append(f"{path.name} is broken: {consequence}.")
         return {}
     if result.get("completed") is not True:
-        notes.append("The run did not complete (result.json): the last numbers are those of where it stopped.")
+        notes.append("The run did not complete (result.json): the last numbers are those at which it stopped.")
     return result
 
 
-def _parsed_yaml(text: str, notes: list[str]) -> Mapping[str, Any]:
+def _parse_yaml(text: str, notes: list[str]) -> Mapping[str, Any]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -249,14 +253,14 @@ def _parsed_yaml(text: str, notes: list[str]) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(cell: object) -> float | None:
+def _parse_number(cell: object) -> float | None:
     try:
         return float(cell) if isinstance(cell, str) and cell.strip() else None
     except ValueError:
         return None
 
 
-def _finite(value: object) -> float:
+def _finite_or_zero(value: object) -> float:
     return float(value) if _is_number(value) else 0.0
 
 

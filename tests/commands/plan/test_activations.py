@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlmod.adapter.lora import LoRA
 from rlmod.commands.plan import activations
 from rlmod.commands.plan.run import Adapter, Run
-from rlmod.commands.plan.shape import _shape
+from rlmod.commands.plan.shape import shape_from_config
 from rlmod.model.logprobs import logprobs_and_entropy
 from rlmod.types import build_rollouts
 from tests.commands.plan.runs import RUN
@@ -25,19 +25,19 @@ QWEN3 = {"model_type": "qwen3", "head_dim": 16}
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CASES = {
     "float32": {},
-    "bfloat16": {"weight": 2},
+    "bfloat16": {"weight_width": 2},
     "autocast": {"autocast": True},
-    "bfloat16 under autocast": {"weight": 2, "autocast": True},
+    "bfloat16 under autocast": {"weight_width": 2, "autocast": True},
     "eager": {"attention": "eager"},
-    "eager, bfloat16": {"attention": "eager", "weight": 2},
+    "eager, bfloat16": {"attention": "eager", "weight_width": 2},
     "checkpointing": {"checkpointing": True},
     "norms of heads": {"model_type": "qwen3"},
-    "norms of heads, bfloat16": {"model_type": "qwen3", "weight": 2},
+    "norms of heads, bfloat16": {"model_type": "qwen3", "weight_width": 2},
     "adapter": {"adapter": Adapter(rank=4, targets=ALL)},
     "adapter of two": {"adapter": Adapter(rank=4, targets=("q_proj", "v_proj"))},
-    "adapter, bfloat16": {"adapter": Adapter(rank=4, targets=ALL), "weight": 2},
+    "adapter, bfloat16": {"adapter": Adapter(rank=4, targets=ALL), "weight_width": 2},
     "adapter under autocast": {"adapter": Adapter(rank=4, targets=ALL), "autocast": True},
-    "adapter, bfloat16 under autocast": {"adapter": Adapter(rank=4, targets=ALL), "weight": 2, "autocast": True},
+    "adapter, bfloat16 under autocast": {"adapter": Adapter(rank=4, targets=ALL), "weight_width": 2, "autocast": True},
 }
 
 
@@ -45,7 +45,9 @@ def autograd_keeps(config, run: Run) -> tuple[int, int]:
     """Bytes of activations, and of 16-bit copies of weights; without parameters and what the head keeps of its logits."""
     torch.manual_seed(0)
     config._attn_implementation = run.attention
-    model = AutoModelForCausalLM.from_config(config).to(torch.float32 if run.weight == 4 else torch.bfloat16).train()
+    model = (
+        AutoModelForCausalLM.from_config(config).to(torch.float32 if run.weight_width == 4 else torch.bfloat16).train()
+    )
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.adapter is not None:
@@ -83,15 +85,15 @@ def test_every_tensor_is_counted(name):
     kind = given.pop("model_type", "qwen2")
     extra = {"head_dim": 16} if kind == "qwen3" else {}
     config = AutoConfig.for_model(kind, **SIZES, **extra, num_key_value_heads=2, tie_word_embeddings=True)
-    run = replace(RUN, shape=_shape(config.to_dict()), prompt=5, completion=27, micro_batch=3, **given)
+    run = replace(RUN, shape=shape_from_config(config.to_dict()), prompt=5, completion=27, micro_batch=3, **given)
     kept, copies = autograd_keeps(config, run)
     # The padding mask is no saved tensor; the checkpointed layers hold it, and cosines and sines, as arguments.
     mask = run.rows * run.length**2
-    rotation = 2 * run.rows * run.length * run.shape.head_dim * run.residual if run.checkpointing else 0
-    assert activations.kept(run) - mask - rotation == pytest.approx(kept, rel=0.025)
-    if run.casts:
-        from rlmod.commands.plan.memory import _cast_weights
+    rotation = 2 * run.rows * run.length * run.shape.head_dim * run.residual_width if run.checkpointing else 0
+    assert activations.saved_bytes(run) - mask - rotation == pytest.approx(kept, rel=0.025)
+    if run.casts_weights:
+        from rlmod.commands.plan.memory import _autocast_copies
 
-        assert _cast_weights(run) == pytest.approx(copies, rel=0.12)
+        assert _autocast_copies(run) == pytest.approx(copies, rel=0.12)
     else:
         assert copies <= 0.03 * kept

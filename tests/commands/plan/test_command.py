@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlmod.commands.plan import memory, plan
-from rlmod.commands.plan.read import run_of
+from rlmod.commands.plan.read import run_from_config
 from rlmod.commands.plan.run import Adapter
 from tests.command_line import answer, run_command
 from tests.config.composing import ROOT, composed
@@ -16,7 +16,7 @@ PAPER = ("experiment=gtpo", "policy.path=Qwen/Qwen2.5-7B", "strategy=fsdp2", "tr
 
 
 def planned(*overrides):
-    return run_of(composed(*overrides, name="plan"))
+    return run_from_config(composed(*overrides, name="plan"))
 
 
 def command(monkeypatch, *overrides):
@@ -30,7 +30,7 @@ def test_the_paper_s_setting_on_64_gpus(monkeypatch, capsys, tmp_path):
     for expected in (
         "7.62 B weights",
         "fsdp2 on 64 x H100",
-        "32 rows a rollout batch",
+        "32 completions per rollout batch",
         "fits: ",
         "activations",
         "KV cache",
@@ -44,7 +44,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
     command(monkeypatch, "experiment=gsm8k", "policy.path=Qwen/Qwen2.5-7B", "policy.dtype=float32")
     printed = capsys.readouterr().out
     assert "does not fit: " in printed
-    assert "more ranks, an adapter, or a smaller policy" in printed  # 16 bytes a weight are 114 GiB, on one rank
+    assert "more ranks, an adapter, or a smaller policy" in printed  # 16 bytes per weight are 114 GiB on one rank
     command(monkeypatch, "experiment=gtpo", "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null")
     advised = capsys.readouterr().out.split("the cheapest change that makes it fit: ")[1].splitlines()[0]
     command(monkeypatch, "experiment=gtpo", "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null", *advised.split())
@@ -53,10 +53,16 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
 
 def test_overrides_of_a_run_reach_the_plan():
     run = planned(*PAPER, "trainer.strategy.reduced_precision=bfloat16", "policy.dtype=float32", "trainer.num_nodes=2")
-    assert (run.ranks, run.weight, run.gathered, run.compute, run.casts) == (128, 4, 2, 2, False)
-    assert (run.prompt, run.completion, run.own_rows, run.micro_batch) == (2048, 4096, 16, 4)
-    assert planned(*PAPER, "policy.dtype=float32").casts
-    assert planned(*PAPER, "trainer.precision=bf16-true", "policy.dtype=float32").weight == 2
+    assert (run.ranks, run.weight_width, run.gathered_width, run.compute_width, run.casts_weights) == (
+        128,
+        4,
+        2,
+        2,
+        False,
+    )
+    assert (run.prompt, run.completion, run.on_policy_rows, run.micro_batch) == (2048, 4096, 16, 4)
+    assert planned(*PAPER, "policy.dtype=float32").casts_weights
+    assert planned(*PAPER, "trainer.precision=bf16-true", "policy.dtype=float32").weight_width == 2
     lora = planned(*PAPER, "adapter=lora", "policy.adapter.rank=8", "policy.adapter.targets=[q_proj,v_proj]")
     assert lora.adapter == Adapter(rank=8, targets=("q_proj", "v_proj"))
     # 2 prompts a rank, 16 completions and 2 of the guide each; all may come again in the zero-reward batch, with 2 more
@@ -68,12 +74,12 @@ def test_overrides_of_a_run_reach_the_plan():
         "reference=ema",
         "plan.held_out_problems=30",
     )
-    assert (guided.own_rows, guided.guide_rows, guided.collected_rows) == (32, 8, 2 * 18 + 2 * 20)
+    assert (guided.on_policy_rows, guided.guide_rows, guided.rollout_rows) == (32, 8, 2 * 18 + 2 * 20)
     assert guided.guide is not None
     assert guided.reference is not None
     assert (guided.guide.shape.layers, guided.guide.width, guided.reference.width) == (64, 4, 4)
     assert guided.validation_rows == 32
-    assert memory.scores(guided)
+    assert memory.needs_logprob_pass(guided)
     assert (
         planned("plan.prompt_tokens=9", "optimizer._target_=torch.optim.SGD", *gone("betas", "eps")).optimizer_states
         == 0
@@ -123,9 +129,9 @@ def test_an_engine_of_its_own_is_told_by_its_fields(name):
 
 REFUSED = {
     "no such folder": (["policy.path=/nowhere"], ["policy.path=/nowhere", "no such folder"]),
-    "a folder without a config": (["policy.path=EMPTY"], ["policy.path=", "holds no config.json"]),
-    "a broken config": (["policy.path=BROKEN"], ["policy.path=", "config.json is no JSON"]),
-    "half a config": (["policy.path=HALF"], ["policy.path=", "does not say 'num_attention_heads'"]),
+    "a folder without a config": (["policy.path=EMPTY"], ["policy.path=", "has no config.json"]),
+    "a broken config": (["policy.path=BROKEN"], ["policy.path=", "config.json is not valid JSON"]),
+    "half a config": (["policy.path=HALF"], ["policy.path=", "has no 'num_attention_heads'"]),
     "another architecture": (["policy.path=OTHER"], ["policy.path=", "llama, qwen3", "'gpt2'"]),
     "unknown model": (["policy=hf", "policy.path=nobody/nothing-7B"], ["policy.path=nobody/nothing-7B", "Qwen2.5-7B"]),
     "unknown guide": (["guide=policy", "guide.policy.path=nobody/x"], ["guide.policy.path=nobody/x"]),
@@ -140,8 +146,8 @@ REFUSED = {
     "precision": (["trainer.precision=8-bit"], ["trainer.precision=8-bit", "bf16-mixed"]),
     "machine": (["hardware=abacus"], ["hardware/abacus", "h100"]),
     "memory": (["hardware.memory_gib=0"], ["hardware.memory_gib must be above 0"]),
-    "share": (["hardware.mfu=40"], ["hardware.mfu is a share, at most 1, got 40"]),
-    "reserve": (["hardware.reserve_gib=90"], ["hardware.reserve_gib=90", "memory_gib=79.1"]),
+    "share": (["hardware.mfu=40"], ["hardware.mfu must be a share above 0 and at most 1, got 40"]),
+    "reserve": (["hardware.reserve_gib=90"], ["hardware.reserve_gib=90 must be below hardware.memory_gib=79.1"]),
     "text for a rate": (["hardware.bf16_tflops=fast"], ["hardware.bf16_tflops must be a number", "'fast'"]),
     "draws": (["plan.draws=0.5"], ["plan.draws must be at least 1"]),
     "lengths": (["plan.mean_completion_tokens=0"], ["plan.mean_completion_tokens must be null or at least 1"]),
@@ -149,7 +155,7 @@ REFUSED = {
     "limit": (["sampler.max_new_tokens=long"], ["sampler.max_new_tokens must be a whole number", "'long'"]),
     "engine's share": (
         [*VLLM, "sampler.gpu_memory_utilization=2"],
-        ["sampler.gpu_memory_utilization must be a share below 1, got 2"],
+        ["sampler.gpu_memory_utilization must be at least 0 and below 1, got 2"],
     ),
     "targets": (
         ["adapter=lora", "policy.adapter.targets=[query]"],

@@ -17,11 +17,11 @@ def test_multirun_folder_is_compared(tmp_path):
     page = path.read_text()
     text = text_of(page)
     assert path == tmp_path / "comparison.html"
-    assert "3 runs compared by held-out mean@1 All of them: loss=cispo" in text
+    assert "3 runs compared by held-out mean@1 Common to all: loss=cispo" in text
     assert "shaper=uniform, seed=1 0.420 0.900 +0.480 0.970 3 3 min 20 s 1" in text
     assert "shaper=gtpo, seed=1 0.420 0.970 +0.550 0.970 3 3 min 20 s 1" in text
     assert '<td class="most">0.970</td>' in page
-    assert "what differs runs mean after lowest highest shaper=uniform 2 0.920 0.900 0.940" in text
+    assert "difference runs mean after lowest highest shaper=uniform 2 0.920 0.900 0.940" in text
     pictures = {file.name for file in (tmp_path / "report").glob("*[!k].png")}
     assert pictures == {
         "comparison-val-mean-at-1.png",
@@ -57,10 +57,10 @@ def test_labels_say_what_differs_and_are_distinct(tmp_path):
     mixed = [read("c", ["x=1", "y=2"]), read("d", ["x=1", "y=3"]), read("e", ["x=1", "y=3"])]
     assert comparison.labels(mixed) == ["y=2", "y=3 [d]", "y=3 [e]"]
     seeds = [read("f", ["x=1", "seed=1"]), read("g", ["x=1", "seed=2"])]
-    assert comparison.without_seed(seeds) == comparison.labels(seeds) == ["seed=1", "seed=2"]
+    assert comparison.seed_groups(seeds) == comparison.labels(seeds) == ["seed=1", "seed=2"]
 
 
 def test_a_legend_holds_any_label():
     groups = {"_target_=$x$": [{1: 0.1, 2: 0.2}], "b": [{1: 0.3}]}
-    figure = plots.overlaid(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
+    figure = plots.draw_overlay(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_target_=$x$", "b"]

@@ -22,7 +22,7 @@ def test_page_says_what_was_composed_and_what_came_out(tmp_path):
     assert "held-out mean@1 0.42 → 0.95 (+0.53) on 512 problems; standard error 0.022 before, 0.010 after" in text
     assert "alpha2: 0.1" in text
     assert "torch 2.13.0" in text
-    assert "missing or broken" not in text
+    assert "Missing or broken" not in text
 
 
 def test_reward_terms_are_named_as_they_were_logged(tmp_path):
@@ -49,43 +49,43 @@ def test_page_holds_its_pictures_and_no_script(tmp_path):
 
 def test_only_logged_curves_are_drawn(tmp_path):
     curves = runs.read_run(write_run(tmp_path)).curves
-    assert [panel.name for panel in panels.logged(curves)] == ["entropy"]
+    assert [panel.name for panel in panels.logged_panels(curves)] == ["entropy"]
     every = {column: {1: 0.5} for panel in panels.PANELS for column in panel.columns}
     names = ["entropy", "length", "prompts", "ratio", "gradient", "speed"]
-    assert [panel.name for panel in panels.logged(every)] == names
+    assert [panel.name for panel in panels.logged_panels(every)] == names
 
 
 @pytest.mark.parametrize("column", sorted({column for panel in panels.PANELS for column in panel.columns}))
 def test_a_panel_is_drawn_with_one_of_its_columns_alone(column):
     curves = {column: {step: 0.5 for step in range(1, 30)}}
-    (panel,) = panels.logged(curves)
-    assert panels.small(panel, curves, pictures.LIGHT).axes
+    (panel,) = panels.logged_panels(curves)
+    assert panels.draw_panel(panel, curves, pictures.LIGHT).axes
 
 
 def test_samples_stand_side_by_side(tmp_path):
     text = text_of(page_of(write_run(tmp_path)))
-    assert "Of the 2 recorded: 1 became right, 1 stayed right, 0 stayed wrong, 0 became wrong." in text
-    assert "2+2? answer 4 ✗ wrong reward 0 · 4 tokens five ✓ right reward 1 · 5 tokens 2+2=4" in text
-    assert "✓ right reward 1 · 5 tokens · truncated 1+3=4" in text
+    assert "Of the 2 recorded: 1 became correct, 1 stayed correct, 0 stayed incorrect, 0 became incorrect." in text
+    assert "2+2? answer 4 ✗ incorrect reward 0 · 4 tokens five ✓ correct reward 1 · 5 tokens 2+2=4" in text
+    assert "✓ correct reward 1 · 5 tokens · truncated 1+3=4" in text
 
 
 def test_a_missing_sample_does_not_shift_the_pairs(tmp_path):
     run = runs.read_run(write_run(tmp_path, samples=[SAMPLES[0], SAMPLES[1], SAMPLES[3]]))
-    pairs = [(first.completion, last and last.completion) for first, last in page._pairs(run)["rows"]]
+    pairs = [(first.completion, last and last.completion) for first, last in page._sample_pairs(run)["rows"]]
     assert pairs == [("five", None), ("four", "1+3=4")]
 
 
 def test_tokens_carry_their_advantage_and_entropy(tmp_path):
     page = page_of(write_run(tmp_path))
     spans = re.findall(r'<span class="(\w) (\w+)" title="([^"]*)" style="([^"]*)">(.*?)</span>', page, re.DOTALL)
-    # The scale is +-2 over all shown; DEEPEST = 75 % of colour is its end. Mean of the first completion: 1.
+    # The scale is +-2 over all shown; MAX_COLOUR_PERCENT = 75 is its end. Mean of the first completion: 1.
     assert [(sign, apart, style, token) for sign, apart, _, style, token in spans] == [
         ("p", "dp", "--a:56%;--d:75%;--h:100%", "&lt;b&gt;"),
         ("p", "dn", "--a:19%;--d:75%;--h:50%", "4"),
         ("n", "dn", "--a:75%;--d:0%;--h:20%", "no"),
     ]
     assert spans[0][2] == "advantage +1.500 (+0.500 from its completion&#39;s mean), entropy 0.500 nats"
-    assert "step 3" not in text_of(page).split("puts its credit")[1]  # its lists differ in length: left out
+    assert "step 3" not in text_of(page).split("assigns credit")[1]  # its lists differ in length: left out
 
 
 @pytest.mark.parametrize("place", ["prompt", "completion", "answer", "tokens"])
@@ -116,7 +116,7 @@ def test_killed_run_is_reported_from_its_metrics(tmp_path):
         file.write("3,4,0.9")
     text = text_of(page_of(run))
     assert "result.json is missing: the run was stopped before its end" in text
-    assert "samples.jsonl: 1 line is broken and left out" in text
+    assert "samples.jsonl: 1 line is broken and omitted" in text
     assert "Only the validation at step 0 is recorded" in text
     assert "held-out mean@1 0.42 → 0.95 (+0.53)" in text
     assert "steps 4" in text
@@ -137,7 +137,7 @@ def test_run_that_did_not_complete_says_so(tmp_path):
 
 def test_metrics_alone_make_a_page(tmp_path):
     text = text_of(page_of(write_run(tmp_path, config=None, result=None, samples=None)))
-    assert "Composition not known" in text
+    assert "Unknown composition" in text
     for name in ("config.yaml", "samples.jsonl", "result.json"):
         assert f"{name} is missing" in text
 
@@ -195,7 +195,7 @@ def test_headline_picture_alone(tmp_path):
 def test_headline_axis_is_0_to_1_unless_the_reward_leaves_it():
     def limits(reward: float) -> tuple[float, float]:
         curves = {"reward/mean": {1: reward}, "val/mean@1": {0: 0.4, 2: 0.9}}
-        return plots.headline(curves, "val/mean@1", [], "", pictures.LIGHT).axes[0].get_ylim()
+        return plots.draw_headline(curves, "val/mean@1", [], "", pictures.LIGHT).axes[0].get_ylim()
 
     assert limits(0.5) == pytest.approx((-0.02, 1.02))
     assert limits(-1.0) == pytest.approx((-1.02, 1.02))
