@@ -119,7 +119,7 @@ def _generation(run: Run, base: dict[str, float], rows: int, model: Run | Model)
     prefill = tokens * (3 * s.intermediate * c + 2 * s.hidden * max(residual, 4))
     yield _add(base, {"KV cache": tokens * per_token, "prefill and logits": prefill})
     cache = rows * (run.length + CACHE_GROWTH) * per_token
-    # A full cache copies the keys of one layer. Beside it are the logits, their log-softmax, the probabilities and copies for sampling.
+    # A full cache copies the keys of one layer. Next to it are the logits, their log-softmax, the probabilities and copies for sampling.
     logits = cache / s.layers / 2 + rows * s.vocabulary * (c + 6 * 4)
     yield _add(base, {"KV cache": cache, "prefill and logits": logits})
 
