@@ -201,6 +201,7 @@ def _module(cfg: DictConfig, parts: "Components", tokenizer: Any) -> "RLModule":
         schedule=instantiate(cfg.schedule),
         validation=parts.validation,
         batch=parts.batch,
+        max_skipped_steps=cfg.guard.max_skipped,
         seed=cfg.seed,
     )
 

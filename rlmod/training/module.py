@@ -7,6 +7,7 @@ collect        prompts to shaped rollouts      once per epoch, without gradients
 training_step  a micro-batch to its loss       many times per epoch; the aggregation's weights span the optimizer step
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ from rlmod.types import Prompts, Rollouts, concatenate, require
 
 KEEP_ALL, UNIFORM, CLIPPED_SURROGATE = KeepAll(), Uniform(), ClippedSurrogate()
 ADAMW = partial(torch.optim.AdamW, lr=1e-6)
+log = logging.getLogger(__name__)
 
 
 class RLModule(L.LightningModule):
@@ -97,6 +99,7 @@ class RLModule(L.LightningModule):
         validation: Validation | None = None,
         batch: Batch | None = None,
         threshold: float = 0.5,
+        max_skipped_steps: int = 5,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -120,6 +123,7 @@ class RLModule(L.LightningModule):
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled = 0
+        self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
@@ -291,11 +295,33 @@ class RLModule(L.LightningModule):
         return rollouts
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm. Skip a step whose gradient is 0 on all ranks, including its momentum and weight decay."""
+        """Log the gradient's norm. Skip a step whose gradient is 0 on all ranks, or not finite on any, momentum and weight decay included.
+
+        ValueError after ``max_skipped_steps`` steps in a row that were not finite: the weights are those of the last good step.
+        """
         norm = gradient_norm(self.trainer.strategy, self.policy)
         self.step_metrics.add("grad_norm", norm)
-        if ops.all_max(norm) == 0:
+        # One exchange tells all ranks the same: the maximum of a NaN would depend on the order of the ranks.
+        finite = norm.isfinite()
+        not_finite, largest = ops.all_max(
+            torch.stack([(~finite).to(norm.dtype), torch.where(finite, norm, 1)])
+        ).tolist()
+        self.step_metrics.add("skipped_steps", torch.tensor(not_finite, device=self.device))
+        if not_finite or largest == 0:
             optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if not_finite else 0
+        if not_finite:
+            step, sums = self.trainer.global_step + 1, self.step_metrics.sums
+            loss = "the loss is finite" if bool(sums["loss"].isfinite().all()) else "the loss is not finite either"
+            if self.global_rank == 0:
+                log.warning(
+                    "step %d is skipped: the norm of its gradient is not finite (%s); %s", step, norm.item(), loss
+                )
+            if self.skipped_in_a_row >= self.max_skipped_steps:
+                raise ValueError(
+                    f"step {step}: the gradient was not finite in {self.skipped_in_a_row} steps in a row (guard.max_skipped); the weights "
+                    "are those of the last good step. Lower the learning rate, or look for a reward or a loss that is not finite"
+                )
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -312,8 +338,12 @@ class RLModule(L.LightningModule):
         totals = self.step_metrics.reduce_and_reset()
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         loss, _ = totals.pop("loss")  # summed over all optimizer steps, micro-batches and ranks
+        skipped = totals.pop("skipped_steps")[0] / self.trainer.world_size
         means = {f"train/{name}": total / count for name, (total, count) in totals.items() if count}
-        self.log_dict({**self.rollout_batch.metrics, "train/loss": loss / steps, **means}, batch_size=1)
+        self.log_dict(
+            {**self.rollout_batch.metrics, "train/loss": loss / steps, "train/skipped_steps": skipped, **means},
+            batch_size=1,
+        )
         if isinstance(self.reference, MovingReference):
             self.reference.update(full_precision_policy(self.trainer.strategy, self.policy))
 

@@ -1,0 +1,74 @@
+"""A step whose gradient is not finite is skipped on all ranks, counted and named; five in a row stop the run."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from tests.command_line import SHORT, run_train
+
+CALLS: list[int] = []
+"""One entry per call of the loss in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spiked(ClippedSurrogate):
+    """The shipped loss, but with a value that is not finite in the given steps, counted from 1."""
+
+    steps: tuple[int, ...] = ()
+    infinite: bool = False
+
+    def __call__(self, logprobs, rollouts) -> Any:
+        per_token, metrics = super().__call__(logprobs, rollouts)
+        CALLS.append(len(CALLS) + 1)
+        if CALLS[-1] in self.steps:
+            spike = torch.zeros_like(per_token)
+            spike[0, 0] = float("inf" if self.infinite else "nan")
+            per_token = per_token + spike * logprobs
+        return per_token, metrics
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path) -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
+    def trained(name: str, steps: list[int], *overrides: str):
+        CALLS.clear()
+        run_train(
+            monkeypatch, *SHORT, "trainer.max_epochs=4", "data.validation=null", "batch.micro_batch=1000", "loss._target_=tests.training.test_not_finite.Spiked",
+            f"+loss.steps={steps}", *overrides, f"output={tmp_path / name}",
+        )  # fmt: skip
+        with (tmp_path / name / "metrics.csv").open() as file:
+            skipped = [float(row["train/skipped_steps"]) for row in csv.DictReader(file) if row["train/skipped_steps"]]
+        return load_file(max((tmp_path / name).glob("checkpoints/step-*/policy/model.safetensors"))), skipped
+
+    return trained
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("infinite", ["false", "true"])
+def test_one_step_that_is_not_finite_is_skipped_counted_and_named(train, capsys, step, infinite):
+    weights, skipped = train("run", [step], f"+loss.infinite={infinite}")
+    assert skipped == [float(i == step) for i in range(1, 5)]
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+    output = "".join(capsys.readouterr())
+    assert output.count("is skipped") == 1
+    assert f"step {step} is skipped: the norm of its gradient is not finite" in output
+
+
+def test_the_skipped_step_changes_nothing(train):
+    """The last of four steps is skipped: the weights are those after three."""
+    skipped, _ = train("skipped", [4])
+    three, _ = train("three", [], "trainer.max_epochs=3")
+    for name, weight in three.items():
+        assert torch.equal(weight, skipped[name]), name
+
+
+def test_too_many_in_a_row_stop_the_run(train):
+    with pytest.raises(SystemExit) as stop:
+        train("run", [2, 3], "guard.max_skipped=2")
+    assert "step 3: the gradient was not finite in 2 steps in a row (guard.max_skipped)" in str(stop.value)
+    train("apart", [1, 3], "guard.max_skipped=2")
