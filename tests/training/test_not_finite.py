@@ -38,7 +38,8 @@ def train(monkeypatch, tmp_path) -> Callable[..., tuple[dict[str, torch.Tensor],
     def trained(name: str, steps: list[int], *overrides: str):
         CALLS.clear()
         run_train(
-            monkeypatch, *SHORT, "trainer.max_epochs=4", "data.validation=null", "batch.micro_batch=1000", "loss._target_=tests.training.test_not_finite.Spiked",
+            monkeypatch, *SHORT, "trainer.max_epochs=4", "data.validation=null", "batch.micro_batch=1000",
+            "loss._target_=tests.training.test_not_finite.Spiked",
             f"+loss.steps={steps}", *overrides, f"output={tmp_path / name}",
         )  # fmt: skip
         with (tmp_path / name / "metrics.csv").open() as file:
