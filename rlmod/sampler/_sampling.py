@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
+from rlmod.interfaces import OnFinished
 from rlmod.types import Prompts, Rollouts
 
 if TYPE_CHECKING:
@@ -66,18 +65,27 @@ class VLLMSamplingParameters(SamplingParameters):
         if self.max_difference <= 0:
             raise ValueError(f"sampler.max_difference must be above 0 nats, got {self.max_difference}")
 
-    def request_parameters(self, seed: int, index: int, stop_token_ids: list[int]) -> dict[str, Any]:
-        """Return vLLM's sampling parameters for the completions of prompt number ``index``."""
-        return {
-            "n": 1 if self.greedy else self.completions_per_prompt,
-            "temperature": 0.0 if self.greedy else self.temperature,
-            "top_p": 1.0 if self.greedy else self.top_p,
-            "top_k": 0 if self.greedy else self.top_k,
-            "seed": None if self.greedy else request_seed(seed, index * self.completions_per_prompt),
-            "max_tokens": self.max_new_tokens,
-            "logprobs": 0 if self.samples_full_distribution else None,
-            "stop_token_ids": stop_token_ids,
-        }
+    def build_requests(
+        self, policy: "PreTrainedModel", prompts: Prompts, seed: int
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """Return one request per prompt: its token ids without padding, and vLLM's sampling parameters."""
+        stop_token_ids = eos_token_ids(policy)
+        return [
+            (
+                ids[mask].tolist(),
+                {
+                    "n": 1 if self.greedy else self.completions_per_prompt,
+                    "temperature": 0.0 if self.greedy else self.temperature,
+                    "top_p": 1.0 if self.greedy else self.top_p,
+                    "top_k": 0 if self.greedy else self.top_k,
+                    "seed": None if self.greedy else request_seed(seed, index * self.completions_per_prompt),
+                    "max_tokens": self.max_new_tokens,
+                    "logprobs": 0 if self.samples_full_distribution else None,
+                    "stop_token_ids": stop_token_ids,
+                },
+            )
+            for index, (ids, mask) in enumerate(zip(prompts.ids, prompts.mask, strict=True))
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,23 +125,33 @@ def rollouts_from_completions(prompts: Prompts, completions: Sequence[Completion
     )
 
 
-def rollouts_of_prompt(
-    prompts: Prompts, number: int, completions: Sequence[Completion], padding: int
-) -> tuple[Rollouts, Int[Tensor, " n"]]:
-    """Return the completions of one prompt, with their indices in the final batch."""
-    rows = rollouts_from_completions(prompts.pick([number]), completions, padding)
-    indices = number * len(rows) + torch.arange(len(rows))
-    return replace(rows, group=torch.full_like(rows.group, number)), indices
+class Answers:
+    """The completions of a batch of prompts, collected and reported as an engine finishes them."""
 
+    def __init__(
+        self, policy: "PreTrainedModel", prompts: Prompts, completions_per_prompt: int, on_finished: OnFinished | None
+    ) -> None:
+        self.prompts, self.completions_per_prompt, self.on_finished = prompts, completions_per_prompt, on_finished
+        self.padding = cast(int, policy.generation_config.pad_token_id)
+        self.completions: dict[int, list[Completion]] = {}
 
-def repeat_rows(rows: Sequence[Any], number: int) -> Sequence[Any]:
-    """Repeat the rows up to ``number``: with greedy decoding all are equal, and engines return one."""
-    return [*rows] * (number // len(rows))
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the prompts without completions."""
+        return [index for index in range(len(self.prompts)) if index not in self.completions]
 
+    def add(self, index: int, completions: Sequence[Completion]) -> None:
+        """Add the completions of one prompt. With greedy decoding all are equal and engines return one, which is repeated."""
+        found = self.completions[index] = [*completions] * (self.completions_per_prompt // len(completions))
+        if self.on_finished is not None:
+            rows = rollouts_from_completions(self.prompts.pick([index]), found, self.padding)
+            indices = index * len(rows) + torch.arange(len(rows))
+            self.on_finished(replace(rows, group=torch.full_like(rows.group, index)), indices)
 
-def unpad_prompts(prompts: Prompts) -> list[list[int]]:
-    """Return the token ids of each prompt, without padding."""
-    return [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    def rollouts(self) -> Rollouts:
+        """Return the record of all completions. All prompts must have theirs."""
+        ordered = [row for index in range(len(self.prompts)) for row in self.completions[index]]
+        return rollouts_from_completions(self.prompts, ordered, self.padding)
 
 
 def eos_token_ids(policy: "PreTrainedModel") -> list[int]:

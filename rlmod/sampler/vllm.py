@@ -17,15 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rlmod.interfaces import OnFinished
-from rlmod.sampler._sampling import (
-    Completion,
-    VLLMSamplingParameters,
-    eos_token_ids,
-    repeat_rows,
-    rollouts_from_completions,
-    rollouts_of_prompt,
-    unpad_prompts,
-)
+from rlmod.sampler._sampling import Answers, Completion, VLLMSamplingParameters
 from rlmod.sampler._vllm_environment import (
     check_head_size,
     check_torch_extensions,
@@ -113,31 +105,21 @@ class VLLM(VLLMSamplingParameters):
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
-        g, padding = self.completions_per_prompt, cast(int, policy.generation_config.pad_token_id)
-        settings = [
-            SamplingParams(
-                **self.request_parameters(seed, i, eos_token_ids(policy)),
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for i in range(len(prompts))
-        ]
-        names = [str(next(_NAMES)) for _ in settings]
-        answers: dict[int, list[Completion]] = {}
+        requests = self.build_requests(policy, prompts, seed)
+        names = [str(next(_NAMES)) for _ in requests]
+        answers = Answers(policy, prompts, self.completions_per_prompt, on_finished)
         with isolated_from_trainer():
             engine = self._engine(policy).llm_engine
             try:
-                for name, ids, setting in zip(names, unpad_prompts(prompts), settings, strict=True):
-                    engine.add_request(name, {"prompt_token_ids": ids}, setting)
+                for name, (ids, parameters) in zip(names, requests, strict=True):
+                    settings = SamplingParams(**parameters, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                    engine.add_request(name, {"prompt_token_ids": ids}, settings)
                 while engine.has_unfinished_requests():
                     for answer in engine.step():
-                        i = names.index(answer.request_id)
-                        answers[i] = [*map(self._completion, repeat_rows(answer.outputs, g))]
-                        if on_finished is not None:
-                            on_finished(*rollouts_of_prompt(prompts, i, answers[i], padding))
+                        answers.add(names.index(answer.request_id), [*map(self._completion, answer.outputs)])
             finally:
-                engine.abort_request([name for i, name in enumerate(names) if i not in answers])
-        return rollouts_from_completions(prompts, [row for i in range(len(prompts)) for row in answers[i]], padding)
+                engine.abort_request([names[i] for i in answers.missing])
+        return answers.rollouts()
 
     def _completion(self, row: Any) -> Completion:
         logprobs = None

@@ -4,21 +4,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from rlmod.interfaces import OnFinished
-from rlmod.sampler._sampling import (
-    Completion,
-    VLLMSamplingParameters,
-    eos_token_ids,
-    repeat_rows,
-    rollouts_from_completions,
-    rollouts_of_prompt,
-    unpad_prompts,
-)
+from rlmod.sampler._sampling import Answers, Completion, VLLMSamplingParameters
 from rlmod.sampler._server import Server, ServerTimeout
 from rlmod.sampler._weights import Publisher, compute_dtype, named_weights
 from rlmod.types import Prompts, Rollouts
@@ -99,25 +91,16 @@ class VLLMServer(VLLMSamplingParameters):
     def __call__(
         self, policy: "PreTrainedModel", prompts: Prompts, seed: int, on_finished: OnFinished | None = None
     ) -> Rollouts:
-        stop_token_ids, padding = eos_token_ids(policy), cast(int, policy.generation_config.pad_token_id)
-        requests = {
-            i: {
-                "prompt": ids,
-                **self.request_parameters(seed, i, stop_token_ids),
-                "return_token_ids": True,
-            }
-            for i, ids in enumerate(unpad_prompts(prompts))
-        }
-        answers: dict[int, list[Completion]] = {}
+        requests = self.build_requests(policy, prompts, seed)
+        answers = Answers(policy, prompts, self.completions_per_prompt, on_finished)
 
         def sample_missing() -> None:
             self._resend_weights_after_restart(policy)
-            for i, answer in self._server.post_all(
-                "v1/completions", {i: requests[i] for i in requests.keys() - answers.keys()}
-            ):
-                answers[i] = self._completions(answer)
-                if on_finished is not None:
-                    on_finished(*rollouts_of_prompt(prompts, i, answers[i], padding))
+            bodies = {
+                i: {"prompt": requests[i][0], **requests[i][1], "return_token_ids": True} for i in answers.missing
+            }
+            for i, answer in self._server.post_all("v1/completions", bodies):
+                answers.add(i, self._completions(answer))
             if self._check_weight_version() == INITIAL_VERSION:
                 raise ValueError(
                     f"sampler.url={self.url}: the server was restarted during sampling, so some completions may come from other weights; "
@@ -131,7 +114,7 @@ class VLLMServer(VLLMSamplingParameters):
         except OSError:
             self._server.wait_until_awake()  # raises if the server does not come back within ``patience``
             sample_missing()
-        return rollouts_from_completions(prompts, [row for i in requests for row in answers[i]], padding)
+        return answers.rollouts()
 
     def _completions(self, answer: Mapping[str, Any]) -> list[Completion]:
         rows = sorted(answer["choices"], key=lambda row: row["index"])
@@ -141,7 +124,7 @@ class VLLMServer(VLLMSamplingParameters):
                 logprobs=row["logprobs"]["token_logprobs"] if self.samples_full_distribution else None,
                 ended=row["finish_reason"] == "stop",
             )
-            for row in repeat_rows(rows, self.completions_per_prompt)
+            for row in rows
         ]
 
     def _send_weights(self, policy: "PreTrainedModel") -> None:
