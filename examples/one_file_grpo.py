@@ -31,7 +31,7 @@ from rlmod.types import Prompts, Rollouts
 
 
 def prompts_of_iteration(problems: EncodedProblems, iteration: int, number: int, seed: int) -> Prompts:
-    """Return the next prompts: all problems in a random order, then all in another one."""
+    """Return the prompts of one iteration. Each pass over the problems has a new random order."""
     positions = range(iteration * number, (iteration + 1) * number)
     size = len(problems)
     chosen = []
@@ -91,7 +91,7 @@ def train(
     reward: Callable[[list[str], list[str]], list[float]] = final_digit,
     problems: int = 512,
 ) -> torch.nn.Module:
-    """Train the tiny policy on the embedded arithmetic; print the mean reward of every iteration; return the policy."""
+    """Train the tiny policy on the embedded arithmetic and return it. Prints the mean reward of every iteration."""
     specification = HFPolicy(path="tiny")
     tokenizer = specification.tokenizer()
     policy = specification.model(tokenizer)
@@ -102,7 +102,7 @@ def train(
     for iteration in range(iterations):
         prompts = prompts_of_iteration(data, iteration, prompts_per_iteration, seed)
 
-        # Sample. pi_old is the policy without dropout; the seed is a function of the place in the run, so a run can be resumed.
+        # Sample. pi_old is the policy without dropout. The seed depends only on the run's seed and the iteration, so a run can be resumed.
         policy.eval()
         place = SeedSequence([seed, 0, iteration, 0])
         rollouts = sampler(policy, prompts, int(place.generate_state(1)[0]))
@@ -114,15 +114,15 @@ def train(
         rewards = torch.tensor(reward(completions, answers))
         advantages = group_standardized(rewards, rollouts)
 
-        # One gradient step. Completions without advantage cannot change the policy, so they are left out of the forward pass; the
-        # loss stays an average over the tokens of all completions.
+        # One gradient step. Completions with advantage 0 cannot change the policy, so the forward pass skips them. The loss is still an
+        # average over the tokens of all completions.
         rows = (advantages != 0).any(1)
         if rows.any():
             train_on = rollouts.rows(rows).trimmed()
             length = train_on.mask.shape[1]
             logprobs, _ = logprobs_and_entropy(policy, train_on, temperature, entropy=False)
             old = train_on.logprobs
-            assert old is not None  # sampler=hf notes them while sampling
+            assert old is not None  # sampler=hf records them while sampling
             mean_over_rows = clipped_surrogate(logprobs, old, advantages[rows, :length], train_on.mask, clip, clip)
             loss = mean_over_rows * (train_on.mask.sum() / rollouts.mask.sum())
             loss.backward()
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--iterations", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
-    given = options.parse_args()
-    train(iterations=given.iterations, seed=given.seed)
+    args = options.parse_args()
+    train(iterations=args.iterations, seed=args.seed)

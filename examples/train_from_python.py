@@ -1,4 +1,4 @@
-"""Train from Python: a reward function of one's own, a plain Lightning Trainer, no YAML.
+"""Train from Python with your own reward function and a plain Lightning Trainer, without YAML.
 
 python examples/train_from_python.py --steps 20
 """

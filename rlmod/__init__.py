@@ -1,11 +1,11 @@
-"""rlmod: post-training of language models with reinforcement learning, composed from swappable components.
+"""rlmod: post-training of language models with reinforcement learning, built from swappable components.
 
     import rlmod
     rlmod.train(["experiment=quickstart", "seed=1"])       # what rlmod-train does; returns the run's result
     rlmod.evaluate(["policy=hf", "policy.path=FOLDER"])    # what rlmod-eval does; returns the summary
-    rlmod.RLModule, rlmod.RLData                           # for a lightning.Trainer of your own
+    rlmod.RLModule, rlmod.RLData                           # for your own lightning.Trainer
 
-Names are loaded when they are first used: ``import rlmod`` imports neither torch nor Lightning.
+Names are loaded on first use: ``import rlmod`` imports neither torch nor Lightning.
 """
 
 from importlib import import_module
@@ -40,7 +40,7 @@ __all__ = [
     "train",
 ]
 
-_PLACES = {
+_MODULES = {
     "Batch": "rlmod.config.sizes",
     "Validation": "rlmod.config.sizes",
     "HFPolicy": "rlmod.model.policy",
@@ -61,8 +61,8 @@ def __getattr__(name: str) -> Any:
         return import_module("rlmod.train")
     if name == "evaluate":
         return import_module("rlmod.commands.evaluate").evaluate_from_python
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'rlmod' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

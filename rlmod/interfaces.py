@@ -1,24 +1,25 @@
-"""The Protocol of each swappable component, in the order of the data.
+"""The Protocol of each swappable component, in the order in which data passes through them.
 
     prompts -> sampler -> guide -> reward -> filter -> logprob pass -> reference
             -> shaper -> correction -> aggregation -> loss -> regularizer -> optimizer
 
-A component is any callable of the right signature: nothing to inherit, nothing to register. Ours are frozen, keyword-only
-dataclasses whose fields are their YAML keys. Yours may be a plain function; then a declaration is an attribute of the function.
+A component is any callable with the signature of its stage. It inherits nothing and needs no registration. rlmod's components are frozen,
+keyword-only dataclasses whose fields are their YAML keys. A component of your own may be a plain function; its declarations are then
+attributes of the function.
 
-**Declarations.** What the frame must know of a component, the component declares, as a class attribute. ``declared(component, name)`` is
-the one place that reads a declaration, and ``DEFAULTS`` holds the default of each:
+**Declarations.** A component declares, as class attributes, what the framework must know about it. ``declared(component, name)`` is the
+only place that reads a declaration, and ``DEFAULTS`` holds the default of each:
 
-    reads                      the fields of Rollouts that it looks at; default: all of them
-    granularity                "token" or "sequence"; shaper and correction: how finely their advantages vary; loss: what it takes
-    max_generation_batches     batches of prompts that a filter may ask for per rollout batch, refills included; default 1: no refill
-    min_group_size             the fewest completions per prompt with which a shaper gives anything but 0
-    proportional_to_advantage  a loss is 0 where the advantage is 0, so completions without advantage need no forward pass
-    counts_for_correctness     whether a reward says something about correct and incorrect (a length penalty does not)
-    pointwise                  whether a reward looks at each completion alone and may run in a thread beside sampling
+    reads                      the fields of Rollouts that the component reads; default: all of them
+    granularity                "token" or "sequence": the advantages that a shaper or correction returns, or that a loss accepts
+    max_generation_batches     batches of prompts that a filter may request per rollout batch, refills included; default 1: no refill
+    min_group_size             the smallest number of completions per prompt for which a shaper can return advantages other than 0
+    proportional_to_advantage  True if a loss is 0 where the advantage is 0, so completions without advantage need no forward pass
+    counts_for_correctness     True if a reward tells correct from incorrect completions (a length penalty does not)
+    pointwise                  True if a reward scores each completion independently and may run in a thread during sampling
 
 ``reads`` decides whether pi_old's log-probabilities and entropies are computed before the training step, whether a reference is needed,
-and whether the training forward pass has to give the policy's entropy.
+and whether the training forward pass has to return the policy's entropy.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,24 +48,24 @@ DEFAULTS: dict[str, Any] = {
     "counts_for_correctness": True,
     "pointwise": False,
 }
-"""The value for a component that does not declare it."""
+"""The values for components that do not declare them."""
 
 LOSS_GRANULARITY: Granularity = "token"
-"""The default of a loss: it takes advantages that vary over the tokens of a completion."""
+"""The default of a loss: it accepts advantages that vary over the tokens of a completion."""
 
 
 def unwrap(component: object) -> object:
-    """Return the function under a partial: declarations are the function's."""
+    """Return the function inside a partial, because the function carries the declarations."""
     return unwrap(component.func) if isinstance(component, partial) else component
 
 
 def declared(component: object, name: str) -> Any:
-    """Return what a component declares under ``name``, or the default."""
+    """Return a component's declaration ``name``, or its default."""
     return getattr(unwrap(component), name, DEFAULTS[name])
 
 
 def check_declarations(component: object, key: str) -> None:
-    """ValueError for a declaration that is misspelt or has a value it cannot have; ``key`` is the component's config key."""
+    """Raise ValueError for a misspelt declaration or an invalid value. ``key`` is the component's config key."""
     import difflib
 
     target = unwrap(component)
@@ -77,14 +78,15 @@ def check_declarations(component: object, key: str) -> None:
             )
     if not isinstance(getattr(target, "reads", ALL_FIELDS), frozenset | set):
         raise ValueError(
-            f"{key}: {_name(target)}.reads must be a frozenset of fields of Rollouts, as frozenset({{'rewards'}})"
+            f"{key}: {_name(target)}.reads must be a frozenset of fields of Rollouts, as in frozenset({{'rewards'}}), "
+            f"got {declared(component, 'reads')!r}"
         )
     if unknown := sorted(set(declared(component, "reads")) - ALL_FIELDS):
         close = difflib.get_close_matches(unknown[0], ALL_FIELDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"{key}: {_name(target)}.reads names {unknown[0]!r}, which is no field of Rollouts{hint} "
-            f"They are {', '.join(sorted(ALL_FIELDS))}"
+            f"{key}: {_name(target)}.reads names {unknown[0]!r}, which is not a field of Rollouts{hint}; "
+            f"the fields are {', '.join(sorted(ALL_FIELDS))}"
         )
     if declared(component, "granularity") not in ("token", "sequence"):
         raise ValueError(
@@ -107,12 +109,12 @@ class Problems(Protocol):
 
 
 OnFinished = Callable[[Rollouts, Int[Tensor, " n"]], None]
-"""Called once per finished completion, with its index in the final batch."""
+"""Called when completions finish, once per completion, with their indices in the final batch."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    # Properties, so that fields of a frozen dataclass satisfy the Protocol. A policy is Any: a sampler may take its own kind of model.
+    # Properties, so that fields of a frozen dataclass satisfy the Protocol. The policy is Any: a sampler may accept its own kind of model.
     @property
     def completions_per_prompt(self) -> int: ...
     @property
@@ -121,44 +123,46 @@ class Sampler(Protocol):
     def __call__(self, policy: Any, prompts: Prompts, seed: int) -> Rollouts:
         """Sample ``completions_per_prompt`` completions per prompt; those of prompt i have ``group`` i.
 
-        Fills the six required fields, and ``logprobs``, ``entropy`` and ``sampler_logprobs`` if the engine can hand them over. The same
-        seed and weights give the same completions. A sampler that also takes ``on_finished: OnFinished | None`` (``StreamingSampler``)
-        reports completions while it samples the others: pointwise rewards are then computed beside sampling.
+        Fill the six required fields, and ``logprobs``, ``entropy`` and ``sampler_logprobs`` if the engine returns them. The same seed and
+        weights give the same completions. A sampler that also accepts ``on_finished: OnFinished | None`` (``StreamingSampler``) reports
+        completions while it samples the others, so that pointwise rewards are computed during sampling.
         """
         ...
 
 
 @runtime_checkable
 class StreamingSampler(Protocol):
-    """A sampler that reports finished completions while it goes on with the others."""
+    """A sampler that reports finished completions while it samples the others."""
 
     def __call__(self, policy: Any, prompts: Prompts, seed: int, on_finished: OnFinished | None = None) -> Rollouts: ...
 
 
 @runtime_checkable
 class WeightSyncedSampler(Sampler, Protocol):
-    """A sampler with an engine of its own, which must be handed the policy's weights."""
+    """A sampler with a separate engine, which needs the policy's weights."""
 
     @property
     def max_difference(self) -> float:
-        """Nats that its log-probabilities may differ from the policy's, averaged over the tokens of a rollout batch."""
+        """Allowed mean difference between the engine's and the policy's log-probabilities over the tokens of a rollout batch, in nats."""
         ...
 
     def sync(self, policy: Any) -> None:
-        """Take the policy's weights. Called on every rank before each rollout batch and each validation, with the full policy."""
+        """Copy the weights to the engine. Called on every rank before each rollout batch and each validation, with the full policy."""
         ...
 
     def sleep(self) -> None:
-        """Release what is not needed until the next sync."""
+        """Release memory that is not needed until the next sync."""
         ...
 
 
 def sync(sampler: Sampler, policy: nn.Module) -> None:
+    """Copy the policy's weights to the sampler's engine, if it has one."""
     if isinstance(sampler, WeightSyncedSampler):
         sampler.sync(policy)
 
 
 def sleep(sampler: Sampler) -> None:
+    """Release memory of the sampler's engine, if it has one."""
     if isinstance(sampler, WeightSyncedSampler):
         sampler.sleep()
 
@@ -168,12 +172,12 @@ class Guide(Protocol):
     """An expert policy whose completions are off-policy samples."""
 
     completions_per_prompt: int
-    """Completions that join every prompt's on-policy ones; 0: the guide serves the zero-reward batch alone."""
+    """Completions added to every prompt's on-policy ones; 0: the guide is used for the zero-reward batch only."""
 
     def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
         """Return ``completions_per_prompt`` completions per prompt; those of prompt i have ``group`` i.
 
-        Fills what a sampler fills, except for ``entropy``, which is pi_old's; ``logprobs`` is the denominator of the ratio.
+        Fill the same fields as a sampler, except for ``entropy``, which is pi_old's; ``logprobs`` is the denominator of the ratio.
         """
         ...
 
@@ -189,10 +193,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class PointwiseReward(Reward, Protocol):
-    """A reward that looks at each completion alone, so that it may run in a thread while others are sampled.
+    """A reward that scores each completion independently, so that it may run in a thread while others are sampled.
 
-    What it says of one completion must not depend on others, and it must not draw from the process's random generators, from which
-    sampling draws.
+    The reward of one completion must not depend on other completions. The reward must not use the process's random generators, because
+    sampling uses them at the same time.
     """
 
     pointwise: bool
@@ -200,12 +204,12 @@ class PointwiseReward(Reward, Protocol):
 
 @runtime_checkable
 class Filter(Protocol):
-    """Chooses the groups that train. Declares ``max_generation_batches``."""
+    """Selects the groups to train on. Declares ``max_generation_batches``."""
 
     def __call__(self, rollouts: Rollouts) -> Bool[Tensor, " groups"]:
         """Return True for each group to train on.
 
-        ``rollouts.group`` counts the groups from 0, without gaps; rewards and outcomes are filled.
+        ``rollouts.group`` numbers the groups from 0 without gaps; rewards and outcomes are filled.
         """
         ...
 
@@ -219,7 +223,7 @@ class Reference(Protocol):
 
 @runtime_checkable
 class MovingReference(Reference, Protocol):
-    """A reference that follows the policy; its weights are in the run's checkpoint."""
+    """A reference whose weights follow the policy. They are saved in the run's checkpoint."""
 
     def update(self, policy: nn.Module) -> None:
         """Called after every iteration, on every rank; the weights may be DTensors."""
@@ -235,7 +239,7 @@ class Shaper(Protocol):
     """Declares ``reads``, ``granularity`` and ``min_group_size``."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
-        """Return the advantage of every token, over complete groups; 0 where ``rollouts.mask`` is False."""
+        """Return the advantage of every token; 0 where ``rollouts.mask`` is False. The rollouts hold complete groups."""
         ...
 
 
@@ -244,7 +248,7 @@ class Correction(Protocol):
     """Declares ``reads`` and ``granularity``."""
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
-        """Return the shaped rollouts with other advantages or a smaller mask; advantages stay 0 where the mask is False."""
+        """Return the rollouts with changed advantages or a smaller mask; advantages stay 0 where the mask is False."""
         ...
 
 
@@ -258,7 +262,7 @@ class Aggregation(Protocol):
 
 
 Metric = Float[Tensor, "..."] | float
-"""A value per token (NaN where a token has none), a 0-d tensor, or a float."""
+"""A value per token (NaN for tokens without one), a 0-d tensor, or a float."""
 
 
 @runtime_checkable
@@ -268,33 +272,34 @@ class Loss(Protocol):
     def __call__(
         self, logprobs: Float[Tensor, "R T"], rollouts: Rollouts
     ) -> tuple[Float[Tensor, "R T"], dict[str, Any]]:
-        """Return the loss of every token, and metrics by name.
+        """Return the loss per token, and metrics by name.
 
-        ``logprobs`` are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``. What is logged of a
-        metric is its mean over the counted tokens of the whole step, however the step is split into micro-batches.
+        ``logprobs`` are the policy's, with gradient. The step's loss is ``(per_token * rollouts.weights).sum()``. The logged value of a
+        metric is its mean over the tokens under the mask of the whole step; the split into micro-batches does not change it.
         """
         ...
 
 
 @runtime_checkable
 class SupportsPrepare(Protocol):
-    """Any component with checks that need the problems, or with weights of its own to load.
+    """A component that checks the problems or loads its own weights.
 
-    Called once, after the problems are read and before the policy's weights are.
+    ``prepare`` is called once, after the problems are read and before the policy's weights are loaded.
     """
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None: ...
 
 
 def prepare(components: Iterable[object], problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Call ``prepare`` of every component that has it."""
     for component in components:
         if isinstance(component, SupportsPrepare):
             component.prepare(problems, tokenizer)
 
 
 Regularizer = Loss
-"""Added to the loss per token, under the same weights; its own weight is its own field."""
+"""Added to the loss per token, with the same weights; its coefficient is its own field ``weight``."""
 Optimizer = Callable[..., object]
-"""A partial of a torch optimizer: called with the parameters."""
+"""A partial of a torch optimizer, called with the parameters."""
 Schedule = Callable[..., object]
-"""A partial of a learning-rate schedule: called with the optimizer, and with ``num_training_steps`` if it takes it."""
+"""A partial of a learning-rate schedule, called with the optimizer, and with ``num_training_steps`` if it has that argument."""

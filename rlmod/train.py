@@ -1,4 +1,7 @@
-"""``rlmod-train experiment=gtpo policy.path=Qwen/Qwen2.5-0.5B data=problem_file data.path=problems.jsonl``"""
+"""Training: the command ``rlmod-train`` and ``rlmod.train``.
+
+rlmod-train experiment=gtpo policy.path=Qwen/Qwen2.5-0.5B data=problem_file data.path=problems.jsonl
+"""
 
 import json
 import logging
@@ -31,28 +34,28 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Run the command: train in the folder that Hydra made, and return the held-out accuracy, for a sweeper."""
-    result = run(cfg, _folder(cfg))
+    """Train in the folder that Hydra created. Return the held-out accuracy after training, for a sweeper."""
+    result = run(cfg, _run_folder(cfg))
     return result["held_out"] and result["held_out"]["after"]
 
 
 def train_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
-    """Train as ``rlmod-train OVERRIDES`` does; return the run's result (result.json), with its ``folder``.
+    """Train as ``rlmod-train OVERRIDES`` does. Return the run's result (the content of result.json) and its ``folder``.
 
-    ``overrides`` are words of the command line, such as ``["experiment=quickstart", "seed=1"]``, or a composed config. ValueError for
-    what the command would refuse.
+    ``overrides`` are command-line overrides, such as ``["experiment=quickstart", "seed=1"]``, or a composed config. ValueError for
+    overrides that the command refuses.
     """
     cfg = overrides if isinstance(overrides, DictConfig) else cli.compose("train", overrides)
     folder = Path(cfg.output)
-    cfg.output = str(folder)  # names by the time are fixed here
+    cfg.output = str(folder)  # resolves ${now:...} once
     folder.mkdir(parents=True, exist_ok=True)
     return {**run(cfg, folder), "folder": str(folder)}
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run once: checks, data, policy, validation, training, report. Return the result, which result.json holds too."""
+    """Check the config, load data and policy, validate, train and report. Return the result, which is also written to result.json."""
     started = time.perf_counter()
-    # From cheap to dear: a mistake shows before anything heavy is imported or loaded.
+    # Cheap checks first: a mistake is reported before slow imports and loading.
     from rlmod import distributed
     from rlmod.config import compatibility
     from rlmod.config.build import Components
@@ -62,79 +65,79 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
-    parts = Components.from_config(cfg)
-    compatibility.check(parts, _ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
+    components = Components.from_config(cfg)
+    compatibility.check(components, _count_ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
-                f"trainer.{key} must be a whole number of iterations, at least 1, got {cfg.trainer[key]!r}"
+                f"trainer.{key} must be a whole number of iterations of at least 1, got {cfg.trainer[key]!r}"
             )
-    if (finished := _finished(folder, cfg)) is not None:
+    if (finished := _find_finished_result(folder, cfg)) is not None:
         return finished
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
         checkpoints.check_optimizer(checkpoint, cfg)
     if distributed.is_rank_zero():
         checkpoints.rewind(folder, checkpoint)
         if checkpoint is None:
-            print(f"a new run in {folder}", flush=True)
+            print(f"new run in {folder}", flush=True)
         else:
             log.warning("resuming from %s", checkpoint)
             if changed := checkpoints.changed_settings(checkpoint, cfg):
-                log.warning("with other settings than it was made with: %s", "; ".join(changed))
+                log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
         checkpoints.write_config(folder, cfg)
-    read, read_held_out = parts.train(), parts.held_out() if parts.held_out else None
-    tokenizer = parts.policy.tokenizer()  # after the problems: a file that is not there shows before a hub is asked
-    problems = parts.encoder.encode(read, tokenizer)
-    held_out = parts.encoder.encode(read_held_out, tokenizer) if read_held_out is not None else None
-    prepare([parts.sampler, parts.guide, parts.reward, parts.reference], problems.problems, tokenizer)
-    validated = held_out.problems if held_out else ()
-    prepare([parts.validation.sampler, parts.validation.reward], validated, tokenizer)
-    problems.check_max_model_len(parts.sampler, "sampler")
+    train_set, held_out_set = components.train(), components.held_out() if components.held_out else None
+    # The tokenizer is loaded after the problems, so that a missing file is reported before the hub is contacted.
+    tokenizer = components.policy.tokenizer()
+    problems = components.encoder.encode(train_set, tokenizer)
+    held_out = components.encoder.encode(held_out_set, tokenizer) if held_out_set is not None else None
+    prepare(
+        [components.sampler, components.guide, components.reward, components.reference], problems.problems, tokenizer
+    )
+    held_out_problems = held_out.problems if held_out else ()
+    prepare([components.validation.sampler, components.validation.reward], held_out_problems, tokenizer)
+    problems.check_max_model_len(components.sampler, "sampler")
     if held_out:
-        held_out.check_max_model_len(parts.validation.sampler, "validation.sampler")
+        held_out.check_max_model_len(components.validation.sampler, "validation.sampler")
 
     import lightning as L
 
-    cli.quiet()
+    cli.silence_libraries()
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(cfg, checkpoints.own_step(folder, checkpoint))
-    module = _module(cfg, parts, tokenizer)
+    trainer = _build_trainer(cfg, checkpoints.own_step(folder, checkpoint))
+    module = _build_module(cfg, components, tokenizer)
     module.own_checkpoint = checkpoint is not None and checkpoints.is_from_same_run(folder, checkpoint, cfg)
-    data = _data(cfg, parts, problems, held_out)
+    data = _build_data(cfg, components, problems, held_out)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
-        return _fitted(trainer, module, data, checkpoint, folder, started)
+        return _fit(trainer, module, data, checkpoint, folder, started)
 
 
-def _ranks(trainer: DictConfig) -> int:
-    """Return the number of ranks as far as the config tells: 1 per node if Lightning is to count the devices."""
+def _count_ranks(trainer: DictConfig) -> int:
+    """Return the number of ranks that the config states; 1 per node if trainer.devices leaves the count to Lightning."""
     devices, nodes = trainer.devices, trainer.num_nodes
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
-        raise ValueError(f"trainer.num_nodes must be a whole number, at least 1, got {nodes!r}")
+        raise ValueError(f"trainer.num_nodes must be a whole number of at least 1, got {nodes!r}")
     counted = int(devices) if str(devices).isdigit() else len(devices) if OmegaConf.is_list(devices) else 1
     return max(counted, 1) * nodes
 
 
-def _folder(cfg: DictConfig) -> Path:
-    """The run's, which all ranks must know: where each is started by itself, none can go by the time of its start."""
+def _run_folder(cfg: DictConfig) -> Path:
+    """Return the run's folder. ValueError if ranks that are started separately would each name it by their own start time."""
     from rlmod import distributed
 
-    given = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(given, dict)
-    alone = HydraConfig.get().mode == RunMode.RUN  # a launcher of sweeps hands the same folder to all ranks
-    if (
-        alone
-        and "${now:" in str(given["output"])
-        and (distributed.is_multi_process_launch() or cfg.trainer.num_nodes > 1)
-    ):
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(unresolved, dict)
+    single_run = HydraConfig.get().mode == RunMode.RUN  # the launcher of a sweep gives the same folder to all ranks
+    by_start_time = single_run and "${now:" in str(unresolved["output"])
+    if by_start_time and (distributed.is_multi_process_launch() or cfg.trainer.num_nodes > 1):
         raise ValueError(
-            "output names the folder by the time, and each of several ranks that are started by themselves (torchrun, srun, nodes) "
-            "would have its own: give output=FOLDER, a folder that all of them share"
+            f"output={unresolved['output']} depends on the start time, so ranks that are started separately (torchrun, srun, several "
+            "nodes) would write to different folders: give output=FOLDER, a folder that all of them share"
         )
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
-    """The result of this very run, where it has come to its end in this folder: then nothing is left to do."""
+def _find_finished_result(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """Return the result if the same run has already been completed in this folder, else None."""
     from rlmod import distributed
     from rlmod.training import checkpoint as checkpoints
 
@@ -142,26 +145,26 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):  # it has none; or another rank, which is ahead, is at work on it
+    except (OSError, ValueError):  # there is none, or another rank is writing it
         return None
     if not result["completed"]:
         return None
     if distributed.is_rank_zero():
-        if not (page := folder / "report.html").is_file():  # it was killed when nothing else was left to do
+        if not (page := folder / "report.html").is_file():  # the run was killed just before it wrote the report
             from rlmod.commands.report import write_report
 
             write_report(folder)
-        print(f"this run has come to its end already; to run it again, give another output=FOLDER than {folder}")
-        _say(result, page)
+        print(f"this run is already complete; to run it again, give an output=FOLDER other than {folder}")
+        _print_summary(result, page)
     return result
 
 
-def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
+def _build_trainer(cfg: DictConfig, resumed_step: int | None) -> "L.Trainer":
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from rlmod.config.validation import check_types
 
-    def each(group: str) -> list[Any]:
+    def build_all(group: str) -> list[Any]:
         for name, node in (cfg[group] or {}).items():
             check_types(node, f"{group}.{name}")
         return [instantiate(node) for node in (cfg[group] or {}).values()]
@@ -169,50 +172,50 @@ def _trainer(cfg: DictConfig, begun_at: int | None) -> "L.Trainer":
     check_types(cfg.trainer, "trainer")
     if (cfg.trainer.gradient_clip_val or 0) < 0:
         raise ValueError(f"trainer.gradient_clip_val must be null or at least 0, got {cfg.trainer.gradient_clip_val}")
-    loggers, callbacks = each("logger"), each("callbacks")
+    loggers, callbacks = build_all("logger"), build_all("callbacks")
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger) and begun_at is not None:
-            # What was drawn beyond the run's own checkpoint is drawn again.
-            vars(logger)["_kwargs"]["purge_step"] = begun_at
+        if isinstance(logger, TensorBoardLogger) and resumed_step is not None:
+            # Points after the run's own checkpoint are logged again.
+            vars(logger)["_kwargs"]["purge_step"] = resumed_step
     try:
         return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
 
 
-def _module(cfg: DictConfig, parts: "Components", tokenizer: Any) -> "RLModule":
+def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> "RLModule":
     from rlmod.training.module import RLModule
 
     return RLModule(
-        policy=parts.policy.model(tokenizer),
+        policy=components.policy.model(tokenizer),
         tokenizer=tokenizer,
-        sampler=parts.sampler,
-        guide=parts.guide,
-        reward=parts.reward,
-        filter=parts.filter,
-        zero_reward=parts.zero_reward,
-        threshold=parts.threshold,
-        reference=parts.reference,
-        shaper=parts.shaper,
-        correction=parts.correction,
-        loss=parts.loss,
-        regularizer=parts.regularizer,
-        optimizer=parts.optimizer,
+        sampler=components.sampler,
+        guide=components.guide,
+        reward=components.reward,
+        filter=components.filter,
+        zero_reward=components.zero_reward,
+        threshold=components.threshold,
+        reference=components.reference,
+        shaper=components.shaper,
+        correction=components.correction,
+        loss=components.loss,
+        regularizer=components.regularizer,
+        optimizer=components.optimizer,
         schedule=instantiate(cfg.schedule),
-        validation=parts.validation,
-        batch=parts.batch,
+        validation=components.validation,
+        batch=components.batch,
         max_skipped_steps=cfg.guard.max_skipped,
         seed=cfg.seed,
     )
 
 
-def _data(cfg: DictConfig, parts: "Components", problems: Any, held_out: Any) -> "RLData":
+def _build_data(cfg: DictConfig, components: "Components", problems: Any, held_out: Any) -> "RLData":
     from rlmod.training.datamodule import RLData
 
-    return RLData(train=problems, held_out=held_out, aggregation=parts.aggregation)
+    return RLData(train=problems, held_out=held_out, aggregation=components.aggregation)
 
 
-def _fitted(
+def _fit(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
 ) -> dict[str, Any]:
     from rlmod.commands.report import write_report
@@ -223,16 +226,16 @@ def _fitted(
 
     if checkpoint is not None:
         check_readable(trainer.strategy, checkpoint)
-        if isinstance(trainer.strategy, Sharding):  # PyTorch would stumble over other shapes in the middle of loading
+        if isinstance(trainer.strategy, Sharding):  # otherwise PyTorch fails while loading if shapes differ
             saved = saved_weights(checkpoint / "policy")
             check_same_policy(saved, trained_weights(module.policy, saved))
     if checkpoint is None:
-        module.history["before"] = _held_out(trainer, module, data)
+        module.history["before"] = _held_out_accuracy(trainer, module, data)
     module.fit_started = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint / "trainer.ckpt" if checkpoint else None)
     training = module.training_seconds()
     interrupted = next((c.interrupted for c in vars(trainer)["callbacks"] if isinstance(c, Checkpoints)), None)
-    after = None if interrupted else _held_out(trainer, module, data)
+    after = None if interrupted else _held_out_accuracy(trainer, module, data)
     result = {
         "held_out": None
         if data.held_out is None
@@ -253,18 +256,17 @@ def _fitted(
     if trainer.is_global_zero:
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         page = write_report(folder)
-        _say(result, page)
-    if (
-        interrupted and trainer.is_global_zero
-    ):  # another rank that ended otherwise than well would end the first before its time
+        _print_summary(result, page)
+    # Only on rank 0: a failing exit of another rank would end rank 0 early.
+    if interrupted and trainer.is_global_zero:
         if signal.getsignal(interrupted) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
-            signal.raise_signal(interrupted)  # a launcher's turn: submitit's queues the job again
+            signal.raise_signal(interrupted)  # a launcher's handler: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return result
 
 
-def _held_out(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
-    """Held-out accuracy of the policy as it is now; not measured again where the last validation was of these weights."""
+def _held_out_accuracy(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
+    """Return the held-out accuracy of the policy. Validation runs only if the last one was at another step."""
     if data.held_out is None:
         return None
     if module.held_out["step"] != trainer.global_step:
@@ -272,7 +274,7 @@ def _held_out(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
     return module.held_out["accuracy"]
 
 
-def _say(result: dict[str, Any], page: Path) -> None:
+def _print_summary(result: dict[str, Any], page: Path) -> None:
     held_out = result["held_out"]
     if held_out and held_out["after"] is not None:
         start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
@@ -288,7 +290,7 @@ def main() -> None:
 
 
 class _Callable(ModuleType):
-    """``rlmod.train`` is this module and, as a function, its ``train_from_python``: both are called ``train``."""
+    """Makes this module callable: ``rlmod.train(...)`` calls ``train_from_python``."""
 
     def __call__(self, overrides: Sequence[str] | DictConfig = ()) -> dict[str, Any]:
         return train_from_python(overrides)

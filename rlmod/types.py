@@ -1,10 +1,10 @@
-"""The records that flow through one iteration.
+"""Records of one iteration.
 
     Problem -> Prompts -> Rollouts (filled stage by stage), with Texts as the reward's view of them
 
-Axes, the same in every shape of this package:
+Axes of all tensor shapes in this package:
 
-    R  rows, one completion each; the completions of a prompt stand together and share a ``group`` index
+    R  rows, one completion each; the completions of a prompt are consecutive and share a ``group`` index
     P  prompt tokens, left-padded
     T  completion tokens, right-padded; ``logprobs[i, t]`` belongs to ``completion_ids[i, t]``
     V  vocabulary
@@ -40,14 +40,14 @@ class Problem:
     prompt: str | tuple[Message, ...]
     answer: Answer
     source: str
-    """File and line it was read from, for error messages: ``train.jsonl:12``."""
+    """File and line of the problem, for error messages: ``train.jsonl:12``."""
     entry: Mapping[str, Any] | None = None
     """Data that a task's own scorer needs beyond the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """A batch of tokenized problems. Here R counts prompts, one row each."""
+    """A batch of tokenized problems, one prompt per row: here R counts prompts."""
 
     ids: Int[Tensor, "R P"]
     mask: Bool[Tensor, "R P"]
@@ -57,6 +57,7 @@ class Prompts:
         return len(self.problems)
 
     def pick(self, indices: Sequence[int]) -> "Prompts":
+        """Select prompts by index."""
         chosen = list(indices)
         problems = tuple(self.problems[i] for i in chosen)
         return Prompts(ids=self.ids[chosen], mask=self.mask[chosen], problems=problems)
@@ -72,7 +73,7 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """The reward's view of rollouts: one entry per completion in each sequence. None means not recorded.
+    """The reward's view of rollouts: every field has one entry per completion. None means not recorded.
 
     Recorded completions (``rlmod-eval completions=FILE``) have only ``completions`` and ``answers``.
     """
@@ -81,7 +82,7 @@ class Texts:
     answers: Sequence[Answer]
     problems: Sequence[Problem] | None = None
     lengths: Sequence[int] | None = None
-    """Tokens of each completion, EOS included."""
+    """Length of each completion in tokens, EOS included."""
     truncated: Sequence[bool] | None = None
     """True if the completion hit the token limit before an EOS."""
     group: Sequence[int] | None = None
@@ -92,11 +93,11 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Completions and everything known about them.
+    """Completions, one per row, with all tensors that belong to them.
 
-    Every sampler fills the six required fields. The other fields are None until their stage has filled them.
-    Masks are explicit: True means that a token counts. The first EOS counts, nothing after it does. A row whose mask is False
-    everywhere (a dropped group in a rollout batch that could not be filled) has no weight anywhere.
+    Every sampler fills the six required fields. The other fields are None until their stage fills them.
+    Masks are explicit: True means that a token counts. The first EOS counts, tokens after it do not. A row whose mask is False everywhere
+    (from a dropped group in a rollout batch that could not be filled) has weight 0.
     """
 
     prompt_ids: Int[Tensor, "R P"]
@@ -110,42 +111,42 @@ class Rollouts:
     rewards: Float[Tensor, " R"] | None = None
     """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None
-    """The sum of the reward terms that count for correctness: without penalties for length and the like."""
+    """The sum of the reward terms that count for correctness, without length penalties and the like."""
     logprobs: Float[Tensor, "R T"] | None = None
-    """Log-probabilities of the policy that sampled the row (pi_old, or the guide), at the sampling temperature."""
+    """Log-probabilities under the policy that sampled the row (pi_old, or the guide), at the sampling temperature, in nats."""
     entropy: Float[Tensor, "R T"] | None = None
-    """Entropy of pi_old over the full vocabulary, at the sampling temperature; never with a gradient."""
+    """Entropy of pi_old over the full vocabulary, at the sampling temperature, in nats; without gradient."""
     sampler_logprobs: Float[Tensor, "R T"] | None = None
-    """Log-probabilities that the sampling engine reported."""
+    """Log-probabilities reported by the sampling engine, in nats."""
     reference_logprobs: Float[Tensor, "R T"] | None = None
-    """Log-probabilities of the reference policy, at the sampling temperature."""
+    """Log-probabilities under the reference policy, at the sampling temperature, in nats."""
     policy_entropy: Float[Tensor, "R T"] | None = None
-    """Entropy of the policy in training, with its gradient; only in a training step, and only if a component reads it."""
+    """Entropy of the policy in training, with gradient, in nats; filled only in a training step, and only if a component reads it."""
     from_guide: Bool[Tensor, " R"] | None = None
     """True if the guide sampled the row: an off-policy sample."""
     sub_batch: Int[Tensor, " R"] | None = None
-    """The index of the row's sub-batch. Each one is shaped and normalized apart; 0 is the main one. None: there is only one."""
+    """Index of the row's sub-batch. Each sub-batch is shaped and normalized separately; 0 is the main one. None: there is only one."""
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None
     """Filled by the aggregation; they sum to 1 over one optimizer step and all ranks (see rlmod/aggregation)."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors of a component of one's own, by name: one entry per row, ``[R]`` or ``[R T]``."""
+    """Tensors of your own components, by name: one entry per row, ``[R]`` or ``[R T]``."""
 
     def __len__(self) -> int:
         return len(self.mask)
 
     @property
     def correctness_score(self) -> Float[Tensor, " R"]:
-        """The number that is compared with a threshold to tell correct from incorrect: the outcomes, or without them the rewards."""
+        """The outcomes, or the rewards if there are none. A completion is correct if this number is above the threshold."""
         return require(self.rewards, "rewards") if self.outcomes is None else self.outcomes
 
-    def _filled(self) -> dict[str, Tensor]:
+    def _filled_fields(self) -> dict[str, Tensor]:
         return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Rollouts":
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Rollouts":
         extra = {name: change(value) for name, value in self.extra.items()}
-        return replace(self, **{name: change(value) for name, value in self._filled().items()}, extra=extra)
+        return replace(self, **{name: change(value) for name, value in self._filled_fields().items()}, extra=extra)
 
     @property
     def device(self) -> torch.device:
@@ -153,16 +154,16 @@ class Rollouts:
 
     def rows(self, index: slice | Tensor) -> "Rollouts":
         """Select rows by a slice, an index or a boolean tensor, in every field."""
-        return self._changed(lambda value: value[index])
+        return self._map_tensors(lambda value: value[index])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Rollouts":
         """Move to a device; Lightning calls this."""
-        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
+        return self._map_tensors(lambda value: value.to(device, non_blocking=non_blocking))
 
     def trimmed(self) -> "Rollouts":
-        """Drop the columns that are padding in every row, and those that only masked-out tokens use."""
+        """Drop leading prompt columns that are padding in every row, and trailing completion columns that are masked out in every row."""
         length = int(self.mask.any(0).nonzero().max()) + 1 if bool(self.mask.any()) else 1
-        changes: dict[str, Tensor] = {n: v[:, :length] for n, v in self._filled().items() if n in TOKEN_FIELDS}
+        changes: dict[str, Tensor] = {n: v[:, :length] for n, v in self._filled_fields().items() if n in TOKEN_FIELDS}
         width = int(self.prompt_mask.sum(1).max()) if len(self) else 1
         changes |= {"prompt_ids": self.prompt_ids[:, -width:], "prompt_mask": self.prompt_mask[:, -width:]}
         extra = {name: value[:, :length] if value.ndim == 2 else value for name, value in self.extra.items()}
@@ -170,10 +171,10 @@ class Rollouts:
 
 
 def require(value: Tensor | None, name: str) -> Tensor:
-    """Return a field of the record that its stage must have filled; ValueError that names it if it is None."""
+    """Return the value of a field. ValueError that names the field if it is None."""
     if value is None:
         raise ValueError(
-            f"rollouts.{name} is not there: no stage before this one fills it. A component that looks at it names it in `reads`"
+            f"rollouts.{name} is None: no stage before this one fills it; a component that reads it must name it in `reads`"
         )
     return value
 
@@ -185,14 +186,14 @@ TOKEN_FIELDS = frozenset(TENSOR_FIELDS) - PROMPT_FIELDS - ROW_FIELDS
 PADDING = {**dict.fromkeys(PROMPT_FIELDS, "left"), **dict.fromkeys(TOKEN_FIELDS, "right")}
 
 
-def build_rollouts(**given: Any) -> Rollouts:
-    """Build a small record for a test or a benchmark: required fields that are not given are filled with placeholders.
+def build_rollouts(**values: Any) -> Rollouts:
+    """Build a small record for a test or a benchmark. Required fields that are not passed get placeholders.
 
-    One prompt token per row, completion ids of 0, every token counts, each row is a group of its own, nothing is truncated.
+    Placeholders: one prompt token per row, completion ids of 0, a mask that is True everywhere, one group per row, nothing truncated.
     """
-    shapes = [value.shape for name, value in given.items() if name in TOKEN_FIELDS and value is not None]
-    rows, length = shapes[0] if shapes else (len(next(iter(given.values()))), 1)
-    device = next(iter(given.values())).device
+    shapes = [value.shape for name, value in values.items() if name in TOKEN_FIELDS and value is not None]
+    rows, length = shapes[0] if shapes else (len(next(iter(values.values()))), 1)
+    device = next(iter(values.values())).device
     placeholders = {
         "prompt_ids": torch.zeros(rows, 1, dtype=torch.long, device=device),
         "prompt_mask": torch.ones(rows, 1, dtype=torch.bool, device=device),
@@ -201,15 +202,15 @@ def build_rollouts(**given: Any) -> Rollouts:
         "group": torch.arange(rows, device=device),
         "truncated": torch.zeros(rows, dtype=torch.bool, device=device),
     }
-    return Rollouts(**{**placeholders, **given})
+    return Rollouts(**{**placeholders, **values})
 
 
-def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """Stack rollouts of different lengths, prompts padded on the left, completions on the right.
+def concatenate(records: Sequence[Rollouts]) -> Rollouts:
+    """Concatenate the rows of several records. Prompts are padded on the left, completions on the right.
 
-    Padding is 0 in every field: under the masks it is never read.
-    An optional field that one of the parts lacks is None in the result.
-    Group indices stay as they are; the caller keeps them distinct.
+    Padding is 0 in every field; the masks are False there.
+    An optional field that is None in one of the records is None in the result.
+    Group indices do not change; the caller must keep them distinct.
     """
 
     def stack(values: list[Any], side: str | None) -> Tensor | None:
@@ -220,11 +221,11 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
             values = [_pad(value, width, side) for value in values]
         return torch.cat(values)
 
-    columns = {name: stack([getattr(part, name) for part in parts], PADDING.get(name)) for name in TENSOR_FIELDS}
+    columns = {name: stack([getattr(record, name) for record in records], PADDING.get(name)) for name in TENSOR_FIELDS}
     extra: dict[str, Tensor] = {}
-    for name in parts[0].extra:
-        values = [part.extra.get(name) for part in parts]
-        side = "right" if parts[0].extra[name].ndim == 2 else None
+    for name in records[0].extra:
+        values = [record.extra.get(name) for record in records]
+        side = "right" if records[0].extra[name].ndim == 2 else None
         if (stacked := stack(values, side)) is not None:
             extra[name] = stacked
     return Rollouts(**cast(dict[str, Any], columns), extra=extra)

@@ -115,7 +115,7 @@ class Own:
     ("declaration", "value", "message"),
     [
         ("read", frozenset({"rewards"}), "did you mean reads"),
-        ("reads", frozenset({"reward"}), "'reward', which is no field of Rollouts; did you mean 'rewards'"),
+        ("reads", frozenset({"reward"}), "'reward', which is not a field of Rollouts; did you mean 'rewards'"),
         ("reads", "rewards", "reads must be a frozenset"),
         ("granularity", "tokens", "granularity must be 'token' or 'sequence', got 'tokens'"),
         ("granularty", "token", "did you mean granularity"),

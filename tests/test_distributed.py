@@ -45,7 +45,7 @@ def test_ranks_that_are_started_by_themselves_must_be_told_the_folder(tmp_path, 
 @pytest.mark.parametrize("nodes", ["null", "two", "0", "true"])
 def test_a_number_of_nodes_that_is_none_is_refused(nodes, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, "debug=short", f"trainer.num_nodes={nodes}")
-    assert "trainer.num_nodes must be a whole number, at least 1" in message
+    assert "trainer.num_nodes must be a whole number of at least 1" in message
 
 
 def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):
@@ -62,4 +62,4 @@ def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):
 
 def test_the_launcher_for_slurm_says_which_extra_it_needs():
     missing = MissingConfigException("In 'hydra/launcher/slurm': Could not load", "hydra/launcher/submitit_slurm")
-    assert "pip install 'rlmod[slurm]'" in cli.explained(missing)
+    assert "pip install 'rlmod[slurm]'" in cli.explain_error(missing)

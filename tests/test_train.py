@@ -157,7 +157,7 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
     for row in rows:
         folder = tmp_path / "sweep" / row["run"]
         if "micro_batch=5" in row["overrides"]:
-            assert "batch.micro_batch=5 does not fill" in row["error"]
+            assert "batch.micro_batch=5 does not divide" in row["error"]
         else:
             held_out = json.loads((folder / "result.json").read_text())["held_out"]
             assert float(row["objective"]) == pytest.approx(held_out["after"])

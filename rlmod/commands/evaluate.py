@@ -99,7 +99,7 @@ def _read_completions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not source.is_file():
         raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
     found = False
-    for where, record in jsonl.objects(source):
+    for where, record in jsonl.read_objects(source):
         for field in ("completion", "answer"):
             if field not in record:
                 raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
@@ -146,7 +146,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml")
     problems = instantiate(cfg.data.validation, _convert_="all")()
-    cli.quiet()
+    cli.silence_libraries()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
     prepare([sampler, reward], encoded.problems, tokenizer)

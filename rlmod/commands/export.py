@@ -68,7 +68,7 @@ def _convert(checkpoint: Path, folder: Path, dtype: str | None) -> None:
     from rlmod.config import cli
     from rlmod.model.policy import HFPolicy, save_policy
 
-    cli.quiet()
+    cli.silence_libraries()
     specification = HFPolicy(path=str(checkpoint / "policy"), dtype="float32")
     tokenizer = specification.tokenizer()
     policy: Any = specification.model(tokenizer)

@@ -1,4 +1,4 @@
-"""Build the components of a composed config. Everything that can be wrong shows here, before data and weights are loaded."""
+"""Build and check the components of a composed config, before data and weights are loaded."""
 
 import inspect
 import re
@@ -61,26 +61,27 @@ class Components:
 
     @property
     def rows_per_prompt(self) -> int:
-        """On-policy completions and the guide's."""
+        """Completions per prompt: on-policy ones and the guide's."""
         return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Components":
+        """Build the components of a composed config. ValueError that names the key if a value is wrong."""
         check_value(cfg.threshold, float, "threshold")
 
         def build(key: str, node: Any = None) -> Any:
             node = OmegaConf.select(cfg, key) if node is None else node
             if node is None:
                 return None
-            check_types(_as_node(node, key), key)
+            check_types(_require_node(node, key), key)
             try:
                 component = instantiate(node, _convert_="all")
             except InstantiationException as error:
                 target = node.get("_target_")
                 if key.split(".")[0] in DECLARING and _is_function(target) and not node.get("_partial_"):
                     raise ValueError(
-                        f"{key}: {target} is a function, and was called while the config was read ({error.__cause__ or error}); if it "
-                        "is the component itself, add `_partial_: true` to its YAML"
+                        f"{key}: {target} is a function and was called while the config was read ({error.__cause__ or error}); if the "
+                        "function itself is the component, add `_partial_: true` to its YAML"
                     ) from error
                 raise
             if isinstance(component, partial):
@@ -95,15 +96,11 @@ class Components:
                 return {}
             if not isinstance(nodes, DictConfig):
                 raise ValueError(
-                    f"{group}={nodes!r}: {group} is a list of options, as in {group}=[{nodes}]; the YAML of one of your own begins with "
-                    f"the line `# @package {group}.NAME`"
+                    f"{group}={nodes!r} must be a list of options, as in {group}=[{nodes}]; {_package_line(group)}"
                 )
             for name, node in nodes.items():
                 if not isinstance(node, DictConfig):
-                    raise ValueError(
-                        f"{group}.{name} is not a component but {node!r}: the YAML of a {group} of your own begins with the line "
-                        f"`# @package {group}.NAME`, so that several can stand side by side"
-                    )
+                    raise ValueError(f"{group}.{name} must be a component, got {node!r}; {_package_line(group)}")
             return {str(name): build(f"{group}.{name}") for name in nodes}
 
         return cls(
@@ -125,40 +122,44 @@ class Components:
             regularizer=build_all("regularizer"),
             optimizer=_dry_run(build("optimizer")),
             batch=build("batch"),
-            validation=_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg))),
+            validation=_build_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg))),
         )
+
+
+def _package_line(group: str) -> str:
+    return f"a YAML of your own for {group} must begin with the line `# @package {group}.NAME`, so that several can be combined"
 
 
 def _is_function(target: str | None) -> bool:
     try:
         return target is not None and inspect.isfunction(hydra.utils.get_object(target))
-    except Exception:  # it cannot be imported, and instantiating it says so better
+    except Exception:  # an import error: instantiating the component reports it with the key
         return False
 
 
 DECLARING = ("filter", "shaper", "correction", "aggregation", "loss", "regularizer")
-"""Stages whose components declare what they read."""
+"""Stages whose components have declarations (rlmod/interfaces.py)."""
 
 
-def _as_node(node: Any, key: str) -> DictConfig:
-    """ValueError for a value in the place of a node, such as batch=large: some nodes have no options to choose from."""
+def _require_node(node: Any, key: str) -> DictConfig:
+    """Return the node. ValueError if there is a plain value instead, such as batch=large: some nodes have no options to choose from."""
     if isinstance(node, DictConfig):
         return node
     raise ValueError(
-        f"{key}={node}: {key} has no options to choose from, only keys of its own: set them one by one, as in {key}.KEY=VALUE; "
+        f"{key}={node}: {key} has no options to choose from, only keys; set a key, as in {key}.KEY=VALUE; "
         f"`rlmod-train --help` lists them"
     )
 
 
 def _validation_sampler(cfg: DictConfig) -> DictConfig:
-    """Fill what validation.sampler leaves open from the training sampler, such as an engine's settings, which the two then share."""
-    given = _as_node(_as_node(cfg.validation, "validation").sampler, "validation.sampler")
-    same = OmegaConf.select(given, "_target_") == OmegaConf.select(cfg.sampler, "_target_")
-    resolved = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)))
-    return cast(DictConfig, OmegaConf.merge(cfg.sampler, resolved) if same else given)
+    """Fill the missing keys of validation.sampler, such as an engine's settings, from the training sampler if both have the same class."""
+    node = _require_node(_require_node(cfg.validation, "validation").sampler, "validation.sampler")
+    same_class = OmegaConf.select(node, "_target_") == OmegaConf.select(cfg.sampler, "_target_")
+    resolved = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(node, resolve=True)))
+    return cast(DictConfig, OmegaConf.merge(cfg.sampler, resolved) if same_class else node)
 
 
-def _validation(node: DictConfig, sampler: Sampler) -> Validation:
+def _build_validation(node: DictConfig, sampler: Sampler) -> Validation:
     hints = get_type_hints(Validation)
     plain = {name: node[name] for name in ("threshold", "pass_at", "prompts_per_batch", "seed")}
     for name, value in plain.items():
@@ -167,7 +168,7 @@ def _validation(node: DictConfig, sampler: Sampler) -> Validation:
 
 
 def _dry_run(optimizer: Optimizer) -> Optimizer:
-    """Call it once on a dummy parameter: an argument it refuses shows now, not after the policy's weights are loaded."""
+    """Call the optimizer once on a dummy parameter, to report a refused argument before the policy's weights are loaded."""
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
@@ -176,10 +177,10 @@ def _dry_run(optimizer: Optimizer) -> Optimizer:
 
 
 def build_reward(config: Mapping[Any, Any]) -> Reward:
-    """Build the reward that a config describes.
+    """Build the reward of a config. ValueError that names the key if it cannot be imported or built.
 
-    A class is instantiated. A plain function is the reward itself: the other keys become its arguments (a function that
-    makes a reward says ``_partial_: false``). The same holds for the rewards inside ``terms``.
+    A class is instantiated. A plain function is the reward itself, and the other keys are its arguments; a function that returns a reward
+    needs ``_partial_: false``. The same holds for the rewards inside ``terms``.
     """
     node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), "reward")
@@ -187,7 +188,7 @@ def build_reward(config: Mapping[Any, Any]) -> Reward:
     try:
         return hydra.utils.instantiate(targets, _convert_="all")
     except InstantiationException as error:
-        # Hydra wraps what the constructor raised, whose own words name the key, and knows where in the tree it was.
+        # Hydra wraps the constructor's exception and adds its place in the tree.
         where = re.search(r"full_key: (\S+)", str(error))
         raise ValueError(f"reward{f'.{where[1]}' if where else ''}: {error.__cause__ or error}") from error
 
@@ -195,21 +196,21 @@ def build_reward(config: Mapping[Any, Any]) -> Reward:
 def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
     if not isinstance(node, dict) or not node.get("_target_"):
         raise ValueError(
-            f"{key}._target_ is missing: the import path of a reward, such as rlmod.reward.exact_match.ExactMatch"
+            f"{key}._target_ is missing: give the import path of a reward, such as rlmod.reward.exact_match.ExactMatch"
         )
     target = node["_target_"]
     try:
         resolved = hydra.utils.get_object(target)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except Exception as error:  # the user's module may raise any exception during import
         module = target.rpartition(".")[0] or target
         raise ValueError(
-            f"{key}._target_: cannot import {target!r}: {_cause(error)} (the module {module} is looked for in the "
+            f"{key}._target_: cannot import {target!r}: {_root_cause(error)} (the module {module} is looked for in the "
             "current folder and in the installed packages)"
         ) from error
     node = dict(node)
     if inspect.isfunction(resolved):
         node.setdefault("_partial_", True)
-    if isinstance(node.get("reward"), dict):  # one that builds on another
+    if isinstance(node.get("reward"), dict):  # a reward that wraps another one
         node["reward"] = _functions_as_partials(node["reward"], f"{key}.reward")
     terms = node.get("terms")
     if isinstance(terms, dict):
@@ -222,6 +223,6 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
     return node
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the exception at the root: Hydra wraps what an import raised in three lines."""
-    return _cause(error.__cause__) if error.__cause__ else error
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the root cause. Hydra wraps an import error in a message of three lines."""
+    return _root_cause(error.__cause__) if error.__cause__ else error

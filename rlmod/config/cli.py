@@ -1,4 +1,4 @@
-"""The boundary of the commands: Hydra composes the config, and what a user did wrong is said in one paragraph."""
+"""Entry point shared by the commands: compose the config with Hydra, run the task, and report a user's mistake in one paragraph."""
 
 import csv
 import difflib
@@ -34,31 +34,34 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """A signal has ended the run. No KeyboardInterrupt: of those the Trainer makes an exit of its own."""
+    """A signal ended the run. This is not a KeyboardInterrupt, because Lightning's Trainer handles those itself and exits.
 
-    def __init__(self, number: int, go_on: str | None = None) -> None:
-        super().__init__(number, go_on)
-        self.number, self.go_on = number, go_on
+    ``resume_with`` is the override that resumes the run; None if there is no checkpoint.
+    """
 
-    def told(self) -> int:
-        """Says so, and returns the exit status."""
-        print(f"stopped; resume with {self.go_on}" if self.go_on else "stopped", file=sys.stderr)
+    def __init__(self, number: int, resume_with: str | None = None) -> None:
+        super().__init__(number, resume_with)
+        self.number, self.resume_with = number, resume_with
+
+    def report(self) -> int:
+        """Print that the run was stopped and how to resume it. Return the exit status."""
+        print(f"stopped; resume with {self.resume_with}" if self.resume_with else "stopped", file=sys.stderr)
         return 128 + self.number
 
 
 def config_folder() -> Path:
-    """``conf/`` of the checkout, or the copy that an installed rlmod carries."""
+    """Return ``conf/`` of the checkout, or its copy in an installed package."""
     package = Path(__file__).parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a config as the command would, from Python; ValueError for what the command would refuse."""
+    """Compose a config in Python as the command does. ValueError for overrides that the command refuses."""
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
             cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-            with open_dict(cfg):  # the run's folder, which ${hydra:runtime.output_dir} names
+            with open_dict(cfg):  # ${hydra:runtime.output_dir} must be the run's folder
                 cfg.output = cfg.output and str(cfg.output)
                 if cfg.output is not None:
                     cfg.hydra.runtime.output_dir = cfg.output
@@ -67,31 +70,32 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 del cfg["hydra"]
             return cfg
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explained(error)) from error
+            raise ValueError(explain_error(error)) from error
 
 
 def run(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Runs ``task`` with the composed config.
+    """Run ``task`` with the config composed from the command line.
 
-    A user's mistake (ValueError, and what Hydra finds) ends with exit status 1 and a message without a traceback; HYDRA_FULL_ERROR=1
-    shows the traceback. Errors of our own keep theirs.
+    A user's mistake (ValueError, OSError, or an error of Hydra) exits with status 1 and a message without a traceback; HYDRA_FULL_ERROR=1
+    shows the traceback. Other exceptions, which are errors in the code, keep their traceback.
     """
-    sys.path.insert(0, os.getcwd())  # a user's own components lie where the command is run
+    sys.path.insert(0, os.getcwd())  # a user's own components are in the current folder
     sys.argv += distributed.rank_output_overrides()
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
+    # huggingface_hub has its own handler, so every message would appear twice.
+    logging.getLogger("huggingface_hub").propagate = False
     with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print and exit before this function could say it better
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits before this function can
 
     @functools.wraps(task)
-    def with_own_setting(cfg: DictConfig) -> object:
-        os.environ["HYDRA_FULL_ERROR"] = str(int(with_traceback))  # the ranks that this one starts take it over
+    def with_original_setting(cfg: DictConfig) -> object:
+        os.environ["HYDRA_FULL_ERROR"] = str(int(with_traceback))  # inherited by the ranks that this process starts
         try:
             return task(cfg)
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
     command = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(
-        with_own_setting
+        with_original_setting
     )
     try:
         with distributed.rank_zero_reports_first():
@@ -100,15 +104,15 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         if with_traceback:
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        sys.exit(f"{Path(sys.argv[0]).name}: {explained(error)}{notes}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {explain_error(error)}{notes}")
     except Stopped as stop:
-        sys.exit(stop.told())
+        sys.exit(stop.report())
     except KeyboardInterrupt:
-        sys.exit(Stopped(signal.SIGINT).told())
+        sys.exit(Stopped(signal.SIGINT).report())
 
 
-def explained(error: BaseException) -> str:
-    """Say which key is wrong, and what would be right."""
+def explain_error(error: BaseException) -> str:
+    """Return one paragraph that names the key, its value, and what would be right."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -117,12 +121,12 @@ def explained(error: BaseException) -> str:
             return _unknown_key(cause)
         if isinstance(cause, MissingMandatoryValue | InterpolationToMissingValueError):
             key = str(cause).split("Missing mandatory value: ")[-1].split()[0]
-            return f"{key} is missing: give it, as {key}=..."
+            return f"{key} is missing: set {key}=..."
         if isinstance(cause, InstantiationException):
             return _instantiation(cause)
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
-            return f"{key}={value} cannot be read as an override; a value with such characters goes in quotes: '{key}=\"{value}\"'"
+            return f"{key}={value} is not a valid override; put a value with special characters in quotes: '{key}=\"{value}\"'"
         if isinstance(cause, MissingConfigException) and "submitit" in str(cause.missing_cfg_file):
             return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlmod[slurm]'"
         if isinstance(cause, MissingConfigException):
@@ -130,12 +134,12 @@ def explained(error: BaseException) -> str:
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):
             return str(cause)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}; give a folder that can be written, as output=FOLDER"
+        return f"{error.strerror}: {error.filename}; give a writable folder, as output=FOLDER"
     return str(error)
 
 
 def _instantiation(error: InstantiationException) -> str:
-    """Hydra's words, with the key first and the reason last."""
+    """Reorder Hydra's message: the key first, the reason last."""
     message, _, key = str(error).partition("\nfull_key: ")
     reasons = []
     cause = error.__cause__
@@ -156,35 +160,35 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     parent = error.parent_node
     known = sorted(str(key) for key in parent) if OmegaConf.is_dict(parent) else []
     where = str(error.full_key).rpartition(".")[0]
-    if not where:  # the groups that nothing is chosen from are no keys yet
+    if not where:  # groups without a chosen option are not keys of the config yet
         known = sorted({*known, *(group.name for group in config_folder().iterdir() if group.is_dir())} - {"hydra"})
     close = difflib.get_close_matches(str(error.key), known, n=1)
     return (
         f"unknown key {error.full_key}"
         + (f"; did you mean {where}{'.' if where else ''}{close[0]}?" if close else "")
-        + f"; {where or 'the config'} has: {', '.join(known)}. To add a key all the same: +{error.full_key}=..."
+        + f"; {where or 'the config'} has: {', '.join(known)}. To add the key anyway: +{error.full_key}=..."
     )
 
 
-def quiet() -> None:
-    """Leaves out what the libraries say of devices, loading, and our own choices; their warnings about anything else stay."""
+def silence_libraries() -> None:
+    """Silence the libraries' messages about devices, loading and rlmod's own choices. Their other warnings stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for harmless in (
-        "Experiment logs directory",  # the run's folder holds the config already; nothing of it is deleted
+        "Experiment logs directory",  # the run's folder already holds the config; nothing is deleted
         "`isinstance(treespec, LeafSpec)` is deprecated",
-        "Multiple backends are registered with this ProcessGroup",  # of FSDP on a CPU
-        "Please use DTensor instead",  # of FSDP's sharded checkpoints
-        "It is recommended to use `self.log",  # what is logged is of all ranks already
+        "Multiple backends are registered with this ProcessGroup",  # FSDP on a CPU
+        "Please use DTensor instead",  # FSDP's sharded checkpoints
+        "It is recommended to use `self.log",  # logged values are already reduced over all ranks
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(harmless)}")
 
 
 class Results(Callback):
-    """Write results.csv of a multirun: one line per run as soon as it ends, with its return value or why it failed."""
+    """Writes results.csv of a multirun: one line per run as soon as it ends, with its return value or the error."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -192,7 +196,7 @@ class Results(Callback):
         try:
             outcome = {"objective": job_return.return_value, "error": ""}
         except Exception as error:
-            outcome = {"objective": "", "error": explained(error)}
+            outcome = {"objective": "", "error": explain_error(error)}
             log.error("run %s failed: %s", config.hydra.job.num, outcome["error"], exc_info=error)
         file = Path(config.hydra.sweep.dir) / "results.csv"
         row = {"run": config.hydra.job.num, "overrides": config.hydra.job.override_dirname, **outcome}

@@ -1,4 +1,4 @@
-"""Sizes of an iteration, and how held-out problems are sampled and graded."""
+"""Sizes of one iteration, and the settings of validation."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Batch:
     """The sizes of one iteration."""
 
     prompts: int = 32
-    """Groups per rollout batch, over all ranks."""
+    """Prompts (groups) per rollout batch, over all ranks."""
     minibatches: int = 1
     """Optimizer steps that one pass over the rollout batch is split into."""
     epochs: int = 1
@@ -23,8 +23,8 @@ class Batch:
     micro_batch_tokens: int | None = None
     """Tokens per forward and backward pass, padding included, as a second limit; a longer completion goes alone. null: no limit."""
     logprob_pass: Literal["needed", "always"] = "needed"
-    """When pi_old's log-probabilities and entropies are computed before the training step: ``needed``, if a component reads them, or
-    ``always``, so that ``completions/entropy`` is logged. A sampler that hands them over needs no pass either way."""
+    """Condition for computing pi_old's log-probabilities and entropies before training. ``needed``: only if a component reads them.
+    ``always``: in every iteration, so that ``completions/entropy`` is logged. If the sampler fills both, no pass is needed."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "minibatches", "epochs", "micro_batch", "micro_batch_tokens"):
@@ -33,18 +33,20 @@ class Batch:
                 raise ValueError(f"batch.{name} must be at least 1, got {value}")
 
     def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
-        """Return the most micro-batches of one optimizer step on one rank. ValueError if they do not divide evenly.
+        """Return the maximum number of micro-batches of one optimizer step on one rank. ValueError if the sizes do not divide evenly.
 
-        With ``extra_rows``, which a rollout batch may or may not have, they need not: then a micro-batch has at most ``micro_batch`` rows.
-        With a token limit, each row may need a micro-batch of its own.
+        ``extra_rows`` is the maximum number of rows that the zero-reward batch may add. With them, and with a token limit, micro-batches
+        may have fewer than ``micro_batch`` rows. With a token limit, each row may need its own micro-batch.
         """
         if self.prompts % ranks:
-            raise ValueError(f"batch.prompts={self.prompts} cannot be divided among {ranks} ranks: give a multiple")
+            raise ValueError(
+                f"batch.prompts={self.prompts} cannot be divided among {ranks} ranks: give a multiple of {ranks}"
+            )
         rows = self.prompts // ranks * completions_per_prompt
         if rows % self.minibatches:
             raise ValueError(
-                f"batch.minibatches={self.minibatches} does not divide the {rows} rows of a rollout batch ({self.prompts // ranks} prompts "
-                f"x {completions_per_prompt} completions per rank): give one of {_divisors(rows)}"
+                f"batch.minibatches={self.minibatches} does not divide the {rows} completions of a rollout batch "
+                f"({self.prompts // ranks} prompts x {completions_per_prompt} completions per rank): give one of {_divisors(rows)}"
             )
         step = rows // self.minibatches
         if self.micro_batch_tokens is not None:
@@ -53,13 +55,14 @@ class Batch:
             return math.ceil((step + math.ceil(extra_rows / self.minibatches)) / self.micro_batch)
         if step % min(self.micro_batch, step):
             raise ValueError(
-                f"batch.micro_batch={self.micro_batch} does not fill an optimizer step of {step} rows ({rows} rows per rollout batch "
-                f"/ batch.minibatches={self.minibatches}): give one of {_divisors(step)}"
+                f"batch.micro_batch={self.micro_batch} does not divide an optimizer step of {step} completions ({rows} completions per "
+                f"rollout batch / batch.minibatches={self.minibatches}): give one of {_divisors(step)}"
             )
         return step // min(self.micro_batch, step)
 
 
 def check_seed(seed: object, key: str) -> None:
+    """Raise ValueError unless the seed is a whole number of 32 bits. ``key`` is its config key."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"{key} must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
 
@@ -70,7 +73,7 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """How held-out problems are sampled and graded: mean@n over the sampler's n completions, and pass@k for each k."""
+    """Settings of validation on held-out problems: mean@n over the sampler's n completions, and pass@k for each k in ``pass_at``."""
 
     sampler: Sampler
     reward: Reward
@@ -78,7 +81,7 @@ class Validation:
     """A completion is correct if its correctness score is above this."""
     pass_at: Sequence[int] = ()
     prompts_per_batch: int = 512
-    """Prompts sampled together. It affects memory, and the random numbers that completions are drawn with."""
+    """Prompts sampled together. It affects memory and the random numbers of sampling."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,4 +97,5 @@ class Validation:
 
     @property
     def objective(self) -> str:
+        """The metric that a sweep maximizes and result.json reports."""
         return f"val/mean@{self.sampler.completions_per_prompt}"

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rlmod.ops import all_gathered
+from rlmod.ops import all_gather
 from rlmod.types import Rollouts
 
 
@@ -37,7 +37,7 @@ class ForkingTokens:
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
         assert rollouts.entropy is not None and rollouts.advantages is not None
-        entropies = all_gathered(rollouts.entropy[rollouts.mask])
+        entropies = all_gather(rollouts.entropy[rollouts.mask])
         if not len(entropies):
             return rollouts
         kept = max(math.ceil(self.share * len(entropies) - 1e-6), 1)  # so that 0.07 of 100 is 7 despite rounding

@@ -64,7 +64,7 @@ class Demonstrations:
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read the file. Raise ValueError with the line at fault, or the problem that lacks demonstrations."""
         known = {_prompt_key(problem) for problem in problems}
-        for where, record in jsonl.objects(Path(self.path)):
+        for where, record in jsonl.read_objects(Path(self.path)):
             prompt = _parse_prompt(record, where)
             if prompt not in known:
                 raise ValueError(

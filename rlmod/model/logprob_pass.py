@@ -1,4 +1,4 @@
-"""Forward passes over a whole rollout batch, without gradients: pi_old's log-probabilities and entropies, and the reference's."""
+"""Forward passes over a rollout batch, without gradients: log-probabilities and entropies of pi_old, log-probabilities of the reference."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,29 +22,35 @@ def logprob_pass(
     pi_old: bool = True,
     reference: Reference | None = None,
 ) -> Rollouts:
-    """Fill pi_old's log-probabilities and entropies if they are missing (``pi_old``), and the reference's, in one pass over the rows."""
+    """Fill pi_old's log-probabilities and entropies, and the reference's log-probabilities, in one loop over the micro-batches.
+
+    log pi(o_{i,t} | q, o_{i,<t}) of softmax(logits / temperature), and its entropy, both in nats; 0 where ``rollouts.mask`` is False.
+
+    pi_old's are computed if ``pi_old`` is True and at least one of the two is missing; log-probabilities that the sampler filled are kept.
+    The reference's are computed if ``reference`` is given. ``rows`` and ``tokens`` limit a micro-batch, as in ``pack_by_length``.
+    """
     pi_old = pi_old and (rollouts.logprobs is None or rollouts.entropy is None)
     if not pi_old and reference is None:
         return rollouts
-    logprobs, entropy, referred = (
+    logprobs, entropy, reference_logprobs = (
         torch.zeros(rollouts.mask.shape, dtype=torch.float32, device=rollouts.device) for _ in range(3)
     )
     for index, micro_batch in iter_micro_batches(rollouts, rows, tokens):
         length = micro_batch.mask.shape[1]
         if pi_old:
-            logprobs[index, :length], undecided = logprobs_and_entropy(policy, micro_batch, temperature)
-            assert undecided is not None
-            entropy[index, :length] = undecided
+            logprobs[index, :length], micro_batch_entropy = logprobs_and_entropy(policy, micro_batch, temperature)
+            assert micro_batch_entropy is not None
+            entropy[index, :length] = micro_batch_entropy
         if reference is not None:
-            referred[index, :length] = reference(policy, micro_batch, temperature) * micro_batch.mask
+            reference_logprobs[index, :length] = reference(policy, micro_batch, temperature) * micro_batch.mask
     if pi_old:
         rollouts = replace(
             rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy
         )
-    return rollouts if reference is None else replace(rollouts, reference_logprobs=referred)
+    return rollouts if reference is None else replace(rollouts, reference_logprobs=reference_logprobs)
 
 
 def iter_micro_batches(rollouts: Rollouts, rows: int, tokens: int | None = None) -> Iterator[tuple[Tensor, Rollouts]]:
-    """All rows once, as many at a time as in a training step, with their indices."""
+    """Yield micro-batches of the size that training uses, with the indices of their rows. Every row is in exactly one."""
     for index in pack_by_length(rollouts, rows, tokens):
         yield index, rollouts.rows(index).trimmed()

@@ -1,4 +1,4 @@
-"""Which rows go through a model together: those that matter, the long with the long, within a budget."""
+"""Packing of rows into micro-batches: rows that train, sorted by length, within a budget of rows and tokens."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ from rlmod.types import Rollouts
 
 
 def rows_that_train(rollouts: Rollouts, *, every_row: bool) -> Bool[Tensor, " R"]:
-    """Rows that can change the policy: some token has a weight, and an advantage unless ``every_row`` counts without one.
+    """Return True for each row that can change the policy: some token has a weight and, unless ``every_row``, an advantage other than 0.
 
-    A loss that is proportional to the advantage has no gradient where it is 0, as in groups that are all correct or all incorrect, so
-    leaving these rows out changes nothing but the time it takes.
+    A loss that is proportional to the advantage has no gradient where the advantage is 0, as in groups that are all correct or all
+    incorrect. Dropping these rows from the forward pass saves time and does not change the result.
     """
     assert rollouts.weights is not None and rollouts.advantages is not None
     matters = rollouts.weights if every_row else rollouts.weights * rollouts.advantages
@@ -21,9 +21,9 @@ def rows_that_train(rollouts: Rollouts, *, every_row: bool) -> Bool[Tensor, " R"
 
 
 def pack_by_length(rollouts: Rollouts, rows: int, tokens: int | None = None) -> Iterator[Int[Tensor, " n"]]:
-    """The indices of the rows in packs of at most ``rows`` rows and ``tokens`` tokens, padding included; longest first.
+    """Yield the row indices of packs of at most ``rows`` rows and ``tokens`` tokens, padding included; longest first.
 
-    Sorted by length there is little padding in a pack. A row that is longer than ``tokens`` by itself is a pack of its own.
+    Rows are sorted by length, so that packs have little padding. A row longer than ``tokens`` forms a pack alone.
     """
     places = torch.arange(1, rollouts.mask.shape[1] + 1, device=rollouts.mask.device)
     prompts, completions = rollouts.prompt_mask.sum(1), (rollouts.mask * places).amax(1)

@@ -1,4 +1,4 @@
-"""The language model that is trained, with its tokenizer: loaded, asked for its logits, and saved."""
+"""The policy and its tokenizer: loading, checks, decoding of completions, and saving."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parent / "policies"
 
 @dataclass(frozen=True, kw_only=True)
 class HFPolicy:
-    """Any causal language model of transformers: a folder, a name on the hub, or ``tiny`` and ``strong``, which rlmod ships."""
+    """A causal language model of transformers: a folder, a name on the hub, or one of ``tiny`` and ``strong``, which rlmod ships."""
 
     path: str
     dtype: str = "float32"
@@ -33,45 +33,53 @@ class HFPolicy:
     dropout: bool = False
     """Train with the model's own dropout and router noise, if it has any. false: they are 0, so that the ratios begin at 1."""
     compile: bool = False
-    """torch.compile of each layer, for training and scoring: a start that is slower by a minute, and then faster steps."""
+    """Compile each layer with torch.compile, for training and the log-prob pass. The start takes a minute longer; steps are faster."""
     adapter: Callable[..., Any] | None = None
-    """The adapter that is trained instead of the weights; null: the weights."""
+    """Adds an adapter that is trained instead of the weights; null: the weights are trained."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"policy.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-            raise ValueError("policy.compile=true: torch.compile needs a C++ compiler, and there is no g++ or clang++")
-        # What can only be a folder is looked for at once: transformers takes seconds to be imported.
-        here = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
-        if here and not Path(self.location).is_dir():
-            raise ValueError(self._cannot("policy", "there is no such folder"))
+            raise ValueError(
+                "policy.compile=true: torch.compile needs a C++ compiler; install g++ or clang++, or set policy.compile=false"
+            )
+        # A path that can only be a folder is checked now, because importing transformers takes seconds.
+        is_folder = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
+        if is_folder and not Path(self.location).is_dir():
+            raise ValueError(self._load_error("policy", "there is no such folder"))
         if saved := sorted(Path(self.location).glob("checkpoints/step-*/policy")):
-            raise ValueError(f"policy.path={self.path} is a run's folder; its newest policy is policy.path={saved[-1]}")
+            raise ValueError(
+                f"policy.path={self.path} is the folder of a run; its newest policy is policy.path={saved[-1]}"
+            )
         if self.adapter is not None and self.is_adapter:
             raise ValueError(
-                f"policy.path={self.path} is an adapter already, which goes on being trained: leave adapter=none"
+                f"policy.path={self.path} is an adapter already, and its training continues; set adapter=none"
             )
 
     @property
     def location(self) -> str:
+        """The path to load from: a shipped policy's folder, the path with ~ expanded, or the path as given."""
         shipped = SHIPPED / self.path
         is_shipped = self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
         return str(shipped) if is_shipped else str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
 
     @property
     def is_adapter(self) -> bool:
-        """True if the folder holds an adapter, as a run with adapter=lora saves it, rather than a full model."""
+        """True if the folder holds an adapter that a run with adapter=lora saved, not a full model."""
         return (Path(self.location) / "adapter_config.json").is_file()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Padding on the left; without a pad token, the EOS token pads (masks are explicit, so nothing confuses the two)."""
+        """Load the tokenizer, with padding on the left. ValueError if it cannot be loaded or has no EOS token.
+
+        Without a pad token the EOS token is used for padding; masks are explicit, so the two are not confused.
+        """
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.location)
         except (OSError, ValueError) as error:
-            raise ValueError(self._cannot("tokenizer", error)) from error
+            raise ValueError(self._load_error("tokenizer", error)) from error
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"policy.path={self.path}: the tokenizer has no EOS token, so no completion could ever end; "
@@ -83,6 +91,7 @@ class HFPolicy:
         return tokenizer
 
     def model(self, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        """Load the model in training mode, with its adapter if there is one. ValueError if it cannot be loaded or saved again."""
         from transformers import AutoModelForCausalLM
 
         settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
@@ -94,7 +103,7 @@ class HFPolicy:
             else:
                 model = AutoModelForCausalLM.from_pretrained(self.location, **settings)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(self._cannot("model", error)) from error
+            raise ValueError(self._load_error("model", error)) from error
         rows = embedding_rows(model)
         self._check_vocabulary(tokenizer, rows)
         ends = model.generation_config
@@ -104,7 +113,7 @@ class HFPolicy:
         self._make_savable(ends)
         if not self.dropout:
             noise.switch_off(model)
-        model.train()  # from_pretrained hands it over in evaluation mode
+        model.train()  # from_pretrained returns it in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.compile:
@@ -112,39 +121,38 @@ class HFPolicy:
         return model if self.adapter is None else self.adapter(model)
 
     def _check_vocabulary(self, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
-        """Raise ValueError if the tokenizer is another model's.
+        """Raise ValueError if the tokenizer belongs to another model.
 
-        It may list special tokens that no text of this model produces, such as the image placeholder of a multimodal family. A prompt
-        that names one is refused when the prompts are known.
+        It may list special tokens without an embedding that this model never produces, such as the image placeholder of a multimodal
+        family. A prompt that contains one is refused once the prompts are read.
         """
         special = _special_tokens(tokenizer)
         needed = [tokenizer.eos_token, tokenizer.pad_token]
         vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else special
-        beyond = [token for token, i in vocabulary.items() if i >= rows and (token in needed or token not in special)]
-        if beyond:
+        missing = [token for token, i in vocabulary.items() if i >= rows and (token in needed or token not in special)]
+        if missing:
             raise ValueError(
                 f"policy.path={self.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings, and none for "
-                f"{beyond[0]!r}: they do not belong together"
+                f"{missing[0]!r}: they do not belong together; give a folder that has the model's own tokenizer"
             )
 
     def _make_savable(self, config: "GenerationConfig") -> None:
-        """Complete a generation config that transformers reads but refuses to write, or raise ValueError before anything is trained."""
+        """Set do_sample if transformers would otherwise refuse to save the config. ValueError, before training, if it still refuses."""
         try:
             config.validate(strict=True)
         except ValueError:
-            config.do_sample = (
-                True  # sampling settings without it, as in older models' files; rlmod's samplers set their own
-            )
+            # Older models' files have sampling settings without do_sample. rlmod's samplers set their own.
+            config.do_sample = True
             try:
                 config.validate(strict=True)
             except ValueError as error:
                 raise ValueError(
-                    f"policy.path={self.path}: its generation_config.json could not be saved with the trained policy; mend or remove it: "
+                    f"policy.path={self.path}: its generation_config.json cannot be saved with the trained policy; correct or remove it: "
                     f"{' '.join(str(error).split())}"
                 ) from error
 
     def shape(self) -> "PreTrainedConfig":
-        """The config of the model, or of the one under the adapter; no weights are loaded."""
+        """Load the config of the model, or of the base model under an adapter, without weights."""
         from transformers import AutoConfig
 
         location = self.location
@@ -155,38 +163,38 @@ class HFPolicy:
                 location = str(PeftConfig.from_pretrained(location).base_model_name_or_path)
             return AutoConfig.from_pretrained(location)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(self._cannot("config", error)) from error
+            raise ValueError(self._load_error("config", error)) from error
 
     def frozen(self) -> "PreTrainedModel":
-        """This model as a guide or a reference: without gradients, in evaluation mode.
+        """Load this model as a guide or a reference: without gradients, in evaluation mode.
 
-        Kept outside of the LightningModule's tree, so that no optimizer and no checkpoint ever sees it.
+        It stays outside the LightningModule's tree, so that no optimizer or checkpoint includes it.
         """
         return replace(self, adapter=None, compile=False).model(self.tokenizer()).eval().requires_grad_(False)
 
-    def _cannot(self, what: str, error: Exception | str) -> str:
+    def _load_error(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shipped = ", ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
         return (
-            f"policy.path={self.path}: no {what} could be loaded ({reason}). "
-            f"Give a folder in Hugging Face format, a name on the hub, or one of the shipped: {shipped}"
+            f"policy.path={self.path}: the {what} cannot be loaded ({reason}). "
+            f"Give a folder in Hugging Face format, a name on the hub, or one of the shipped policies: {shipped}"
         )
 
 
 def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
-    """Return the text of each completion: the counted tokens without BOS, EOS, padding and unknown tokens.
+    """Return the text of each completion: the tokens under the mask, without BOS, EOS, padding and unknown tokens.
 
     Other special tokens stay, because a reward may look for them: a tokenizer may list ``<think>`` among its special tokens. A special
-    token that ends a completion before the token limit is its EOS, whichever of a model's several EOS tokens it is.
+    token at the end of a completion that is not truncated counts as its EOS, because a model may have several EOS tokens.
     """
     counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-    invisible = {getattr(tokenizer, name) for name in names}
+    removed = {getattr(tokenizer, name) for name in names}
     special = _special_tokens(tokenizer).values()
     ids = []
     for row, truncated in zip([row.tolist() for row in counted], rollouts.truncated.tolist(), strict=True):
         ended = bool(row) and not truncated and row[-1] in special
-        ids.append([token for token in (row[:-1] if ended else row) if token not in invisible])
+        ids.append([token for token in (row[:-1] if ended else row) if token not in removed])
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=False))
 
 
@@ -196,13 +204,13 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return the ids of all special tokens, also of those that have no role such as EOS."""
+    """Return the ids of all special tokens by their text, including those without a role such as EOS."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, cast(list[int], tokenizer.all_special_ids), strict=True))
 
 
 def turn_end_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the ids that end a completion: the EOS, and the special token that the chat template puts behind an assistant's turn."""
+    """Return the ids that end a completion: the EOS, and the special token that the chat template writes after an assistant's turn."""
     ends = {cast(int, tokenizer.eos_token_id)}
     if tokenizer.chat_template:
         from jinja2 import TemplateError
@@ -212,27 +220,27 @@ def turn_end_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
             text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
         except (TemplateError, ValueError, TypeError):
             return ends
-        behind = text.rpartition("rlmod")[2].lstrip()
-        ends |= {number for token, number in _special_tokens(tokenizer).items() if behind.startswith(token)}
+        suffix = text.rpartition("rlmod")[2].lstrip()
+        ends |= {number for token, number in _special_tokens(tokenizer).items() if suffix.startswith(token)}
     return ends
 
 
 def save_policy(
     policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """In Hugging Face format: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; of a policy with an adapter, the adapter.
+    """Save in Hugging Face format, so that ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; with an adapter, only the adapter.
 
-    ``weights`` are the whole ones of a policy that holds only its share.
+    ``weights`` are the full weights of a policy that is sharded over ranks.
     """
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
     _add_rope_keys(folder / "config.json")
-    for file in folder.glob("*.safetensors"):  # which are written for their owner alone, unlike all else
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner only
         shutil.copymode(folder / "tokenizer_config.json", file)
 
 
 def _add_rope_keys(path: Path) -> None:
-    """Repeat the rotary settings under the names that transformers 4 and older engines read; without them they assume a base of 10,000."""
+    """Add the rotary settings under the names that transformers 4 and older engines read. Without these they assume a base of 10,000."""
     if not path.is_file():
         return  # an adapter has no config of its own
     config = json.loads(path.read_text())
@@ -245,7 +253,7 @@ def _add_rope_keys(path: Path) -> None:
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights that ``save_policy`` wrote as meta tensors: shapes alone."""
+    """Return the shapes of the weights that ``save_policy`` wrote, as meta tensors."""
     from safetensors import safe_open
 
     weights: dict[str, Tensor] = {}
@@ -256,7 +264,7 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def trained_weights(policy: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
-    """Return the trained weights under the names that ``save_policy`` writes: no adapter's own name, tied ones as often as saved."""
+    """Return the trained weights by the names that ``save_policy`` writes: without the adapter's name, tied weights once per saved name."""
     once = {name for name, _ in policy.named_parameters()}
     written = {
         name.replace(".default.", "."): (weight, name in once)

@@ -44,7 +44,7 @@ def test_the_numbers_are_the_same_whatever_the_sizes():
     assert all(module._compiled_call_impl is None for module in plain.modules())
     for sizes in ((8, 3, 20), (7, 4, 31), (16, 2, 9), (5, 12, 40)):
         rollouts = rows(*sizes)
-        assert shared_prompts.shared_prompts(compiled, rollouts) is None
+        assert shared_prompts.find_shared_prompts(compiled, rollouts) is None
         for mine, theirs in zip(*(scores_and_gradients(m, rollouts) for m in (compiled, plain)), strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_the_numbers_are_the_same_whatever_the_sizes():
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     shared = rows(8, 40, 6)
     shared = build_rollouts(**{**vars(shared), "prompt_ids": shared.prompt_ids[torch.arange(8) // 4 * 4]})
-    assert shared_prompts.shared_prompts(compiled, shared) is not None
+    assert shared_prompts.find_shared_prompts(compiled, shared) is not None
     for mine, theirs in zip(*(scores_and_gradients(m, shared) for m in (compiled, plain)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     prompts = Prompts(

@@ -175,7 +175,7 @@ def test_a_generation_config_without_do_sample_is_saved(tmp_path):
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp_path):
     policy = copied(tmp_path / "m", "generation_config.json", lambda c: c | {"length_penalty": 2.0})
-    with pytest.raises(ValueError, match=r"generation_config\.json could not be saved .* mend or remove it"):
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be saved .* correct or remove it"):
         policy.model(policy.tokenizer())
 
 

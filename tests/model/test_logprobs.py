@@ -71,7 +71,7 @@ def test_without_the_entropy_the_log_probabilities_are_the_same():
 def test_autograd_agrees_with_differences(cap):
     linear, hidden, ids = inputs(torch.float64, True)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: head._Head.apply(h, w, b, ids, 0.7, cap, True, 4), (hidden, linear.weight, linear.bias)
+        lambda h, w, b: head._ChunkedHead.apply(h, w, b, ids, 0.7, cap, True, 4), (hidden, linear.weight, linear.bias)
     )
 
 

@@ -48,10 +48,10 @@ def scores_and_gradients(model, rollouts):
 @pytest.mark.parametrize("training", [True, False])
 def test_shared_or_not_the_numbers_are_the_same(settings, training, monkeypatch):
     model, rollouts = policy(**settings).train(training), ragged()
-    assert shared_prompts.shared_prompts(model, rollouts) is not None
+    assert shared_prompts.find_shared_prompts(model, rollouts) is not None
     shared = scores_and_gradients(model, rollouts)
-    monkeypatch.setattr(shared_prompts, "WORTHWHILE", torch.inf)
-    assert shared_prompts.shared_prompts(model, rollouts) is None
+    monkeypatch.setattr(shared_prompts, "MIN_SHARE_SAVED", torch.inf)
+    assert shared_prompts.find_shared_prompts(model, rollouts) is None
     for one, other in zip(shared, scores_and_gradients(model, rollouts), strict=True):
         torch.testing.assert_close(
             one, other, atol=5e-6, rtol=1e-5
@@ -84,7 +84,7 @@ def test_a_prompt_is_gone_through_once(monkeypatch):
 )  # fmt: skip
 def test_where_it_is_not_shared(change, why):
     model = policy().train()
-    assert shared_prompts.shared_prompts(model, change(model, ragged())) is None, why
+    assert shared_prompts.find_shared_prompts(model, change(model, ragged())) is None, why
 
 
 def test_packs_of_any_rows_share(monkeypatch):

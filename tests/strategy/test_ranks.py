@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         output = ended(started(*TWO, f"output={tmp_path / 'a'}", MASTER_PORT=port), status=1, seconds=60)
-    assert output.count(f"MASTER_PORT={port} is taken by another program") == 1
+    assert output.count(f"MASTER_PORT={port} is in use by another program") == 1
     assert "Traceback" not in output
 
 

@@ -18,8 +18,8 @@ from tests.rollouts import ragged
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not fill an optimizer step of 16 rows"),
-        (Batch(prompts=4, minibatches=3), "batch.minibatches=3 does not divide the 16 rows"),
+        (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not divide an optimizer step of 16 completions"),
+        (Batch(prompts=4, minibatches=3), "batch.minibatches=3 does not divide the 16 completions"),
         (Batch(prompts=3), "batch.prompts=3 cannot be divided among 2 ranks"),
     ],
 )
@@ -209,4 +209,4 @@ def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_lo
     # 8 prompts x 4 completions: 16 rows on each of two ranks, which is less than a micro-batch; 32 on one.
     with pytest.raises(pytest.fail.Exception, match="something was loaded"):
         refused(monkeypatch, tmp_path, *SHORT, *two, "batch.micro_batch=24")
-    assert "batch.micro_batch=24 does not fill" in refused(monkeypatch, tmp_path, *SHORT, "batch.micro_batch=24")
+    assert "batch.micro_batch=24 does not divide" in refused(monkeypatch, tmp_path, *SHORT, "batch.micro_batch=24")

@@ -73,7 +73,7 @@ def test_what_the_last_validation_found_holds_for_the_same_run_alone(folder, tmp
     found = json.loads((tmp_path / folder / "result.json").read_text())["held_out"]
     assert found["problems"] == 32
     told = (tmp_path / folder / "train.log").read_text()
-    assert "with other settings than it was made with: data.validation.size was 64, now 32" in told
+    assert "settings that differ from the checkpoint's: data.validation.size was 64, now 32" in told
     assert found["after"] != before
     assert (tmp_path / folder / "report.html").is_file()
 
@@ -116,7 +116,7 @@ def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path, mon
 def test_a_finished_run_is_not_run_again_and_another_one_is_not_mixed_with_it(run, monkeypatch, capsys, tmp_path):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "train.log"}
     run_train(monkeypatch, *QUICK, f"output={run}")
-    assert "this run has come to its end already" in capsys.readouterr().out
+    assert "this run is already complete" in capsys.readouterr().out
     assert "output=" in answer(lambda: run_train(monkeypatch, *QUICK, f"output={run}", "seed=5"))
     message = answer(lambda: run_train(monkeypatch, *QUICK, f"output={run}", "loss.clip_high=0.3"))
     assert "holds a run with other settings (loss.clip_high was 0.2, now 0.3)" in message
@@ -188,5 +188,5 @@ def test_killed_with_nothing_left_but_the_result_equals_uninterrupted(every, tmp
         assert results[0][key] == results[1][key]
     (tmp_path / "a" / "report.html").unlink()  # killed between the result and the report
     run_train(monkeypatch, *settings)
-    assert "come to its end already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert (tmp_path / "a" / "report.html").is_file()

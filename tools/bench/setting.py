@@ -18,7 +18,7 @@ from rlmod.training.module import RLModule
 def quiet() -> None:
     torch.set_num_threads(1)
     logging.getLogger("rlmod").setLevel(logging.ERROR)  # every completion is truncated, on purpose
-    cli.quiet()
+    cli.silence_libraries()
 
 
 def parts_of(*overrides: str) -> Components:

@@ -15,7 +15,7 @@ from rlmod.adapter.lora import LoRA
 from rlmod.commands.plan.hardware import Hardware
 from rlmod.commands.plan.run import Adapter, Model, Run, Sampling
 from rlmod.commands.plan.shape import Shape, read_shape
-from rlmod.config.validation import check_arguments, check_types, given
+from rlmod.config.validation import check_arguments, check_types, required_value
 from rlmod.model.policy import HFPolicy
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -118,7 +118,7 @@ def instantiate_node(cfg: DictConfig, key: str) -> Any:
 def whole_number(cfg: DictConfig, key: str, least: int = 1) -> int:
     """Return a whole number of the config. Raise ValueError for any other value, and for one below ``least``."""
     parent, _, name = key.rpartition(".")
-    value = given(OmegaConf.select(cfg, parent), name, parent)
+    value = required_value(OmegaConf.select(cfg, parent), name, parent)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{key} must be a whole number, at least {least}, got {value!r}")
     return value

@@ -141,7 +141,7 @@ REFUSED = {
     "no devices": (["trainer.devices=0"], ["trainer.devices must be a whole number", "0"]),
     "nodes": (["trainer.num_nodes=1.5"], ["trainer.num_nodes must be a whole number", "1.5"]),
     "ranks": (["trainer.devices=5"], ["batch.prompts=32 cannot be divided among 5 ranks"]),
-    "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 rows", "32, 64"]),
+    "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 completions", "32, 64"]),
     "strategy": (["trainer.strategy=deepspeed"], ["trainer.strategy=deepspeed", "ddp, fsdp and fsdp2"]),
     "precision": (["trainer.precision=8-bit"], ["trainer.precision=8-bit", "bf16-mixed"]),
     "machine": (["hardware=abacus"], ["hardware/abacus", "h100"]),
