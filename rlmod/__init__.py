@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlmod.commands.evaluate import evaluate_from_python as evaluate
-    from rlmod.config.sizes import Batch, Validation
+    from rlmod.config.sizes import Batch, Guard, Validation
     from rlmod.model.policy import HFPolicy
     from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
     from rlmod.train import train_from_python as train
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "EncodedProblems",
+    "Guard",
     "HFPolicy",
     "Problem",
     "PromptEncoder",
@@ -42,6 +43,7 @@ __all__ = [
 
 _MODULES = {
     "Batch": "rlmod.config.sizes",
+    "Guard": "rlmod.config.sizes",
     "Validation": "rlmod.config.sizes",
     "HFPolicy": "rlmod.model.policy",
     "EncodedProblems": "rlmod.rollout.prompts",

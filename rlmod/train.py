@@ -204,7 +204,7 @@ def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> 
         schedule=instantiate(cfg.schedule),
         validation=components.validation,
         batch=components.batch,
-        max_skipped_steps=cfg.guard.max_skipped,
+        guard=components.guard,
         seed=cfg.seed,
     )
 

@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod.config.sizes import Batch, Validation
+from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.config.validation import check_arguments, check_types, check_value
 from rlmod.interfaces import (
     Aggregation,
@@ -57,6 +57,7 @@ class Components:
     regularizer: Mapping[str, Regularizer]
     optimizer: Optimizer
     batch: Batch
+    guard: Guard
     validation: Validation
 
     @property
@@ -68,41 +69,7 @@ class Components:
     def from_config(cls, cfg: DictConfig) -> "Components":
         """Build the components of a composed config. ValueError that names the key if a value is wrong."""
         check_value(cfg.threshold, float, "threshold")
-
-        def build(key: str, node: Any = None) -> Any:
-            node = OmegaConf.select(cfg, key) if node is None else node
-            if node is None:
-                return None
-            check_types(_require_node(node, key), key)
-            try:
-                component = instantiate(node, _convert_="all")
-            except InstantiationException as error:
-                target = node.get("_target_")
-                if key.split(".")[0] in DECLARING and _is_function(target) and not node.get("_partial_"):
-                    raise ValueError(
-                        f"{key}: {target} is a function and was called while the config was read ({error.__cause__ or error}); if the "
-                        "function itself is the component, add `_partial_: true` to its YAML"
-                    ) from error
-                raise
-            if isinstance(component, partial):
-                check_arguments(component, key)
-            if key.split(".")[0] in DECLARING:
-                check_declarations(component, key)
-            return component
-
-        def build_all(group: str) -> dict[str, Any]:
-            nodes = OmegaConf.select(cfg, group)
-            if nodes is None:
-                return {}
-            if not isinstance(nodes, DictConfig):
-                raise ValueError(
-                    f"{group}={nodes!r} must be a list of options, as in {group}=[{nodes}]; {_package_line(group)}"
-                )
-            for name, node in nodes.items():
-                if not isinstance(node, DictConfig):
-                    raise ValueError(f"{group}.{name} must be a component, got {node!r}; {_package_line(group)}")
-            return {str(name): build(f"{group}.{name}") for name in nodes}
-
+        build, build_all = partial(_build, cfg), partial(_build_all, cfg)
         return cls(
             policy=build("policy"),
             train=build("data.train"),
@@ -122,8 +89,47 @@ class Components:
             regularizer=build_all("regularizer"),
             optimizer=_dry_run(build("optimizer")),
             batch=build("batch"),
+            guard=build("guard"),
             validation=_build_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg))),
         )
+
+
+def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
+    """Return the component under this key of the config, or the one of ``node``; None if there is none."""
+    node = OmegaConf.select(cfg, key) if node is None else node
+    if node is None:
+        return None
+    check_types(_require_node(node, key), key)
+    try:
+        component = instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        target = node.get("_target_")
+        if key.split(".")[0] in DECLARING and _is_function(target) and not node.get("_partial_"):
+            raise ValueError(
+                f"{key}: {target} is a function and was called while the config was read ({error.__cause__ or error}); if the "
+                "function itself is the component, add `_partial_: true` to its YAML"
+            ) from error
+        raise
+    if isinstance(component, partial):
+        check_arguments(component, key)
+    if key.split(".")[0] in DECLARING:
+        check_declarations(component, key)
+    return component
+
+
+def _build_all(cfg: DictConfig, group: str) -> dict[str, Any]:
+    """Return the components of a group that takes several, by name."""
+    nodes = OmegaConf.select(cfg, group)
+    if nodes is None:
+        return {}
+    if not isinstance(nodes, DictConfig):
+        raise ValueError(
+            f"{group}={nodes!r} must be a list of options, as in {group}=[{nodes}]; {_package_line(group)}"
+        )
+    for name, node in nodes.items():
+        if not isinstance(node, DictConfig):
+            raise ValueError(f"{group}.{name} must be a component, got {node!r}; {_package_line(group)}")
+    return {str(name): _build(cfg, f"{group}.{name}") for name in nodes}
 
 
 def _package_line(group: str) -> str:

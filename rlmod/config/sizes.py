@@ -72,6 +72,18 @@ def _divisors(n: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What a run puts up with before it stops."""
+
+    max_skipped: int = 5
+    """Optimizer steps in a row whose gradient is not finite. Each is skipped on all ranks; after so many the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 1:
+            raise ValueError(f"guard.max_skipped must be at least 1, got {self.max_skipped}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Validation:
     """Settings of validation on held-out problems: mean@n over the sampler's n completions, and pass@k for each k in ``pass_at``."""
 

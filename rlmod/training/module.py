@@ -25,7 +25,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
-from rlmod.config.sizes import Batch, Validation
+from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
@@ -99,7 +99,7 @@ class RLModule(L.LightningModule):
         validation: Validation | None = None,
         batch: Batch | None = None,
         threshold: float = 0.5,
-        max_skipped_steps: int = 5,
+        guard: Guard | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class RLModule(L.LightningModule):
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled = 0
-        self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0
+        self.guard, self.skipped_in_a_row = guard or Guard(), 0
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
@@ -297,7 +297,7 @@ class RLModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm. Skip a step whose gradient is 0 on all ranks, or not finite on any, momentum and weight decay included.
 
-        ValueError after ``max_skipped_steps`` steps in a row that were not finite: the weights are those of the last good step.
+        ValueError after ``guard.max_skipped`` steps in a row that were not finite: the weights are those of the last good step.
         """
         norm = gradient_norm(self.trainer.strategy, self.policy)
         self.step_metrics.add("grad_norm", norm)
@@ -317,7 +317,7 @@ class RLModule(L.LightningModule):
                 log.warning(
                     "step %d is skipped: the norm of its gradient is not finite (%s); %s", step, norm.item(), loss
                 )
-            if self.skipped_in_a_row >= self.max_skipped_steps:
+            if self.skipped_in_a_row >= self.guard.max_skipped:
                 raise ValueError(
                     f"step {step}: the gradient was not finite in {self.skipped_in_a_row} steps in a row (guard.max_skipped); the weights "
                     "are those of the last good step. Lower the learning rate, or look for a reward or a loss that is not finite"

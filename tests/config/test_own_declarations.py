@@ -99,6 +99,8 @@ def test_a_filter_of_the_wrong_shape_is_refused(mine, monkeypatch):
     [
         ("filter=unknown", ["filter", "keep_all"]),
         ("batch=unknown", ["batch=unknown", "batch.KEY=VALUE"]),
+        ("guard=unknown", ["guard=unknown", "guard.KEY=VALUE"]),
+        ("guard.max_skipped=0", ["guard.max_skipped must be at least 1, got 0"]),
         ("zero_reward=unknown", ["zero_reward=unknown", "zero_reward.KEY=VALUE"]),
         ("validation=unknown", ["validation=unknown", "validation.KEY=VALUE"]),
     ],

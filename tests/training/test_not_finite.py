@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from tests.command_line import SHORT, run_train
+from tests.processes import ended, started
 
 CALLS: list[int] = []
 """One entry per call of the loss in this process."""
@@ -22,11 +24,13 @@ class Spiked(ClippedSurrogate):
 
     steps: tuple[int, ...] = ()
     infinite: bool = False
+    rank: int = 0
+    """Where it happens."""
 
     def __call__(self, logprobs, rollouts) -> Any:
         per_token, metrics = super().__call__(logprobs, rollouts)
         CALLS.append(len(CALLS) + 1)
-        if CALLS[-1] in self.steps:
+        if CALLS[-1] in self.steps and self.rank == (dist.get_rank() if dist.is_initialized() else 0):
             spike = torch.zeros_like(per_token)
             spike[0, 0] = float("inf" if self.infinite else "nan")
             per_token = per_token + spike * logprobs
@@ -73,3 +77,21 @@ def test_too_many_in_a_row_stop_the_run(train):
         train("run", [2, 3], "guard.max_skipped=2")
     assert "step 3: the gradient was not finite in 2 steps in a row (guard.max_skipped)" in str(stop.value)
     train("apart", [1, 3], "guard.max_skipped=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_skip_the_step_of_which_one_has_a_bad_loss(strategy, tmp_path):
+    output = ended(
+        started(
+            *SHORT, f"strategy={strategy}", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_epochs=4", "data.validation=null",
+            "batch.micro_batch=1000", "loss._target_=tests.training.test_not_finite.Spiked", "+loss.steps=[2]", "+loss.rank=1",
+            f"output={tmp_path / 'run'}",
+        )
+    )  # fmt: skip
+    assert output.count("step 2 is skipped") == 1
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        skipped = [float(row["train/skipped_steps"]) for row in csv.DictReader(file) if row["train/skipped_steps"]]
+    assert skipped == [0.0, 1.0, 0.0, 0.0]
+    weights = load_file(max((tmp_path / "run").glob("checkpoints/step-*/policy/model.safetensors")))
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
