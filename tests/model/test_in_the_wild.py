@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from tokenizers import AddedToken, processors
 
+from rlmod.adapter.lora import LoRA
 from rlmod.guide.demonstrations import Demonstrations
 from rlmod.model import noise
 from rlmod.model.logprobs import completion_logprobs
@@ -70,6 +71,14 @@ def test_a_policys_own_dropout_is_off_unless_it_is_wanted(tmp_path):
     assert on.training
     assert not noise.rates(off)
     assert noise.rates(on)["transformer.drop.p"] == 0.1
+
+
+def test_the_dropout_of_an_adapter_stays(tmp_path):
+    fresh = HFPolicy(path="tiny", adapter=LoRA(rank=2, dropout=0.1))
+    tokenizer = fresh.tokenizer()
+    save_policy(fresh.model(tokenizer), tokenizer, tmp_path / "adapter")
+    for specification in (fresh, HFPolicy(path=str(tmp_path / "adapter"))):
+        assert {rate for name, rate in noise.rates(specification.model(tokenizer)).items() if "lora" in name} == {0.1}
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
