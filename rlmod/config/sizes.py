@@ -73,7 +73,7 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What a run puts up with before it stops."""
+    """The limits of what a run puts up with before it stops."""
 
     max_skipped: int = 5
     """Optimizer steps in a row whose gradient is not finite. Each is skipped on all ranks; after so many the run stops."""
