@@ -17,6 +17,7 @@ only place that reads a declaration, and ``DEFAULTS`` holds the default of each:
     proportional_to_advantage  True if a loss is 0 where the advantage is 0, so completions without advantage need no forward pass
     counts_for_correctness     True if a reward tells correct from incorrect completions (a length penalty does not)
     pointwise                  True if a reward scores each completion independently and may run in a thread during sampling
+    skip_special_tokens        True if a reward reads texts without any special token
 
 ``reads`` decides whether pi_old's log-probabilities and entropies are computed before the training step, whether a reference is needed,
 and whether the training forward pass has to return the policy's entropy.
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "proportional_to_advantage": False,
     "counts_for_correctness": True,
     "pointwise": False,
+    "skip_special_tokens": False,
 }
 """The values for components that do not declare them."""
 
@@ -184,10 +186,14 @@ class Guide(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Declares ``counts_for_correctness`` and ``pointwise``."""
+    """Declares ``counts_for_correctness``, ``pointwise`` and ``skip_special_tokens``."""
 
-    def __call__(self, texts: Texts) -> Sequence[float] | Float[Tensor, " R"] | Mapping[str, Sequence[float] | Tensor]:
-        """Return one number per completion, or a mapping of named terms whose sum is the reward."""
+    def __call__(self, texts: Texts) -> Any:
+        """Return one number per completion, or a mapping of named terms whose sum is the reward.
+
+        The numbers are a sequence or a tensor with one entry per row. None in a sequence: the reward abstains, and the completion is left
+        out of its group. A reward may also return ``RewardResult`` (rlmod/reward/_failures.py), which tells on which completions it failed.
+        """
         ...
 
 

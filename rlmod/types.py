@@ -52,6 +52,8 @@ class Prompts:
     ids: Int[Tensor, "R P"]
     mask: Bool[Tensor, "R P"]
     problems: tuple[Problem, ...]
+    padding: bool = False
+    """True if the batch only gives this rank as many batches as the others have; its results do not count."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -112,6 +114,9 @@ class Rollouts:
     """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None
     """The sum of the reward terms that count for correctness, without length penalties and the like."""
+    abstained: Bool[Tensor, " R"] | None = None
+    """True if the reward has no value for the row. Its mask is False everywhere, so that nothing counts it. ``rewards`` and ``outcomes``
+    hold the mean of its group."""
     logprobs: Float[Tensor, "R T"] | None = None
     """Log-probabilities under the policy that sampled the row (pi_old, or the guide), at the sampling temperature, in nats."""
     entropy: Float[Tensor, "R T"] | None = None
@@ -180,7 +185,7 @@ def require(value: Tensor | None, name: str) -> Tensor:
 
 
 PROMPT_FIELDS = frozenset({"prompt_ids", "prompt_mask"})
-ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "from_guide", "sub_batch"})
+ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "abstained", "from_guide", "sub_batch"})
 TENSOR_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name != "extra")
 TOKEN_FIELDS = frozenset(TENSOR_FIELDS) - PROMPT_FIELDS - ROW_FIELDS
 PADDING = {**dict.fromkeys(PROMPT_FIELDS, "left"), **dict.fromkeys(TOKEN_FIELDS, "right")}

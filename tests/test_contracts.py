@@ -41,6 +41,7 @@ def full(seed: int = 0) -> Rollouts:
         reference_logprobs=noise(), policy_entropy=-noise(), advantages=noise() * rollouts.mask,
         weights=rollouts.mask / rollouts.mask.sum(), from_guide=torch.arange(len(rollouts)) % 3 == 0,
         truncated=torch.arange(len(rollouts)) % 4 == 0, sub_batch=torch.zeros_like(rollouts.group),
+        abstained=torch.zeros(len(rollouts), dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def poisoned(rollouts: Rollouts, reads: frozenset[str]) -> Rollouts:
     changes = {}
     for name in TENSOR_FIELDS:
         value = getattr(rollouts, name)
-        if name in reads or name in ALWAYS:
+        if name in reads or name in ALWAYS or value is None:
             continue
         if value.is_floating_point():
             changes[name] = torch.full_like(value, torch.nan)

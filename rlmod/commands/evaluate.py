@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     logging.captureWarnings(True)
     reward = build_reward(cfg.reward)
     if cfg.completions is not None:
-        return _write_rewards(Path(cfg.completions), reward, cfg.output)
+        return _write_rewards(Path(cfg.completions), reward, cfg.output, cfg.column)
     return _evaluate_policy(cfg, reward)
 
 
-def _write_rewards(source: Path, reward: Any, output: str | None) -> dict[str, Any]:
-    """Add ``reward`` (and its named terms) to each line, and return the summary. The output is written completely or not at all."""
+def _write_rewards(source: Path, reward: Any, output: str | None, column: str) -> dict[str, Any]:
+    """Add the reward, as ``column``, and its named terms to each line, and return the summary.
+
+    The output is written completely or not at all. A completion from which the reward abstains gets null.
+    """
     from rlmod.reward._compute import compute_rewards
+    from rlmod.reward._failures import check_failure_shares, failure_metrics
     from rlmod.types import Texts
 
     if output is None or Path(output).suffix != ".jsonl":
@@ -62,23 +67,46 @@ def _write_rewards(source: Path, reward: Any, output: str | None) -> dict[str, A
     if target.resolve() == source.resolve():
         raise ValueError(f"output={output} is the input file: give another path")
     located = list(_read_completions(source))
+    _check_columns(located, column)
     records = [record for _, record in located]
     texts = Texts(completions=[r["completion"] for r in records], answers=[_answer_text(r["answer"]) for r in records])
     try:
-        rewards, terms, _ = compute_rewards(reward, texts)
+        result = compute_rewards(reward, texts)
+        check_failure_shares(result)
     except ValueError as error:
         raise ValueError(f"{_find_refused_line(reward, located) or source}: {error}") from error
     for row, record in enumerate(records):
-        record["reward"] = float(rewards[row])
-        if terms:
-            record["terms"] = {name: float(values[row]) for name, values in terms.items()}
+        none = bool(result.abstained[row])
+        record[column] = None if none else float(result.rewards[row])
+        if result.terms:
+            numbers = {name: None if none else float(values[row]) for name, values in result.terms.items()}
+            record[terms_column(column)] = numbers
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    os.replace(partial, target)
-    mean = float(rewards.mean())
-    print(f"mean reward {mean:.4f} of {len(records)} completions; {target}")
-    return {"mean_reward": mean, "completions": len(records), "output": str(target)}
+    unfinished = target.with_name(f".partial-{target.name}")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    unfinished.write_text(lines, encoding="utf-8")
+    os.replace(unfinished, target)
+    failures = {name: int(number) for name, number in failure_metrics([result.failed], result.abstained).items()}
+    counted = result.rewards[~result.abstained]
+    mean = float(counted.mean()) if len(counted) else None
+    said = "".join(f", {number} {name.removeprefix('failures/')}" for name, number in failures.items() if number)
+    print(f"mean reward {'-' if mean is None else f'{mean:.4f}'} of {len(counted)} completions{said}; {target}")
+    summary = {"mean_reward": mean, "completions": len(records), "without_reward": len(records) - len(counted)}
+    return {**summary, **failures, "output": str(target)}
+
+
+def terms_column(column: str) -> str:
+    """Return the name of the column of named terms beside ``column``."""
+    return "terms" if column == "reward" else f"{column}_terms"
+
+
+def _check_columns(located: list[tuple[str, dict[str, Any]]], column: str) -> None:
+    for where, record in located:
+        for name in (column, terms_column(column)):
+            if name in record:
+                raise ValueError(
+                    f"{where}: there is a field {name} already, which would be overwritten; name another one, as column=my_{column}"
+                )
 
 
 def _find_refused_line(reward: Any, located: list[tuple[str, dict[str, Any]]]) -> str | None:
@@ -179,11 +207,13 @@ def _sample_and_write(
     from rich.progress import track
 
     from rlmod.config.sizes import Validation
-    from rlmod.interfaces import sync
+    from rlmod.interfaces import declared, sync
     from rlmod.model.policy import completion_texts
     from rlmod.rollout.validation import sample_and_grade, validation_seed
 
     samples: list[dict[str, Any]] = []
+    skip = bool(declared(reward, "skip_special_tokens"))
+    decode = partial(completion_texts, tokenizer, skip_special_tokens=skip)
     settings = Validation(sampler=sampler, reward=reward, threshold=cfg.threshold)
     sync(sampler, policy)
     starts = range(0, len(encoded.problems), cfg.prompts_per_batch)
@@ -194,7 +224,7 @@ def _sample_and_write(
                 policy,
                 encoded.batch(range(start, stop)).to(device),
                 settings,
-                decode=lambda rows: completion_texts(tokenizer, rows),
+                decode=decode,
                 seed=validation_seed(cfg.run_seed, cfg.seed, batch),
             )
             texts = graded.texts
@@ -204,8 +234,8 @@ def _sample_and_write(
                     "prompt": problem.prompt,
                     "answer": problem.answer,
                     "completion": texts.completions[row],
-                    "reward": float(graded.rewards[row]),
-                    "correct": bool(graded.correct[row]),
+                    "reward": None if graded.abstained[row] else float(graded.rewards[row]),
+                    "correct": None if graded.abstained[row] else bool(graded.correct[row]),
                     "truncated": (texts.truncated or ())[row],
                     "length": (texts.lengths or ())[row],
                 }
@@ -238,11 +268,21 @@ def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: 
 
     from rlmod.training.metrics import pass_at_k
 
-    correct = torch.tensor([sample["correct"] for sample in samples]).view(-1, n)
-    values = {f"mean@{n}": correct.double().mean(1)} | {f"pass@{k}": pass_at_k(correct, k) for k in cfg.pass_at}
+    counted = torch.tensor([sample["correct"] is not None for sample in samples]).view(-1, n)
+    correct = torch.tensor([bool(sample["correct"]) for sample in samples]).view(-1, n)
+    # A problem without a reward for any of its completions is left out: 0 / 0 is NaN.
+    values = {f"mean@{n}": correct.double().sum(1) / counted.sum(1)}
+    values |= {f"pass@{k}": pass_at_k(correct, k, counted) for k in cfg.pass_at}
     summary: dict[str, Any] = {"problems": len(correct), "completions_per_problem": n, "dropped_problems": dropped}
+    summary["completions_without_reward"] = int((~counted).sum())
+    without = summary["completions_without_reward"]
     table = Table("metric", "value", "95 % interval", title=f"{cfg.policy.path} on {len(correct)} problems")
     for name, per_problem in values.items():
+        per_problem = per_problem[~per_problem.isnan()]
+        if not len(per_problem):
+            raise ValueError(
+                f"{name} cannot be computed: the reward abstained from too many completions of every problem"
+            )
         low, high = interval(per_problem.tolist())
         summary[name] = {"value": float(per_problem.mean()), "interval": [low, high]}
         table.add_row(name, f"{float(per_problem.mean()):.4f}", f"{low:.4f} to {high:.4f}")
@@ -257,6 +297,8 @@ def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: 
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     Console().print(table)
     print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated; {folder}")
+    if without:
+        print(f"the reward abstained from {without} of {len(samples)} completions, which do not count")
     return {**summary, "folder": str(folder)}
 
 

@@ -31,6 +31,7 @@ from rlmod.interfaces import (
     check_declarations,
 )
 from rlmod.model.policy import HFPolicy
+from rlmod.reward._failures import RewardSettings
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.rollout.zero_reward import ZeroReward
 
@@ -182,11 +183,16 @@ def _dry_run(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+REWARD_SETTINGS = get_type_hints(RewardSettings)
+"""Keys that any reward accepts; a reward that has no such field is wrapped in Supervised."""
+
+
 def build_reward(config: Mapping[Any, Any]) -> Reward:
     """Build the reward of a config. ValueError that names the key if it cannot be imported or built.
 
     A class is instantiated. A plain function is the reward itself, and the other keys are its arguments; a function that returns a reward
-    needs ``_partial_: false``. The same holds for the rewards inside ``terms``.
+    needs ``_partial_: false``. The same holds for the rewards inside ``terms``. The keys of ``RewardSettings``, such as ``on_error``, are
+    settings of any reward.
     """
     node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), "reward")
@@ -216,6 +222,8 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
     node = dict(node)
     if inspect.isfunction(resolved):
         node.setdefault("_partial_", True)
+    accepted = inspect.signature(resolved).parameters
+    settings = {name: node.pop(name) for name in REWARD_SETTINGS if name in node and name not in accepted}
     if isinstance(node.get("reward"), dict):  # a reward that wraps another one
         node["reward"] = _functions_as_partials(node["reward"], f"{key}.reward")
     terms = node.get("terms")
@@ -226,7 +234,12 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
             else term
             for name, term in terms.items()
         }
-    return node
+    for name, value in settings.items():
+        check_value(value, REWARD_SETTINGS[name], f"{key}.{name}")
+    settings = {name: value for name, value in settings.items() if value != getattr(RewardSettings, name)}
+    if not settings:
+        return node
+    return {"_target_": "rlmod.reward._supervised.Supervised", "supervised": node, **settings}
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -20,10 +20,10 @@ class DynamicSampling:
     Source: DAPO, arXiv:2503.14476, sec. 3.2, eq. 11.
     Differs: a refill samples as many prompts as the share of kept groups suggests are needed, not a whole batch.
     Degenerate: no group is kept in the whole rollout batch: its optimizer steps are skipped, with a warning.
-    Reads: rewards, outcomes, group, from_guide.
+    Reads: rewards, outcomes, group, mask, from_guide.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "from_guide"})
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "from_guide"})
 
     max_generation_batches: int = 10
     over: Literal["union", "own"] = "union"
@@ -38,5 +38,7 @@ class DynamicSampling:
 
     def __call__(self, rollouts: Rollouts) -> Bool[Tensor, " groups"]:
         index, groups = group_index(rollouts.group)
-        on_policy = None if rollouts.from_guide is None or self.over == "union" else ~rollouts.from_guide
-        return has_signal(rollouts.correctness_score, index, groups, self.threshold, rows=on_policy)
+        rows = rollouts.mask.any(1)  # a reward may abstain from a completion
+        if rollouts.from_guide is not None and self.over == "own":
+            rows = rows & ~rollouts.from_guide
+        return has_signal(rollouts.correctness_score, index, groups, self.threshold, rows=rows)

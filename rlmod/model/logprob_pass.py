@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rlmod.contracts import check_per_token, name_component_on_error
 from rlmod.interfaces import Reference
 from rlmod.model.logprobs import logprobs_and_entropy
 from rlmod.model.packing import pack_by_length
@@ -42,7 +43,11 @@ def logprob_pass(
             assert micro_batch_entropy is not None
             entropy[index, :length] = micro_batch_entropy
         if reference is not None:
-            reference_logprobs[index, :length] = reference(policy, micro_batch, temperature) * micro_batch.mask
+            with name_component_on_error("reference", reference):
+                found = check_per_token(
+                    reference(policy, micro_batch, temperature), micro_batch, "reference", reference
+                )
+            reference_logprobs[index, :length] = found * micro_batch.mask
     if pi_old:
         rollouts = replace(
             rollouts, logprobs=logprobs if rollouts.logprobs is None else rollouts.logprobs, entropy=entropy

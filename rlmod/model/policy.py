@@ -181,11 +181,14 @@ class HFPolicy:
         )
 
 
-def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -> list[str]:
+def completion_texts(
+    tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts, *, skip_special_tokens: bool = False
+) -> list[str]:
     """Return the text of each completion: the tokens under the mask, without BOS, EOS, padding and unknown tokens.
 
     Other special tokens stay, because a reward may look for them: a tokenizer may list ``<think>`` among its special tokens. A special
     token at the end of a completion that is not truncated counts as its EOS, because a model may have several EOS tokens.
+    ``skip_special_tokens`` removes all of them.
     """
     counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -195,7 +198,7 @@ def completion_texts(tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts) -
     for row, truncated in zip([row.tolist() for row in counted], rollouts.truncated.tolist(), strict=True):
         ended = bool(row) and not truncated and row[-1] in special
         ids.append([token for token in (row[:-1] if ended else row) if token not in removed])
-    return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=False))
+    return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -237,6 +240,13 @@ def save_policy(
     _add_rope_keys(folder / "config.json")
     for file in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner only
         shutil.copymode(folder / "tokenizer_config.json", file)
+
+
+def placeholders(policy: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict with one number per weight, tied where the weights are tied: enough to try ``save_policy``."""
+    numbers: dict[int, Tensor] = {}
+    state = policy.state_dict()
+    return {name: numbers.setdefault(weight.data_ptr(), torch.zeros(1)) for name, weight in state.items()}
 
 
 def _add_rope_keys(path: Path) -> None:

@@ -1,9 +1,9 @@
 """String equality with the answer."""
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlmod.reward._patterns import check_pattern, last_match
 from rlmod.types import Texts, accepted_answers
 
 
@@ -15,6 +15,7 @@ class ExactMatch:
     whole match if the pattern has no group. Without a pattern it is the whole completion.
 
     Source: none; the simplest verifiable reward.
+    Differs: a pattern that takes longer than 5 s on a completion is an error of the reward.
     Degenerate: a completion that the pattern does not match is incorrect, even if the answer is empty.
     Reads: completions, answers.
     """
@@ -26,10 +27,7 @@ class ExactMatch:
     incorrect: float = 0.0
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from error
+        check_pattern(self.pattern or "")
 
     def __call__(self, texts: Texts) -> list[float]:
         return [
@@ -42,9 +40,5 @@ class ExactMatch:
     def _extracted(self, completion: str) -> str | None:
         if self.pattern is None:
             return completion.strip()
-        matches = list(re.finditer(self.pattern, completion))
-        if not matches:
-            return None
-        last = matches[-1]
-        text = last[1] if last.re.groups else last[0]
+        text = last_match(self.pattern, completion)
         return None if text is None else text.strip()

@@ -1,9 +1,9 @@
 """A reward for completions with a given format."""
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlmod.reward._patterns import check_pattern, matches_whole
 from rlmod.types import Texts
 
 
@@ -15,6 +15,7 @@ class Format:
     after it. To allow text before it, say so in the pattern: ``.*<answer>.*</answer>\s*``.
 
     Source: the format reward of DeepSeek-R1, arXiv:2501.12948, sec. 2.2.2, which gives no pattern.
+    Differs: a pattern that takes longer than 5 s on a completion is an error of the reward.
     Degenerate: an empty completion is correct only if the pattern matches the empty text.
     Reads: completions.
     """
@@ -26,11 +27,7 @@ class Format:
     incorrect: float = 0.0
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern, re.DOTALL)
-        except re.error as error:
-            raise ValueError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from error
+        check_pattern(self.pattern)
 
     def __call__(self, texts: Texts) -> list[float]:
-        pattern = re.compile(self.pattern, re.DOTALL)
-        return [self.correct if pattern.fullmatch(completion) else self.incorrect for completion in texts.completions]
+        return [self.correct if matches_whole(self.pattern, text) else self.incorrect for text in texts.completions]

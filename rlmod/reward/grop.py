@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlmod.interfaces import Reward, SupportsPrepare, declared
-from rlmod.reward._compute import compute_rewards
+from rlmod.reward._compute import add_terms, compute_rewards
+from rlmod.reward._failures import RewardResult
 from rlmod.reward.overlong import Overlong
 from rlmod.types import Problem, Texts
 
@@ -63,7 +64,7 @@ class Grop:
         if isinstance(self.reward, SupportsPrepare):
             self.reward.prepare(problems, tokenizer)
 
-    def __call__(self, texts: Texts) -> dict[str, Tensor]:
+    def __call__(self, texts: Texts) -> RewardResult:
         if texts.lengths is None or texts.group is None:
             raise ValueError(
                 "the reward Grop compares the lengths of a group's completions in tokens, but recorded completions have neither: "
@@ -74,9 +75,11 @@ class Grop:
         lengths, group = torch.tensor(texts.lengths, dtype=torch.float32), torch.tensor(texts.group)
         penalty = torch.zeros_like(base.rewards)
         for g in group.unique():
-            rows = group == g
-            penalty[rows] = self._group_penalty(lengths[rows], correct[rows])
-        return {**(base.terms or {"base": base.rewards}), "grop": penalty}
+            rows = (group == g) & ~base.abstained
+            if rows.any():
+                penalty[rows] = self._group_penalty(lengths[rows], correct[rows])
+        terms = {**(base.terms or {"base": base.rewards}), "grop": penalty}
+        return add_terms(terms, self, texts, base.abstained, base.failed)
 
     def _group_penalty(self, lengths: Float[Tensor, " G"], correct: Tensor) -> Float[Tensor, " G"]:
         n, size = int(correct.sum()), len(correct)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from rlmod.interfaces import SupportsPrepare, declared
-from rlmod.reward._compute import RewardError, compute_rewards
+from rlmod.reward._compute import add_terms, compute_rewards
+from rlmod.reward._failures import FailedRows, RewardError, RewardResult
 from rlmod.types import Problem, Texts
 
 
@@ -22,6 +24,7 @@ class Weighted:
     Grop's, is logged as ``term/penalty``.
 
     Source: none.
+    Differs: if one term abstains from a completion, so does the sum.
     Degenerate: a term of weight 0 is still computed, and logged as 0.
     Reads: the fields that its terms read.
     """
@@ -79,14 +82,19 @@ class Weighted:
                 with _prefix_errors(name):
                     term["reward"].prepare(problems, tokenizer)
 
-    def __call__(self, texts: Texts) -> dict[str, Tensor]:
+    def __call__(self, texts: Texts) -> RewardResult:
         values: dict[str, Tensor] = {}
+        abstained = torch.zeros(len(texts), dtype=torch.bool)
+        failed: dict[str, FailedRows] = {}
         for name, term in self.terms.items():
             with _prefix_errors(name):
                 result = compute_rewards(term["reward"], texts)
             values[name] = term["weight"] * result.outcomes
             values |= {f"{name}/{inner}": term["weight"] * result.terms[inner] for inner in self._excluded_inner(name)}
-        return values
+            abstained = abstained | result.abstained
+            failed |= {f"{name}/{inner}".rstrip("/"): rows for inner, rows in result.failed.items()}
+        values = {name: numbers.masked_fill(abstained, 0) for name, numbers in values.items()}
+        return add_terms(values, self, texts, abstained, failed)
 
 
 @contextmanager

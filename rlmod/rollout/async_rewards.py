@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlmod.interfaces import Reward, Sampler, declared
-from rlmod.reward._compute import RewardError, RewardResult, compute_rewards
+from rlmod.reward._compute import compute_rewards
+from rlmod.reward._failures import FailedRows, RewardError, RewardResult
 from rlmod.rollout.groups import select_texts, texts_for_reward
 from rlmod.types import Problem, Rollouts, Texts
 
@@ -51,7 +52,8 @@ class AsyncRewards:
         if rollouts.from_guide is not None:  # the guide's rows lie between the sampled ones, which keep their order
             sampled = sampled[~rollouts.from_guide.cpu()]
         missing = torch.ones(len(rollouts), dtype=torch.bool)
-        rows, results = [sampled[index] for index, _ in self.submitted], [each.result() for _, each in self.submitted]
+        rows = [sampled[index] for index, _ in self.submitted]
+        results = [each.result() for _, each in self.submitted]
         for index in rows:
             missing[index] = False
         if missing.any():
@@ -62,7 +64,7 @@ class AsyncRewards:
             raise RewardError(f"the reward returned different terms for different completions: {sorted(names)}")
 
         def scatter(values: Sequence[Tensor]) -> Tensor:
-            combined = torch.empty(len(rollouts), dtype=torch.float32)  # under bf16-true the default would be 16 bits
+            combined = values[0].new_empty(len(rollouts))
             for index, value in zip(rows, values, strict=True):
                 combined[index] = value
             return combined
@@ -71,6 +73,15 @@ class AsyncRewards:
             rewards=scatter([each.rewards for each in results]),
             terms={name: scatter([each.terms[name] for each in results]) for name in results[0].terms},
             outcomes=scatter([each.outcomes for each in results]),
+            abstained=scatter([each.abstained for each in results]),
+            failed={
+                name: FailedRows(
+                    scatter([each.failed[name].timeouts for each in results]),
+                    scatter([each.failed[name].errors for each in results]),
+                    rows_of.max_share,
+                )
+                for name, rows_of in results[0].failed.items()
+            },
         )
 
     def close(self) -> None:

@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from rlmod.contracts import name_component_on_error
 from rlmod.interfaces import Filter, Guide, Reward, Sampler, declared
-from rlmod.reward._compute import RewardResult, compute_rewards
+from rlmod.reward._compute import compute_rewards
+from rlmod.reward._failures import RewardResult
 from rlmod.rollout.async_rewards import AsyncRewards, supports_async_rewards
-from rlmod.rollout.groups import RewardedGroups, interleave, reward_groups, select_texts
+from rlmod.rollout.groups import RewardedGroups, interleave, reward_groups, select_texts, without_abstained
 from rlmod.rollout.metrics import rollout_metrics
 from rlmod.rollout.zero_reward import ZeroReward, add_zero_reward
 from rlmod.types import Prompts, Rollouts, Texts, concatenate
@@ -76,7 +78,8 @@ class Stages:
     def sample_guide(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
         """Sample the guide's completions of these prompts. Their log-probabilities are the guide's, their entropy is the policy's."""
         assert self.guide is not None
-        rows = self.guide(prompts, completions_per_prompt, self.seed(next(self.guide_calls), 1))
+        with name_component_on_error("guide", self.guide):
+            rows = self.guide(prompts, completions_per_prompt, self.seed(next(self.guide_calls), 1))
         entropy = self.logprob_pass(replace(rows, logprobs=None, entropy=None)).entropy
         return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
 
@@ -126,6 +129,7 @@ def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"],
     missing = prompts - int(kept.sum())
     fillers = ~kept & ((~kept).cumsum(0) <= missing)
     rows = (kept | fillers)[rollouts.group]
+    rollouts = without_abstained(rollouts)
     rollouts = replace(rollouts, mask=rollouts.mask & kept[rollouts.group][:, None]).rows(rows)
     texts = select_texts([batch.texts for batch in batches], rows)
     return RolloutBatch(rollouts=rollouts, texts=texts, metrics=rollout_metrics(batches, kept, prompts))

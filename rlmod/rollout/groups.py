@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlmod.contracts import component_name, name_component_on_error
 from rlmod.interfaces import Filter
 from rlmod.ops import group_sum, has_signal
-from rlmod.reward._compute import RewardResult
+from rlmod.reward._failures import FailedRows, RewardResult, check_failure_shares
 from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate
 
 
@@ -24,6 +25,8 @@ class RewardedGroups:
     texts: Texts
     terms: dict[str, Float[Tensor, " R"]]
     """The reward's named terms, one value per completion."""
+    failed: dict[str, FailedRows]
+    """The completions on which a reward failed, by term."""
     kept: Bool[Tensor, " groups"]
     """True if the filter keeps the group."""
     signal: Bool[Tensor, " groups"]
@@ -46,12 +49,15 @@ class RewardedGroups:
         new_index[groups] = torch.arange(len(groups), device=groups.device)
         group = new_index[self.group_of_row]
         chosen = group >= 0
-        return replace(self.rollouts.rows(chosen), group=group[chosen], rewards=None, outcomes=None)
+        rows = self.rollouts.rows(chosen)
+        return replace(rows, group=group[chosen], rewards=None, outcomes=None, abstained=None)
 
     def any_correct(self, threshold: float) -> Bool[Tensor, " groups"]:
         """Return True for groups with a correct completion, on-policy or the guide's."""
-        correct = (self.rollouts.correctness_score > threshold).float()
-        return group_sum(correct, self.group_of_row, len(self.prompts)) > 0
+        correct = self.rollouts.correctness_score > threshold
+        if self.rollouts.abstained is not None:
+            correct = correct & ~self.rollouts.abstained
+        return group_sum(correct.float(), self.group_of_row, len(self.prompts)) > 0
 
 
 def interleave(on_policy: Rollouts, guide: Rollouts) -> Rollouts:
@@ -74,30 +80,59 @@ def reward_groups(
 ) -> RewardedGroups:
     """Decode the completions, compute their rewards, and let the filter choose the groups that train.
 
-    RewardError if the reward fails, ValueError if the filter does not return one bool per group.
+    RewardError if the reward fails, or on more completions than it may; ValueError if the filter does not return one bool per group.
     """
     texts = texts_for_reward(rollouts, prompts.problems, decode)
     result = compute(rollouts, texts)
+    check_failure_shares(result)
     group, groups = rollouts.group, len(prompts)
-    rewards, outcomes = result.rewards.to(group.device), result.outcomes.to(group.device)
-    rollouts = replace(rollouts, rewards=rewards, outcomes=outcomes)
-    on_policy = torch.ones_like(outcomes, dtype=torch.bool) if rollouts.from_guide is None else ~rollouts.from_guide
+    abstained, device = result.abstained.to(group.device), group.device
+    rewards, outcomes = (
+        _fill_abstained(values.to(device), abstained, group, groups) for values in (result.rewards, result.outcomes)
+    )
+    rollouts = replace(rollouts, rewards=rewards, outcomes=outcomes, abstained=abstained)
+    own = ~abstained if rollouts.from_guide is None else ~abstained & ~rollouts.from_guide
     correct = outcomes > threshold
+    any_own = group_sum(own.float(), group, groups) > 0
     return RewardedGroups(
         prompts=prompts,
         rollouts=replace(rollouts, group=group + first_group),
         texts=replace(texts, group=[int(g) + first_group for g in group]),
         terms=result.terms,
-        kept=_validate_kept(keep(rollouts), keep, groups).to(group.device),
-        signal=has_signal(outcomes, group, groups, threshold),
-        all_correct=group_sum((on_policy & ~correct).float(), group, groups) == 0,
-        all_incorrect=group_sum((on_policy & correct).float(), group, groups) == 0,
+        failed=result.failed,
+        kept=_apply_filter(keep, without_abstained(rollouts), groups).to(device),
+        signal=has_signal(outcomes, group, groups, threshold, rows=~abstained),
+        all_correct=any_own & (group_sum((own & ~correct).float(), group, groups) == 0),
+        all_incorrect=any_own & (group_sum((own & correct).float(), group, groups) == 0),
         first_group=first_group,
     )
 
 
+def _apply_filter(keep: Filter, rollouts: Rollouts, groups: int) -> Bool[Tensor, " groups"]:
+    with name_component_on_error("filter", keep):
+        return _validate_kept(keep(rollouts), keep, groups)
+
+
+def without_abstained(rollouts: Rollouts) -> Rollouts:
+    """Mask out the rows from which the reward abstained, so that no statistics and no loss count them."""
+    if rollouts.abstained is None or not bool(rollouts.abstained.any()):
+        return rollouts
+    return replace(rollouts, mask=rollouts.mask & ~rollouts.abstained[:, None])
+
+
+def _fill_abstained(
+    values: Float[Tensor, " R"], abstained: Bool[Tensor, " R"], group: Int[Tensor, " R"], groups: int
+) -> Float[Tensor, " R"]:
+    """Set rows without a value to the mean of their group, which leaves the mean as it is for a component that overlooks the mask."""
+    if not bool(abstained.any()):
+        return values
+    counted = (~abstained).to(values.dtype)
+    mean = group_sum(values * counted, group, groups) / group_sum(counted, group, groups).clamp(min=1)
+    return torch.where(abstained, mean[group], values)
+
+
 def _validate_kept(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
-    name = getattr(keep, "__qualname__", type(keep).__qualname__)
+    name = component_name(keep)
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (groups,):
         found = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmod import ops
 from rlmod.interfaces import Sampler, WeightSyncedSampler
+from rlmod.reward._failures import failure_metrics
 from rlmod.rollout.groups import RewardedGroups
 from rlmod.types import Rollouts, concatenate, require
 
@@ -28,8 +29,9 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
     )
     on_policy = torch.ones_like(rollouts.truncated) if rollouts.from_guide is None else ~rollouts.from_guide
     lengths = rollouts.mask.sum(1).float()
+    scored = on_policy if rollouts.abstained is None else on_policy & ~rollouts.abstained
     metrics = {
-        "reward/mean": require(rollouts.rewards, "rewards")[on_policy].mean(),
+        "reward/mean": require(rollouts.rewards, "rewards")[scored].mean(),
         "completions/length": lengths[on_policy].mean(),
         "completions/longest": lengths[on_policy].max(),
         "completions/truncated": rollouts.truncated[on_policy].float().mean(),
@@ -44,10 +46,18 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
     }
     for term in batches[0].terms:
         values = torch.cat([batch.terms[term] for batch in batches]).to(on_policy.device)
-        metrics[f"reward/{term}"] = values[on_policy].mean()
+        metrics[f"reward/{term}"] = values[scored].mean()
+    metrics |= failure_metrics([batch.failed for batch in batches], rollouts.abstained)
     metrics |= mean_entropy(rollouts)
     if rollouts.from_guide is not None:
         metrics |= guide_metrics(batches)
+    largest = require(rollouts.rewards, "rewards").abs().max()
+    if largest > LARGE_REWARD:
+        log.warning(
+            "The largest reward is %.3g. The standard deviation of such rewards overflows, so the advantages become 0 and the "
+            "policy learns nothing: scale the reward.",
+            float(largest),
+        )
     _log_warnings(metrics, int(on_policy.sum()), signal, torch.cat([batch.kept for batch in batches]), prompts)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -95,7 +105,7 @@ def _on_policy_tokens(rollouts: Rollouts) -> Bool[Tensor, "R T"]:
 
 
 TOTALS = ("completions/tokens", "prompts/seen", "prompts/unfilled", "guide/tokens", "zero_reward/prompts")
-"""Metrics that are summed across ranks."""
+"""Metrics that are summed across ranks, like all failures/ counts."""
 
 
 def reduce_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -111,7 +121,7 @@ def reduce_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
     reduced: dict[str, float] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         measured = [rank for rank in ranks if name in rank]
-        if name in TOTALS:
+        if name in TOTALS or name.startswith("failures/"):
             reduced[name] = sum(rank[name] for rank in measured)
         elif name == "completions/longest" or name.endswith("_max"):
             reduced[name] = max(rank[name] for rank in measured)
@@ -136,6 +146,10 @@ def guide_metrics(batches: Sequence[RewardedGroups]) -> dict[str, float]:
         "guide/length": tokens / max(len(guide), 1),
         "guide/tokens": tokens,
     }
+
+
+LARGE_REWARD = 1e15
+"""Above this the squares of rewards, which a standard deviation needs, come near the largest float32."""
 
 
 def _log_warnings(

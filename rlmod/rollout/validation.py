@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlmod.interfaces import Reward, Sampler
 from rlmod.reward._compute import compute_rewards
+from rlmod.reward._failures import check_failure_shares
 from rlmod.rollout.groups import texts_for_reward
 from rlmod.types import Prompts, Rollouts, Texts
 
@@ -39,6 +40,8 @@ class GradedBatch:
     rewards: Float[Tensor, " R"]
     """On the CPU."""
     correct: Bool[Tensor, " R"]
+    abstained: Bool[Tensor, " R"]
+    """True if the reward has no value for the completion: it counts neither as correct nor as incorrect."""
 
 
 def validation_seed(run_seed: int, validation_seed: int, batch: int, rank: int = 0) -> int:
@@ -58,8 +61,13 @@ def sample_and_grade(
     """Sample completions of held-out prompts, compute their rewards, and compare the correctness score with the threshold."""
     rollouts = settings.sampler(policy, prompts, seed)
     texts = texts_for_reward(rollouts, prompts.problems, decode)
-    rewards, _, outcomes = compute_rewards(settings.reward, texts)
-    correct = (outcomes > settings.threshold).to(rollouts.device)
+    result = compute_rewards(settings.reward, texts)
+    check_failure_shares(result)
+    device = rollouts.device
     return GradedBatch(
-        rollouts=replace(rollouts, rewards=rewards.to(rollouts.device)), texts=texts, rewards=rewards, correct=correct
+        rollouts=replace(rollouts, rewards=result.rewards.to(device), abstained=result.abstained.to(device)),
+        texts=texts,
+        rewards=result.rewards,
+        correct=(result.outcomes > settings.threshold).to(device) & ~result.abstained.to(device),
+        abstained=result.abstained.to(device),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlmod.rollout.groups import RewardedGroups, interleave, select_texts
+from rlmod.rollout.groups import RewardedGroups, interleave, select_texts, without_abstained
 from rlmod.rollout.metrics import guide_metrics
 from rlmod.types import Texts, concatenate
 
@@ -106,7 +106,7 @@ def add_zero_reward(
     measured = guide_metrics(guided)
     metrics |= {name.replace("guide/", "zero_reward/guide_"): value for name, value in measured.items()}
     metrics["guide/tokens"] = metrics.get("guide/tokens", 0.0) + measured["guide/tokens"]
-    added = concatenate([each.rollouts for each in guided]).rows(rows)
+    added = without_abstained(concatenate([each.rollouts for each in guided]).rows(rows))
     added = replace(added, sub_batch=torch.full_like(added.group, SUB_BATCH))
     texts = select_texts([each.texts for each in guided], rows)
     both = {f.name: [*getattr(batch.texts, f.name), *getattr(texts, f.name)] for f in fields(Texts)}

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlmod import ops
 from rlmod.aggregation.token_mean import TokenMean
 from rlmod.config.sizes import Batch
+from rlmod.contracts import check_per_token, name_component_on_error
 from rlmod.interfaces import Aggregation
 from rlmod.model.packing import pack_by_length, rows_that_train
 from rlmod.model.policy import embedding_rows
@@ -83,12 +84,16 @@ class RolloutLoader:
     def weigh(self, minibatch: Rollouts) -> Float[Tensor, "R T"]:
         """J = sum_k weight_k J_k: the aggregation normalizes each sub-batch separately."""
         if minibatch.sub_batch is None:
-            return self.aggregation(minibatch)
+            return self._aggregate(minibatch)
         weights = torch.zeros_like(minibatch.mask, dtype=torch.float32)
         for index, weight in enumerate(self.sub_batch_weights):
             inside = (minibatch.sub_batch == index)[:, None]
-            weights = weights + weight * self.aggregation(replace(minibatch, mask=minibatch.mask & inside))
+            weights = weights + weight * self._aggregate(replace(minibatch, mask=minibatch.mask & inside))
         return weights
+
+    def _aggregate(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
+        with name_component_on_error("aggregation", self.aggregation):
+            return check_per_token(self.aggregation(rollouts), rollouts, "aggregation", self.aggregation)
 
 
 def split(rollouts: Rollouts, number: int) -> Iterator[Rollouts]:
@@ -104,17 +109,25 @@ def _mask_out(rollouts: Rollouts) -> Rollouts:
 
 
 class PromptLoader:
-    """Batches of the problems at ``indices``, always in the same order."""
+    """Batches of a rank's problems, every world_size-th one, always in the same order.
 
-    def __init__(self, problems: EncodedProblems, indices: Sequence[int], size: int) -> None:
-        self.problems, self.indices, self.size = problems, indices, size
+    All ranks have the same number of batches, because a sharded policy is gathered by all of them for each batch. A rank without
+    problems for a batch samples the first problem, and ``Prompts.padding`` is True.
+    """
+
+    def __init__(self, problems: EncodedProblems, rank: int, ranks: int, size: int) -> None:
+        total = len(problems.problems)
+        self.problems, self.size = problems, size
+        self.indices = list(range(rank, total, ranks))
+        self.batches = math.ceil(math.ceil(total / ranks) / size)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.size)
+        return self.batches
 
     def __iter__(self) -> Iterator[Prompts]:
-        for start in range(0, len(self.indices), self.size):
-            yield self.problems.batch(self.indices[start : start + self.size])
+        for start in range(0, self.batches * self.size, self.size):
+            indices = self.indices[start : start + self.size]
+            yield replace(self.problems.batch(indices or [0]), padding=not indices)
 
 
 class RLData(L.LightningDataModule):
@@ -258,8 +271,7 @@ class RLData(L.LightningDataModule):
         assert self.trainer is not None
         if self.held_out is None:
             return []
-        indices = range(self.trainer.global_rank, len(self.held_out.problems), self.trainer.world_size)
-        return PromptLoader(self.held_out, indices, self.validation_prompts)
+        return PromptLoader(self.held_out, self.trainer.global_rank, self.trainer.world_size, self.validation_prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the random states of all ranks. Every rank must call this; Lightning saves rank 0's result."""

@@ -26,6 +26,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.config.sizes import Batch, Guard, Validation
+from rlmod.contracts import (
+    check_constant_per_completion,
+    check_correction,
+    check_loss_result,
+    check_per_token,
+    name_component_on_error,
+)
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
@@ -52,6 +59,7 @@ from rlmod.model import noise
 from rlmod.model.logprob_pass import iter_micro_batches, logprob_pass
 from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
 from rlmod.model.policy import completion_texts
+from rlmod.reward._failures import agree_on_reward_errors
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
 from rlmod.rollout.metrics import check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
 from rlmod.rollout.validation import sample_and_grade, validation_seed
@@ -61,7 +69,6 @@ from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_ful
 from rlmod.training.checkpoint import check_iterations, check_same_policy
 from rlmod.training.metrics import MeanAtK, PassAtK
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
-from rlmod.training.own_components import check_constant_per_completion, name_component_on_error
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
 
@@ -124,6 +131,12 @@ class RLModule(L.LightningModule):
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled = 0
         self.guard, self.skipped_in_a_row = guard or Guard(), 0
+        self.step_micro_batches: list[tuple[Rollouts, Float[Tensor, ""]]] = []
+        """The micro-batches of this optimizer step, with their losses."""
+        self.suspects: list[Rollouts] = []
+        """The micro-batches of the step that was not finite and stopped the run: those with such a loss, or all of them."""
+        self.checkpoint_changes: dict[str, Any] | None = None
+        """Entries of a checkpoint that replace the current state, after an iteration that failed."""
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
@@ -155,7 +168,7 @@ class RLModule(L.LightningModule):
             find_logit_transform(policy)
             stages = Stages(
                 policy=policy,
-                decode=lambda rollouts: completion_texts(self.tokenizer, rollouts),
+                decode=self._decoder(self.reward),
                 logprob_pass=lambda rows: self.logprob_pass(policy, rows),
                 next_prompts=lambda n: next_prompts(n).to(self.device),
                 sampler=self.sampler,
@@ -167,7 +180,8 @@ class RLModule(L.LightningModule):
                 seed=lambda *position: self.derived_seed(self.current_epoch, *position),
             )
             max_guided_groups = self.zero_reward.max_groups(prompts, self.trainer.world_size, self.global_rank)
-            batch = collect(stages, prompts=prompts, max_guided_groups=max_guided_groups)
+            with agree_on_reward_errors():
+                batch = collect(stages, prompts=prompts, max_guided_groups=max_guided_groups)
             sleep(self.sampler)
             rollouts = self.logprob_pass(
                 policy, batch.rollouts, pi_old=not self.logprobs_can_wait, reference=self.reference
@@ -179,6 +193,10 @@ class RLModule(L.LightningModule):
         self.rollout_batch = replace(batch, rollouts=rollouts, metrics=metrics)
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
+
+    def _decoder(self, reward: Reward) -> Callable[[Rollouts], list[str]]:
+        skip = bool(declared(reward, "skip_special_tokens"))
+        return partial(completion_texts, self.tokenizer, skip_special_tokens=skip)
 
     def setup(self, stage: str) -> None:
         # Precision plugins would round a batch's advantages and log-probabilities, and they do not support a frozen record.
@@ -203,13 +221,15 @@ class RLModule(L.LightningModule):
         old = logprobs.detach() if batch.logprobs is None else batch.logprobs
         batch = replace(batch, logprobs=old, policy_entropy=policy_entropy)
         with name_component_on_error("loss", self.loss):
-            per_token, metrics = self.loss(logprobs, batch)
+            per_token, metrics = check_loss_result(self.loss(logprobs, batch), batch, "loss", self.loss)
         for name, regularizer in self.regularizer.items():
-            with name_component_on_error(f"regularizer.{name}", regularizer):
-                added, measured = regularizer(logprobs, batch)
+            stage = f"regularizer.{name}"
+            with name_component_on_error(stage, regularizer):
+                added, measured = check_loss_result(regularizer(logprobs, batch), batch, stage, regularizer)
             per_token = per_token + added
             metrics = {**metrics, **measured}
         loss = (per_token * require(batch.weights, "weights")).sum()
+        self.step_micro_batches.append((replace(batch, policy_entropy=None), loss.detach()))
         self.step_metrics.add("loss", loss)
         for name, value in metrics.items():
             values = value if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
@@ -286,10 +306,11 @@ class RLModule(L.LightningModule):
 
     def _shape(self, rollouts: Rollouts) -> Rollouts:
         with name_component_on_error("shaper", self.shaper):
-            rollouts = replace(rollouts, advantages=self.shaper(rollouts))
+            advantages = check_per_token(self.shaper(rollouts), rollouts, "shaper", self.shaper)
+        rollouts = replace(rollouts, advantages=advantages)
         for name, correct in self.correction.items():
             with name_component_on_error(f"correction.{name}", correct):
-                rollouts = correct(rollouts)
+                rollouts = check_correction(correct(rollouts), correct, f"correction.{name}")
         if getattr(unwrap(self.loss), "granularity", LOSS_GRANULARITY) == "sequence":
             check_constant_per_completion(rollouts, self.shaper, self.correction, self.loss)
         return rollouts
@@ -309,7 +330,10 @@ class RLModule(L.LightningModule):
         self.step_metrics.add("skipped_steps", torch.tensor(not_finite, device=self.device))
         if not_finite or largest == 0:
             optimizer.zero_grad(set_to_none=True)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if not_finite else 0
+        # In float16 the first steps may overflow until the loss scale has halved often enough; that is no fault of the run.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaling_down = scaler is not None and scaler.get_scale() > 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if not_finite and not scaling_down else 0
         if not_finite:
             step, sums = self.trainer.global_step + 1, self.step_metrics.sums
             loss = "the loss is finite" if bool(sums["loss"].isfinite().all()) else "the loss is not finite either"
@@ -318,10 +342,14 @@ class RLModule(L.LightningModule):
                     "step %d is skipped: the norm of its gradient is not finite (%s); %s", step, norm.item(), loss
                 )
             if self.skipped_in_a_row >= self.guard.max_skipped:
+                rows = self.step_micro_batches
+                self.suspects = [each for each, loss in rows if not loss.isfinite()] or [each for each, _ in rows]
                 raise ValueError(
                     f"step {step}: the gradient was not finite in {self.skipped_in_a_row} steps in a row (guard.max_skipped); the weights "
                     "are those of the last good step. Lower the learning rate, or look for a reward or a loss that is not finite"
                 )
+
+        self.step_micro_batches.clear()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -358,11 +386,13 @@ class RLModule(L.LightningModule):
                 policy,
                 batch,
                 self.validation,
-                decode=lambda rows: completion_texts(self.tokenizer, rows),
+                decode=self._decoder(self.validation.reward),
                 seed=validation_seed(self.seed, self.validation.seed, batch_idx, rank=self.global_rank),
             )
-        self.validation_metrics.update(graded.correct.view(len(batch), -1))
-        self.validated.append(RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={}))
+        counted = torch.zeros_like(graded.abstained) if batch.padding else ~graded.abstained
+        self.validation_metrics.update(graded.correct.view(len(batch), -1), counted=counted.view(len(batch), -1))
+        if not batch.padding:
+            self.validated.append(RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={}))
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.validation_metrics.compute()
@@ -390,6 +420,7 @@ class RLModule(L.LightningModule):
         checkpoint["tokens_sampled"] = self.tokens_sampled
         checkpoint["history"] = {"before": self.history["before"], "seconds": self.training_seconds()}
         checkpoint["held_out"] = self.held_out
+        checkpoint |= self.checkpoint_changes or {}
         if isinstance(self.reference, MovingReference):
             checkpoint["reference"] = dict(self.reference.state_dict())
 

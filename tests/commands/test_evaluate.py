@@ -148,7 +148,6 @@ def test_bad_settings_are_named_before_weights_load(override, message, tmp_path,
 def test_a_recorded_line_that_cannot_be_scored_is_named(tmp_path, monkeypatch):
     good = {"completion": "18", "answer": "18"}
     cases = [
-        ({"completion": "18", "answer": "\\frac{"}, "cannot parse the answer"),
         ({"completion": "18\ud800", "answer": "18"}, "half a character"),
         ({"completion": "18", "answer": 1e999}, "answer must be a finite number"),
     ]
@@ -159,6 +158,36 @@ def test_a_recorded_line_that_cannot_be_scored_is_named(tmp_path, monkeypatch):
         )
         assert "in.jsonl:2: " in message
         assert reason in message
+
+
+def test_an_answer_that_cannot_be_read_gets_no_reward_and_is_counted(tmp_path, monkeypatch, capsys):
+    records = [
+        {"completion": "18", "answer": "18"},
+        {"completion": "18", "answer": "\\frac{"},
+        {"completion": "7", "answer": "18"},
+    ]
+    source, target = written(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl"
+    run_eval(monkeypatch, f"completions={source}", "reward=math_verify", f"output={target}")
+    assert [json.loads(line)["reward"] for line in target.read_text().splitlines()] == [1.0, None, 0.0]
+    assert "mean reward 0.5000 of 2 completions, 1 abstained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["reward", "terms"])
+def test_a_column_that_is_there_is_not_overwritten(column, tmp_path, monkeypatch):
+    source = written(tmp_path / "in.jsonl", {"completion": "18", "answer": "18", column: 0.25})
+    words = (f"completions={source}", "reward=exact_match", "reward.pattern=null", f"output={tmp_path / 'out.jsonl'}")
+    assert f"in.jsonl:1: there is a field {column} already" in refused_eval(monkeypatch, *words)
+    run_eval(monkeypatch, *words, "column=mine")
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"completion": "18", "answer": "18", column: 0.25, "mine": 1.0}
+
+
+def test_the_scored_file_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    source = written(tmp_path / "in.jsonl", {"completion": "é ∑", "answer": "é ∑", "note": "ß"})
+    target = tmp_path / "out.jsonl"
+    run_eval(monkeypatch, f"completions={source}", "reward=exact_match", "reward.pattern=null", f"output={target}")
+    assert json.loads(target.read_bytes().decode("utf-8"))["note"] == "ß"
 
 
 def test_a_runs_folder_as_the_policy_is_answered_with_its_newest_policy(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from hydra.utils import get_class
 
 from rlmod.config.build import Components
 from rlmod.config.validation import check_types
+from rlmod.reward._failures import RewardSettings
 from rlmod.training.module import RLModule
 from tests.config.composing import ROOT, composed
 
@@ -44,6 +45,8 @@ def test_every_option_is_a_module_with_a_class_of_its_name_and_all_its_fields(st
     assert module == f"rlmod.{stage}.{option}"
     assert re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower() == option
     described = {field.name for field in fields(get_class(node._target_))}
+    if stage == "reward":  # settings of any reward; a reward without such a field is wrapped
+        described |= {field.name for field in fields(RewardSettings)}
     assert {key for key in node if not key.startswith("_")} == described
     doc = get_class(node._target_).__doc__ or ""
     if stage in ("reference", "shaper", "correction", "aggregation", "loss", "regularizer"):

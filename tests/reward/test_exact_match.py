@@ -37,5 +37,5 @@ def test_equality_is_of_strings():
 
 
 def test_a_broken_pattern_names_its_key():
-    with pytest.raises(ValueError, match=r"reward\.pattern=.*unterminated"):
+    with pytest.raises(ValueError, match=r"reward\.pattern=.*missing"):
         ExactMatch(pattern="(")

@@ -1,11 +1,9 @@
-from pathlib import Path
-
-import hydra
 import pytest
-from omegaconf import OmegaConf
 
+from rlmod.config.build import build_reward
 from rlmod.reward.format import Format
 from rlmod.types import Texts
+from tests.config.composing import composed
 
 
 def rewards(reward, *completions):
@@ -35,5 +33,5 @@ def test_a_broken_pattern_names_its_key():
 
 
 def test_the_pattern_of_the_yaml():
-    reward = hydra.utils.instantiate(OmegaConf.load(Path(__file__).parents[2] / "conf/reward/format.yaml"))
+    reward = build_reward(composed("reward=format").reward)
     assert rewards(reward, "<think>\n1\n</think>\n<answer>2</answer>\n", "<answer>2</answer>") == [1.0, 0.0]

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -13,6 +12,7 @@ from rlmod.reward.math_verify import MathVerify
 from rlmod.reward.overlong import Overlong
 from rlmod.reward.weighted import Weighted
 from rlmod.types import Problem, Texts
+from tests.config.composing import composed
 
 TEXTS = Texts(completions=["6", "7", "6"], answers=["6", "6", "6"], lengths=[10, 8, 4])
 EXACT = "rlmod.reward.exact_match.ExactMatch"
@@ -30,7 +30,7 @@ def test_the_weighted_terms_add_up_to_the_reward():
             "overlong": {"weight": 0.5, "reward": Overlong(max_tokens=10, buffer=4)},
         }
     )
-    total, terms, outcomes = compute_rewards(reward, TEXTS)
+    total, terms, outcomes, *_ = compute_rewards(reward, TEXTS)
     # overlong: (6 - 10)/4 = -1, (6 - 8)/4 = -0.5, 0; halved
     assert {name: term.tolist() for name, term in terms.items()} == {"correct": [2, 0, 2], "overlong": [-0.5, -0.25, 0]}
     assert total.tolist() == [1.5, -0.25, 2]
@@ -53,7 +53,7 @@ def test_what_a_term_finds_wrong_with_the_problems_is_told_by_its_name():
 
 def test_a_term_may_be_weighted_itself():
     inner = Weighted(terms={"a": {"weight": 3, "reward": ExactMatch()}, "b": {"weight": 1, "reward": ExactMatch()}})
-    total, terms, _ = compute_rewards(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
+    total, terms, *_ = compute_rewards(Weighted(terms={"both": {"weight": 0.5, "reward": inner}}), TEXTS)
     assert terms["both"].tolist() == total.tolist() == [2, 0, 2]
 
 
@@ -73,11 +73,7 @@ def test_it_is_built_from_a_configuration_with_overrides(make):
 
 
 def test_the_yaml_composes_with_the_samplers_limit():
-    folder = Path(__file__).parents[2] / "conf"
-    config = OmegaConf.create(
-        {"sampler": {"max_new_tokens": 2000}, "reward": OmegaConf.load(folder / "reward" / "weighted.yaml")}
-    )
-    reward: Any = build_reward(config.reward)
+    reward: Any = build_reward(composed("reward=weighted", "sampler.max_new_tokens=2000").reward)
     assert reward.terms["overlong"]["reward"] == Overlong(max_tokens=2000, buffer=16)
     assert list(reward.terms) == ["correct", "overlong"]
 

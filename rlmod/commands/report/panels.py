@@ -38,6 +38,9 @@ def logged_panels(curves: Curves) -> list[Panel]:
     """Return the panels of which a column was logged, in the order of the page."""
     terms = reward_terms(curves)
     every = PANELS if len(terms) < 2 else (*PANELS, _terms_panel(terms))
+    failures = [name for name in curves if name.startswith("failures/") and any(curves[name].values())]
+    if failures:
+        every = (*every, _failures_panel(failures))
     return [panel for panel in every if any(column in curves for column in panel.columns)]
 
 
@@ -161,6 +164,19 @@ def _terms_panel(terms: Sequence[str]) -> Panel:
 
     hint = "Their sum is the reward. An easy term must not grow at the cost of correct answers."
     return Panel(name="terms", title="Reward terms", hint=hint, columns=tuple(terms), draw=draw)
+
+
+def _failures_panel(names: Sequence[str]) -> Panel:
+    def draw(figure: Figure, curves: Curves, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        axes.set_title("completions per iteration")
+        for i, name in enumerate(names):
+            draw_line(axes, curves[name], theme.series[i % len(theme.series)], " " + name.removeprefix("failures/"))
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=1.0, columnspacing=0.9)
+
+    hint = "Completions on which the reward failed, and those that it left out."
+    return Panel(name="failures", title="Failed rewards", hint=hint, columns=tuple(names), draw=draw)
 
 
 PANELS = (

@@ -29,7 +29,8 @@ class Sample:
     prompt: str
     answer: str
     completion: str
-    reward: float
+    reward: float | None
+    """None: the reward abstained."""
     truncated: bool = False
     length: int | None = None
     tokens: tuple[str, ...] = ()
@@ -38,7 +39,7 @@ class Sample:
 
     @property
     def correct(self) -> bool:
-        return self.reward > CORRECT_ABOVE
+        return self.reward is not None and self.reward > CORRECT_ABOVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ def _parse_sample(record: Mapping[str, Any]) -> Sample:
         prompt=str(record["prompt"]),
         answer=str(record.get("answer", "")),
         completion=record["completion"],
-        reward=float(record["reward"]),
+        reward=None if record["reward"] is None else float(record["reward"]),
         truncated=bool(record.get("truncated", False)),
         length=int(record["length"]) if _is_number(record.get("length")) else None,
         tokens=tuple(map(str, tokens)) if per_token else (),

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlmod.rollout.collect import RolloutBatch
 from rlmod.training.module import RLModule
+from rlmod.types import Rollouts
 
 TOKENS_SHOWN = 512
 """Maximum number of tokens of a completion that are recorded one by one."""
@@ -70,7 +71,7 @@ def sample_records(
             "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
             "answer": texts.answers[row],
             "completion": texts.completions[row],
-            "reward": float(rollouts.rewards[row]),
+            "reward": None if has_no_reward(rollouts, row) else float(rollouts.rewards[row]),
             "truncated": bool(rollouts.truncated[row]),
             "length": texts.lengths[row],
         }
@@ -81,6 +82,11 @@ def sample_records(
             sample["entropy"] = rollouts.entropy[row, :shown].tolist()
             sample["advantages"] = rollouts.advantages[row, :shown].tolist()
         yield sample
+
+
+def has_no_reward(rollouts: Rollouts, row: int) -> bool:
+    """Return True if the reward abstained from the row."""
+    return rollouts.abstained is not None and bool(rollouts.abstained[row])
 
 
 def _build_table(samples: list[dict[str, Any]], title: str) -> Table:

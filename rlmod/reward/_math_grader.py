@@ -1,16 +1,14 @@
-r"""The worker process for math-verify and SymPy, which can be killed. MathVerify starts it as a script.
+r"""The comparison of a completion with an answer as mathematics, for the processes of the worker pool (_pool.py).
 
-It sends None once it is ready. Then it reads (completion, answer, seconds) from a connection and sends back (verdict, detail). The
-verdict is ``correct``, ``incorrect``, ``gold`` (the answer cannot be parsed) or ``error``.
+It imports SymPy but not torch, so that a worker starts quickly and stays small.
 """
 
 import logging
 import re
-import signal
 import sys
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
-from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -130,7 +128,22 @@ def _close(value: Any, other: Any) -> bool:
     return bool(size >= RELATIVE_TOLERANCE) or bool(apart <= RELATIVE_TOLERANCE * size)
 
 
-def grade(completion: str, answer: str) -> tuple[str, str]:
+def grade(completion: str, answers: Sequence[str]) -> tuple[str, str]:
+    """Return the verdict and its detail: ``correct``, ``incorrect``, ``gold`` (the answer cannot be parsed) or ``error``.
+
+    With several answers the completion is correct if it equals one of them.
+    """
+    verdict, detail = "incorrect", ""
+    for answer in answers:
+        verdict, detail = _grade(completion, answer)
+        if verdict == "gold":
+            return verdict, f"{answer!r} {detail}".strip()
+        if verdict != "incorrect":
+            break
+    return verdict, detail
+
+
+def _grade(completion: str, answer: str) -> tuple[str, str]:
     try:
         gold = _parse_gold(answer)
     except Exception as error:  # SymPy raises many types; the trainer reports them
@@ -146,25 +159,8 @@ def grade(completion: str, answer: str) -> tuple[str, str]:
     return ("correct" if correct else "incorrect"), ""
 
 
-def main(descriptor: int) -> None:
+def warm_up() -> None:
+    """Build the grammar's tables once, before worker processes are forked, so that they do not count against a completion's time limit."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that its time-outs are off
     sys.set_int_max_str_digits(0)  # a completion may be one very long number; the time limit bounds its cost
-    connection = Connection(descriptor)
-    grade(
-        "\\boxed{\\frac{1}{2}}", "1"
-    )  # builds the grammar's tables, so that they do not count against the first row's time limit
-    connection.send(None)
-    while True:
-        try:
-            completion, answer, seconds = connection.recv()
-        except EOFError:  # the trainer has ended
-            return
-        # The trainer kills this process when the time is up. If the trainer itself has died by then, this timer does.
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
-        verdict = grade(completion, answer)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(verdict)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    grade("\\boxed{\\frac{1}{2}}", ["1"])

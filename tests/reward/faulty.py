@@ -1,0 +1,45 @@
+"""Rewards that fail, for the tests of worker pools: workers import this module."""
+
+import os
+import sys
+import time
+
+from rlmod.types import Texts
+
+
+def by_text(texts: Texts) -> list[float | None]:
+    """Return the number that the completion holds, or do what it says."""
+    return [_one(completion) for completion in texts.completions]
+
+
+by_text.pointwise = True  # type: ignore[attr-defined]
+
+
+def _one(completion: str) -> float | None:
+    match completion.split():
+        case ["hang"]:
+            time.sleep(600)
+        case ["raise"]:
+            raise KeyError("no such thing")
+        case ["nan"]:
+            return float("nan")
+        case ["exit"]:
+            os._exit(0)
+        case ["sys.exit"]:
+            sys.exit(0)
+        case ["abstain"]:
+            return None
+        case ["memory"]:
+            return float(len(bytearray(64 * 2**30)))
+        case ["text", number]:
+            return number  # type: ignore[return-value]
+    return float(completion)
+
+
+def environment(texts: Texts) -> list[float]:
+    return [float(os.environ.get(name, "-1")) for name in texts.completions]
+
+
+def terms(texts: Texts) -> dict[str, list[float]]:
+    values = [_one(completion) for completion in texts.completions]
+    return {"a": values, "b": [0.5] * len(values)}  # type: ignore[dict-item]
