@@ -75,6 +75,11 @@ def terminate_together(children: Callable[[], Sequence["subprocess.Popen[bytes]"
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program, so the ranks cannot connect: set it to a free "
                 "port, or unset it if one process starts the others"
             ) from error
+        if "timed out" in str(error).lower() and lost:
+            raise ValueError(
+                "a rank waited for another one longer than guard.rank_timeout, so the run ends: that rank hangs (in a reward? the lines "
+                "above say what it was waiting for), or is so much slower that guard.rank_timeout must be raised"
+            ) from error
         if lost:
             raise ValueError(
                 f"{' and '.join(exits) or 'another rank ended'}, so this one stops: the cause is printed above, or it was killed from "

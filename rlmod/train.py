@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -60,8 +62,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from rlmod.config import compatibility
     from rlmod.config.build import Components
     from rlmod.config.sizes import check_seed
-    from rlmod.interfaces import prepare
-    from rlmod.training import checkpoint as checkpoints
+    from rlmod.training.lock import hold_folder
 
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
@@ -74,6 +75,16 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             )
     if (finished := _find_finished_result(folder, cfg)) is not None:
         return finished
+    with hold_folder(folder) if distributed.is_rank_zero() else nullcontext():
+        return _train_in(folder, cfg, components, started)
+
+
+def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: float) -> dict[str, Any]:
+    """Load data and policy, validate, train and report, in a folder that no other run uses."""
+    from rlmod import distributed
+    from rlmod.interfaces import prepare
+    from rlmod.training import checkpoint as checkpoints
+
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
         checkpoints.check_optimizer(checkpoint, cfg)
     if distributed.is_rank_zero():
@@ -178,9 +189,12 @@ def _build_trainer(cfg: DictConfig, resumed_step: int | None) -> "L.Trainer":
             # Points after the run's own checkpoint are logged again.
             vars(logger)["_kwargs"]["purge_step"] = resumed_step
     try:
-        return instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
+        trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
+    if "_timeout" in vars(trainer.strategy):  # a strategy of several ranks: it passes this to the process group
+        vars(trainer.strategy)["_timeout"] = timedelta(seconds=cfg.guard.rank_timeout)
+    return trainer
 
 
 def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> "RLModule":
@@ -244,6 +258,7 @@ def _fit(
             "problems": module.held_out["problems"],
             "before": module.history["before"],
             "after": after,
+            "last": {name: module.held_out[name] for name in ("step", "accuracy")},
         },
         "seconds": {"training": training, "total": time.perf_counter() - started},
         "steps": trainer.global_step,
@@ -251,9 +266,14 @@ def _fit(
         "seed": module.seed,
         "versions": {name: version(name) for name in ("rlmod", "torch", "lightning", "transformers")}
         | {"python": platform.python_version()},
-        "completed": interrupted is None,
+        "completed": interrupted is None and _reached_its_end(trainer),
     }
     if trainer.is_global_zero:
+        if interrupted is None and not result["completed"]:
+            log.warning(
+                "a callback or a time limit stopped the run after %d of %s iterations; the same command resumes it if it names output=%s",
+                *(trainer.current_epoch, trainer.max_epochs, folder),
+            )
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         page = write_report(folder)
         _print_summary(result, page)
@@ -263,6 +283,12 @@ def _fit(
             signal.raise_signal(interrupted)  # a launcher's handler: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return result
+
+
+def _reached_its_end(trainer: "L.Trainer") -> bool:
+    """Return True if all iterations or steps were done, and no callback or time limit stopped the run before."""
+    every_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs
+    return every_epoch or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
 
 
 def _held_out_accuracy(trainer: "L.Trainer", module: Any, data: Any) -> float | None:

@@ -77,10 +77,14 @@ class Guard:
 
     max_skipped: int = 5
     """Optimizer steps in a row whose gradient is not finite. Each is skipped on all ranks; after so many the run stops."""
+    rank_timeout: float = 1800.0
+    """Seconds that a rank waits for another one before the run ends, such as for a reward that hangs there."""
 
     def __post_init__(self) -> None:
         if self.max_skipped < 1:
             raise ValueError(f"guard.max_skipped must be at least 1, got {self.max_skipped}")
+        if not 0 < self.rank_timeout < float("inf"):
+            raise ValueError(f"guard.rank_timeout must be above 0 and finite, got {self.rank_timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)

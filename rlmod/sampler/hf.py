@@ -83,7 +83,7 @@ class HF(SamplingParameters):
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
             recorder = Recorder(last, self.temperature, eos)
-            with plain_generation_config(policy), uncompiled(policy):
+            with plain_generation_config(policy), uncompiled(policy), _name_diverged_policy():
                 sequences = cast(Any, policy).generate(
                     input_ids=ids,
                     attention_mask=attention.long(),
@@ -195,3 +195,17 @@ def plain_generation_config(policy: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         policy.generation_config = own
+
+
+@contextmanager
+def _name_diverged_policy() -> Iterator[None]:
+    """Turn torch's error about a distribution that is none into a sentence. On a GPU the same fault is an assertion of the device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" in str(error) or "device-side assert" in str(error):
+            raise ValueError(
+                "the policy's logits are not finite, so nothing can be sampled: its weights have diverged. Lower the learning rate, and "
+                "resume from an earlier checkpoint"
+            ) from error
+        raise

@@ -1,5 +1,6 @@
 """Checkpoints and resuming: find the newest intact checkpoint of a run, and restore the run's files to their state at that step."""
 
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlmod import distributed
+from rlmod.config.environment import resolve_without_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,15 +22,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
-"""Manifest of a checkpoint: the size of each of its files."""
+"""Manifest of a checkpoint: the size and the SHA-256 digest of each of its files."""
+BEST = "best"
+"""Link to the checkpoint with the highest held-out accuracy, in the folder ``checkpoints``."""
 RECORDS = ("metrics.csv", "samples.jsonl")
 """Files that a run writes line by line. A checkpoint has a copy, so that a resumed run neither repeats nor loses a line."""
 
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest, the last file of a checkpoint, and flush all files to the disk."""
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    entries = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
     for path in (*folder.rglob("*"), folder):  # otherwise a power cut could keep a file's name and lose its content
         fsync(path)
 
@@ -42,20 +47,39 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def find_damage(folder: Path) -> str | None:
-    """Compare a checkpoint's files with its manifest. Return what is wrong, or None if all sizes agree."""
+def digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_damage(folder: Path, *, contents: bool = True) -> str | None:
+    """Compare a checkpoint's files with its manifest. Return what is wrong, or None if nothing is.
+
+    ``contents=False`` compares names and sizes only, which reads no file.
+    """
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())
+        entries = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    if not isinstance(sizes, dict) or not sizes or not all(isinstance(size, int) for size in sizes.values()):
-        return f"its {MANIFEST} does not hold the sizes of files"
-    for name, size in sizes.items():
-        path = folder / name
+    if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
+        return f"its {MANIFEST} does not hold the sizes and digests of files"
+    foreign = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {*entries, MANIFEST}
+    if foreign:
+        return f"{min(foreign)} does not belong to it"
+    for name, entry in entries.items():
+        path, size = folder / name, entry["bytes"]
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+    for name, entry in entries.items() if contents else ():
+        if digest(folder / name) != entry["sha256"]:
+            return f"{name} was altered: its contents are not those that were written"
     return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def _find_unreadable_state(folder: Path) -> str | None:
@@ -172,7 +196,7 @@ def holds_same_run(folder: Path, cfg: DictConfig) -> bool:
 def write_config(folder: Path, cfg: DictConfig) -> None:
     """Write config.yaml atomically, because other ranks may be reading it."""
     partial = folder / ".partial-config.yaml"
-    OmegaConf.save(cfg, partial, resolve=True)
+    OmegaConf.save(OmegaConf.create(resolve_without_environment(cfg)), partial)
     os.replace(partial, folder / "config.yaml")
 
 
@@ -194,10 +218,13 @@ def rewind(folder: Path, checkpoint: Path | None) -> None:
         shutil.rmtree(partial)
     for newer in list_checkpoints(folder):
         if chosen is None or int(newer.name.removeprefix("step-")) > chosen:
-            log.warning("%s is set aside as %s", newer, _set_aside(newer).name)
+            log.warning("%s is set aside as %s", newer, set_aside(newer).name)
+    best = folder / "checkpoints" / BEST
+    if best.is_symlink() and not best.exists():  # it was set aside
+        best.unlink()
 
 
-def _set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint to a free name that is not step-N. Return its new path."""
     name = f"passed-over-{checkpoint.name}"
     names = chain([name], (f"{name}-{number}" for number in count(2)))
@@ -239,7 +266,7 @@ def check_optimizer(checkpoint: Path, cfg: DictConfig) -> None:
 
 def _comparable_settings(cfg: Any) -> dict[str, Any]:
     """Return the settings without the output folder, so that a run that was copied or moved counts as the same run."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+    container = resolve_without_environment(cfg)
     assert isinstance(container, dict)
     output = tuple(part for part in Path(str(container.get("output"))).parts if part not in (".", ".."))
     writers = {key: _relative_to_output(container[key], output) for key in ("logger", "callbacks") if key in container}

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.command_line import SHORT
+from tests.config.composing import ROOT
 from tests.processes import ended, kill, started, wait_until
 from tests.runs import metrics
 
@@ -53,6 +54,45 @@ def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_
     results = [json.loads((run / "result.json").read_text()) for run in (folder, whole)]
     for key in ("held_out", "steps", "tokens"):
         assert results[0][key] == results[1][key]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("problems", [1, 5])
+def test_fewer_held_out_problems_than_batches_of_all_ranks(strategy, problems, tmp_path):
+    """One problem for two ranks; five in batches of one, three and two of them."""
+    settings = (
+        *TWO,
+        f"strategy={strategy}",
+        "trainer.max_epochs=1",
+        f"data.validation.size={problems}",
+        "trainer.limit_val_batches=1.0",
+    )
+    output = ended(started(*settings, "validation.prompts_per_batch=1", f"output={tmp_path / 'a'}"))
+    assert f"on {problems} problems" in output
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["completed"]
+    assert result["held_out"]["problems"] == problems
+    assert round(result["held_out"]["after"] * problems, 6) in range(problems + 1)
+
+
+def test_a_reward_that_hangs_on_one_rank_ends_the_run(tmp_path):
+    words = (
+        *OWN_REWARD,
+        "reward._target_=tests.training.faults.hang_on_rank",
+        "+reward.rank=1",
+        "guard.rank_timeout=15",
+    )
+    output = ended(started(*words, f"output={tmp_path / 'a'}", cwd=ROOT, PYTHONPATH=str(ROOT)), status=1)
+    assert "longer than guard.rank_timeout" in output
+
+
+def test_a_reward_that_fails_on_one_rank_stops_all_after_a_checkpoint(tmp_path):
+    words = (
+        *OWN_REWARD, "reward._target_=tests.training.faults.fail_on_rank", "+reward.rank=1", "+reward.call=3", "trainer.max_epochs=5",
+    )  # fmt: skip
+    output = ended(started(*words, f"output={tmp_path / 'a'}", cwd=ROOT, PYTHONPATH=str(ROOT)), status=1)
+    assert "503 from the judge" in output
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").glob("step-*")] == ["step-000002"]
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path):

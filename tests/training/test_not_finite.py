@@ -79,6 +79,60 @@ def test_too_many_in_a_row_stop_the_run(train):
     train("apart", [1, 3], "guard.max_skipped=2")
 
 
+def test_the_stop_keeps_the_last_good_weights_and_the_micro_batches_to_blame(train, tmp_path):
+    with pytest.raises(SystemExit):
+        train(
+            "run", [3, 4], "guard.max_skipped=2", "batch.micro_batch=64"
+        )  # three calls of the loss: the last of each step
+    run = tmp_path / "run"
+    good = load_file(max(run.glob("checkpoints/step-*/policy/model.safetensors")))
+    assert all(bool(weight.isfinite().all()) for weight in good.values())
+    saved = torch.load(run / "not_finite-rank-0.pt", weights_only=True)
+    assert saved
+    assert all(rows["completion_ids"].shape == rows["mask"].shape for rows in saved)
+
+
+def test_weights_that_are_not_finite_are_never_in_a_checkpoint(train, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train(
+            "run",
+            [],
+            "+callbacks.poison={_target_: tests.training.faults.Poison, step: 3}",
+            "callbacks.checkpoints.every=1",
+        )
+    run = tmp_path / "run"
+    assert "step 3: the policy has weights that are not finite (" in str(stop.value)
+    assert f"the newest one is {run / 'checkpoints' / 'step-000002'}" in str(stop.value)
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == "step-000002"
+    assert not (run / "result.json").exists()
+
+
+@pytest.mark.parametrize("rate", ["1e3", "1e30"])
+def test_a_learning_rate_far_too_high_goes_on_or_stops_in_a_sentence(train, tmp_path, rate):
+    stopped = answer_or_none(lambda: train("run", [], f"optimizer.lr={rate}", "trainer.max_epochs=8"))
+    assert stopped is None or "not finite" in stopped
+    for file in (tmp_path / "run").glob("checkpoints/step-*/policy/model.safetensors"):
+        assert all(bool(weight.isfinite().all()) for weight in load_file(file).values())
+    result = tmp_path / "run" / "result.json"
+    assert (stopped is None) == (result.exists() and '"completed": true' in result.read_text())
+
+
+def answer_or_none(act: Callable[[], object]) -> str | None:
+    """The sentence that a run stopped with, or None."""
+    try:
+        act()
+    except SystemExit as stop:
+        return str(stop.code)
+    return None
+
+
+def test_a_reward_whose_square_overflows_is_named(train, capsys):
+    train("run", [], "reward.correct=1e25", "trainer.max_epochs=1")
+    output = "".join(capsys.readouterr())
+    assert "The largest reward is 1e+25" in output
+    assert "scale the reward" in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_skip_the_step_of_which_one_has_a_bad_loss(strategy, tmp_path):

@@ -1,0 +1,62 @@
+"""Environment variables, which may be secrets, stay out of files and messages."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlmod.config.environment import resolve_without_environment
+from tests.command_line import SHORT, answer, run_train
+
+
+def test_everything_is_resolved_but_environment_variables(monkeypatch):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret")
+    cfg = OmegaConf.create(
+        {
+            "key": "${oc.env:RLMOD_TEST_KEY}", "url": "https://x/${key}/y", "n": 3, "list": ["${url}", "${n}"],
+            "default": "${oc.env:RLMOD_TEST_NONE,7}", "inner": {"again": "${oc.decode:${oc.env:RLMOD_TEST_KEY}}"},
+        }
+    )  # fmt: skip
+    found = resolve_without_environment(cfg)
+    assert found == {
+        "key": "${oc.env:RLMOD_TEST_KEY}",
+        "url": "https://x/${oc.env:RLMOD_TEST_KEY}/y",
+        "n": 3,
+        "list": ["https://x/${oc.env:RLMOD_TEST_KEY}/y", 3],
+        "default": "${oc.env:RLMOD_TEST_NONE,7}",
+        "inner": {"again": "${oc.env:RLMOD_TEST_KEY}"},
+    }
+    assert resolve_without_environment(OmegaConf.create(found)) == found
+    assert cfg.key == "s3cret"  # the resolver is as before
+    assert OmegaConf.create(found).url == "https://x/s3cret/y"
+    with pytest.raises(Exception, match="RLMOD_TEST_NONE"):
+        _ = OmegaConf.create({"a": "${oc.env:RLMOD_TEST_NONE}"}).a
+
+
+def test_a_run_writes_no_secret_and_resumes_with_another_one(tmp_path, monkeypatch):
+    run = tmp_path / "a"
+    words = (
+        *SHORT,
+        "trainer.max_epochs=2",
+        "+judge_key=${oc.env:RLMOD_TEST_KEY}",
+        "data.validation=null",
+        f"output={run}",
+    )
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-one")
+    run_train(monkeypatch, *words)
+    for file in (file for file in run.rglob("*") if file.is_file() and not file.is_symlink()):
+        assert b"s3cret-one" not in file.read_bytes(), file
+    assert "${oc.env:RLMOD_TEST_KEY}" in (run / "config.yaml").read_text()
+    # The variable's value is no setting: the same command finds its own run.
+    (run / "result.json").unlink()
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-two")
+    run_train(monkeypatch, *words)
+
+
+def test_a_config_that_somebody_else_wrote_prints_no_variable(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret")
+    run = tmp_path / "a"
+    run_train(monkeypatch, *SHORT, "data.validation=null", f"output={run}")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("name: train", "name: ${oc.env:RLMOD_TEST_KEY}"))
+    message = answer(lambda: run_train(monkeypatch, *SHORT, "data.validation=null", f"output={run}"))
+    assert "name was '${oc.env:RLMOD_TEST_KEY}'" in message
+    assert "s3cret" not in message
