@@ -7,8 +7,8 @@ A component is any callable with the signature of its stage. It inherits nothing
 keyword-only dataclasses whose fields are their YAML keys. A component of your own may be a plain function; its declarations are then
 attributes of the function.
 
-**Declarations.** A component declares, as class attributes, what the framework must know about it. ``declared(component, name)`` is the
-only place that reads a declaration, and ``DEFAULTS`` holds the default of each:
+**Declarations.** A component declares, as class attributes, what the framework must know about it. ``declared(component, name)``
+reads a declaration, and ``DEFAULTS`` holds the default of each:
 
     reads                      the fields of Rollouts that the component reads; default: all of them
     granularity                "token" or "sequence": the advantages that a shaper or correction returns, or that a loss accepts

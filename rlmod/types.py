@@ -134,7 +134,7 @@ class Rollouts:
     advantages: Float[Tensor, "R T"] | None = None
     """Filled by the shaper; 0 where the mask is False."""
     weights: Float[Tensor, "R T"] | None = None
-    """Filled by the aggregation; they sum to 1 over one optimizer step and all ranks (see rlmod/aggregation)."""
+    """Filled by the aggregation, over one optimizer step and all ranks. A mean over tokens or rollouts sums to 1."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of your own components, by name: one entry per row, ``[R]`` or ``[R T]``."""
 

@@ -266,7 +266,7 @@ def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: 
     from rich.console import Console
     from rich.table import Table
 
-    from rlmod.training.metrics import pass_at_k
+    from rlmod.training.accuracy import pass_at_k
 
     counted = torch.tensor([sample["correct"] is not None for sample in samples]).view(-1, n)
     correct = torch.tensor([bool(sample["correct"]) for sample in samples]).view(-1, n)

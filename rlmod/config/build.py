@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, get_type_hints
@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlmod.config.sizes import Batch, Guard, Validation
-from rlmod.config.validation import check_arguments, check_types, check_value
+from rlmod.config.validation import check_arguments, check_takes_texts, check_types, check_value
 from rlmod.interfaces import (
     Aggregation,
     Correction,
@@ -32,6 +32,7 @@ from rlmod.interfaces import (
 )
 from rlmod.model.policy import HFPolicy
 from rlmod.reward._failures import RewardSettings
+from rlmod.reward._supervised import Supervised
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.rollout.zero_reward import ZeroReward
 
@@ -198,11 +199,29 @@ def build_reward(config: Mapping[Any, Any]) -> Reward:
     targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), "reward")
     check_types(node, "reward")
     try:
-        return hydra.utils.instantiate(targets, _convert_="all")
+        reward = hydra.utils.instantiate(targets, _convert_="all")
     except InstantiationException as error:
         # Hydra wraps the constructor's exception and adds its place in the tree.
         where = re.search(r"full_key: (\S+)", str(error))
         raise ValueError(f"reward{f'.{where[1]}' if where else ''}: {error.__cause__ or error}") from error
+    for key, each in _plain_rewards(reward, "reward"):
+        if isinstance(each, partial):
+            check_arguments(each, key)
+        check_takes_texts(each, key)
+    return reward
+
+
+def _plain_rewards(reward: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the reward and those inside it, with their keys."""
+    if isinstance(reward, Supervised):
+        yield from _plain_rewards(reward.supervised, key)
+        return
+    yield key, reward
+    if isinstance(terms := getattr(reward, "terms", None), Mapping):
+        for name, term in terms.items():
+            yield from _plain_rewards(term["reward"], f"{key}.terms.{name}.reward")
+    elif callable(inner := getattr(reward, "reward", None)):
+        yield from _plain_rewards(inner, f"{key}.reward")
 
 
 def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:

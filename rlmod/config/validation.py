@@ -83,6 +83,21 @@ def check_arguments(component: partial[Any], key: str) -> None:
         raise ValueError(f"{key}.{unknown[0]}: {component.func.__name__} has no such argument; it has {names}")
 
 
+def check_takes_texts(reward: Any, key: str) -> None:
+    """Raise ValueError if a reward cannot be called with one argument, the texts. Otherwise the error would appear after sampling."""
+    try:
+        parameters = signature(reward)
+    except (TypeError, ValueError):  # a callable without a signature, such as one written in C
+        return
+    try:
+        parameters.bind(object())
+    except TypeError as error:
+        raise ValueError(
+            f"{key}: the reward is called with one argument, texts (texts.completions, texts.answers, ...), but its signature is "
+            f"{parameters} ({error})"
+        ) from error
+
+
 def _type_hints(target: str | None) -> Mapping[str, Any]:
     """Return the type hints of the constructor or function. Empty if they cannot be resolved: instantiating reports a better error."""
     if target is None:

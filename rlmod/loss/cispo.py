@@ -23,6 +23,7 @@ class Cispo:
     Source: CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5.
     Differs: [D] ``clip_high`` is 4, because the paper gives no number (TRL: a weight of at most ``epsilon_high``, which is 1 + clip_high
     here). ``clip_low`` null sets no lower bound, as the paper does in effect and TRL does; verl and NeMo-RL clip on both sides.
+    [D] Log-ratios are clamped to [-20, 20] nats, as in verl.
     Degenerate: on-policy the gradient is that of REINFORCE and of the clipped surrogate, -A grad log pi. The value is not
     -A, and has no meaning.
     Reads: logprobs, advantages, mask.

@@ -16,7 +16,7 @@ class ClippedSurrogate:
     """L_{i,t} = -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), with w_{i,t} = exp(log pi_theta - log pi_old).
 
     Source: PPO, arXiv:1707.06347, eq. 7; separate bounds ("clip-higher"), DAPO, arXiv:2503.14476, eq. 10.
-    Differs: no dual clip (verl has it on by default).
+    Differs: no dual clip (verl has it on by default). Log-ratios are clamped to [-20, 20] nats, as in verl.
     Degenerate: on-policy (w = 1) the value is -A and the gradient that of REINFORCE; A = 0 gives no gradient.
     Reads: logprobs, advantages, mask.
     """

@@ -21,7 +21,7 @@ class SequenceSurrogate:
     with w_{i,t} = exp(log pi_theta - log pi_old). With aggregation=rollout_mean the step's loss is the mean over completions.
 
     Source: GRPO-S, arXiv:2508.04349, eq. 10, 11; geometric: App. C, and GSPO, arXiv:2507.18071, eq. 5, 7.
-    Differs: the two clip bounds may differ, as in DAPO.
+    Differs: the two clip bounds may differ, as in DAPO. Log-ratios per token are clamped to [-20, 20] nats, as in verl.
     Degenerate: completions of one token give ClippedSurrogate; A = 0, or a fully masked completion, gives no gradient.
     Reads: logprobs, advantages (constant over a completion), mask.
     """

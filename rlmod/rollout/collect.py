@@ -48,7 +48,7 @@ class Stages:
     """``next_prompts(n)`` returns the next n prompts."""
     sampler: Sampler
     guide: Guide | None
-    compute_reward: Reward
+    reward: Reward
     filter: Filter
     zero_reward: ZeroReward
     threshold: float = 0.5
@@ -61,12 +61,12 @@ class Stages:
     def sample_and_reward(self, prompts: Prompts, batch: int, first_group: int) -> RewardedGroups:
         """Sample completions of these prompts, the guide's included if it completes every prompt, and reward them."""
         seed = self.seed(batch)
-        if not supports_async_rewards(self.sampler, self.compute_reward):
+        if not supports_async_rewards(self.sampler, self.reward):
             rollouts = self.add_guide(self.sampler(self.policy, prompts, seed), prompts)
-            return self.reward(rollouts, prompts, first_group)
-        with closing(AsyncRewards(self.compute_reward, prompts.problems, self.decode)) as rewards:
+            return self.reward_groups(rollouts, prompts, first_group)
+        with closing(AsyncRewards(self.reward, prompts.problems, self.decode)) as rewards:
             on_policy = cast(Any, self.sampler)(self.policy, prompts, seed, on_finished=rewards.submit)
-            return self.reward(self.add_guide(on_policy, prompts), prompts, first_group, rewards.result)
+            return self.reward_groups(self.add_guide(on_policy, prompts), prompts, first_group, rewards.result)
 
     def add_guide(self, on_policy: Rollouts, prompts: Prompts) -> Rollouts:
         """Add the guide's completions, if it completes every prompt."""
@@ -83,7 +83,7 @@ class Stages:
         entropy = self.logprob_pass(replace(rows, logprobs=None, entropy=None)).entropy
         return replace(rows, entropy=entropy, from_guide=torch.ones_like(rows.truncated))
 
-    def reward(
+    def reward_groups(
         self,
         rollouts: Rollouts,
         prompts: Prompts,
@@ -91,45 +91,45 @@ class Stages:
         compute: Callable[[Rollouts, Texts], RewardResult] | None = None,
     ) -> RewardedGroups:
         """Reward and filter the groups, with ``compute`` in place of the reward if the rewards are computed already."""
-        compute = compute or (lambda _, texts: compute_rewards(self.compute_reward, texts))
+        compute = compute or (lambda _, texts: compute_rewards(self.reward, texts))
         return reward_groups(
             rollouts, prompts, first_group, self.decode, compute, self.filter, threshold=self.threshold
         )
 
 
 @torch.no_grad()
-def collect(stages: Stages, *, prompts: int, max_guided_groups: int = 0) -> RolloutBatch:
-    """Return ``prompts`` groups of rewarded rollouts, followed by the zero-reward batch if it is active."""
-    batches = sample_until_full(stages, prompts)
+def collect(stages: Stages, *, num_groups: int, max_guided_groups: int = 0) -> RolloutBatch:
+    """Return ``num_groups`` groups of rewarded rollouts, followed by the zero-reward batch if it is active."""
+    batches = sample_until_full(stages, num_groups)
     kept = torch.cat([batch.kept for batch in batches])
-    kept = kept & (kept.cumsum(0) <= prompts)
-    batch = fill_batch(batches, kept, prompts)
+    kept = kept & (kept.cumsum(0) <= num_groups)
+    batch = fill_batch(batches, kept, num_groups)
     return add_zero_reward(batch, batches, stages, max_guided_groups) if stages.zero_reward.active else batch
 
 
-def sample_until_full(stages: Stages, prompts: int) -> list[RewardedGroups]:
-    """Sample batches of prompts, at most ``max_generation_batches``, until the filter has kept ``prompts`` groups."""
+def sample_until_full(stages: Stages, num_groups: int) -> list[RewardedGroups]:
+    """Sample batches of prompts, at most ``max_generation_batches``, until the filter has kept ``num_groups`` groups."""
     batches: list[RewardedGroups] = []
     seen = kept = 0
-    wanted = prompts
+    wanted = num_groups
     while True:
         batch = stages.sample_and_reward(stages.next_prompts(wanted), len(batches), seen)
         batches.append(batch)
         seen += len(batch.prompts)
         kept += int(batch.kept.sum())
-        if kept >= prompts or len(batches) >= declared(stages.filter, "max_generation_batches"):
+        if kept >= num_groups or len(batches) >= declared(stages.filter, "max_generation_batches"):
             return batches
         share_kept = max(kept, 1) / seen
-        wanted = min(prompts, math.ceil((prompts - kept) / share_kept))
+        wanted = min(num_groups, math.ceil((num_groups - kept) / share_kept))
 
 
-def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], prompts: int) -> RolloutBatch:
-    """Return the kept groups. Dropped groups, with a mask that is False everywhere, fill up the number to ``prompts``."""
+def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], num_groups: int) -> RolloutBatch:
+    """Return the kept groups. Dropped groups, with a mask that is False everywhere, fill up the number to ``num_groups``."""
     rollouts = concatenate([batch.rollouts for batch in batches])
-    missing = prompts - int(kept.sum())
+    missing = num_groups - int(kept.sum())
     fillers = ~kept & ((~kept).cumsum(0) <= missing)
     rows = (kept | fillers)[rollouts.group]
     rollouts = without_abstained(rollouts)
     rollouts = replace(rollouts, mask=rollouts.mask & kept[rollouts.group][:, None]).rows(rows)
     texts = select_texts([batch.texts for batch in batches], rows)
-    return RolloutBatch(rollouts=rollouts, texts=texts, metrics=rollout_metrics(batches, kept, prompts))
+    return RolloutBatch(rollouts=rollouts, texts=texts, metrics=rollout_metrics(batches, kept, num_groups))

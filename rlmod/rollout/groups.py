@@ -74,7 +74,7 @@ def reward_groups(
     first_group: int,
     decode: Callable[[Rollouts], list[str]],
     compute: Callable[[Rollouts, Texts], RewardResult],
-    keep: Filter,
+    group_filter: Filter,
     *,
     threshold: float,
 ) -> RewardedGroups:
@@ -100,7 +100,7 @@ def reward_groups(
         texts=replace(texts, group=[int(g) + first_group for g in group]),
         terms=result.terms,
         failed=result.failed,
-        kept=_apply_filter(keep, without_abstained(rollouts), groups).to(device),
+        kept=_apply_filter(group_filter, without_abstained(rollouts), groups).to(device),
         signal=has_signal(outcomes, group, groups, threshold, rows=~abstained),
         all_correct=any_own & (group_sum((own & ~correct).float(), group, groups) == 0),
         all_incorrect=any_own & (group_sum((own & correct).float(), group, groups) == 0),
@@ -108,9 +108,9 @@ def reward_groups(
     )
 
 
-def _apply_filter(keep: Filter, rollouts: Rollouts, groups: int) -> Bool[Tensor, " groups"]:
-    with name_component_on_error("filter", keep):
-        return _validate_kept(keep(rollouts), keep, groups)
+def _apply_filter(group_filter: Filter, rollouts: Rollouts, groups: int) -> Bool[Tensor, " groups"]:
+    with name_component_on_error("filter", group_filter):
+        return _validate_kept(group_filter(rollouts), group_filter, groups)
 
 
 def without_abstained(rollouts: Rollouts) -> Rollouts:
@@ -131,8 +131,8 @@ def _fill_abstained(
     return torch.where(abstained, mean[group], values)
 
 
-def _validate_kept(kept: Any, keep: Filter, groups: int) -> Bool[Tensor, " groups"]:
-    name = component_name(keep)
+def _validate_kept(kept: Any, group_filter: Filter, groups: int) -> Bool[Tensor, " groups"]:
+    name = component_name(group_filter)
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (groups,):
         found = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
         raise ValueError(

@@ -87,13 +87,13 @@ def add_zero_reward(
     main = replace(main, sub_batch=all_false.long(), from_guide=from_guide)
     # No on-policy completion is correct, so a correct one is the guide's.
     rescued = [each.any_correct(stages.threshold) for each in guided]
-    failed, saved = sum(len(each.prompts) for each in guided), sum(int(groups.sum()) for groups in rescued)
+    num_guided, num_rescued = sum(len(each.prompts) for each in guided), sum(int(groups.sum()) for groups in rescued)
     metrics = dict(batch.metrics)
     metrics |= {
-        "prompts/rescued": saved / seen,
-        "prompts/dropped": metrics["prompts/dropped"] - saved / seen,
-        "zero_reward/prompts": float(failed),
-        "zero_reward/guide_failed": (failed - saved) / max(failed, 1),
+        "prompts/rescued": num_rescued / seen,
+        "prompts/dropped": metrics["prompts/dropped"] - num_rescued / seen,
+        "zero_reward/prompts": float(num_guided),
+        "zero_reward/guide_failed": (num_guided - num_rescued) / max(num_guided, 1),
     }
     if not guided:
         return replace(batch, rollouts=main, metrics=metrics)
@@ -123,7 +123,7 @@ def _sample_guided(stages: "Stages", batches: Sequence[RewardedGroups], max_grou
             prompts = each.prompts.pick(failed.tolist())
             guide = stages.sample_guide(prompts, stages.zero_reward.completions_per_prompt)
             rows = interleave(stages.logprob_pass(each.without_rewards(failed)), guide)
-            guided.append(stages.reward(rows, prompts, first_group))
+            guided.append(stages.reward_groups(rows, prompts, first_group))
             first_group += len(failed)
             max_groups -= len(failed)
     return guided

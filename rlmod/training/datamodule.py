@@ -63,7 +63,11 @@ class RolloutLoader:
                 yield from self.split_into_micro_batches(replace(minibatch, weights=self.weigh(minibatch)))
 
     def split_into_micro_batches(self, minibatch: Rollouts) -> Iterator[Rollouts]:
-        """Yield the same number of micro-batches on every rank (DDP needs it); leading ones may be empty."""
+        """Yield the same number of micro-batches on every rank, because DDP waits for all of them.
+
+        Empty ones come first: no rank has rows for them. Then masked-out rows, where only another rank has some: this one must run the
+        forward and backward pass too. The last one always has rows.
+        """
         rows = rows_that_train(minibatch, every_row=self.every_row).nonzero()[:, 0]
         packs = pack_by_length(minibatch.rows(rows), self.batch.micro_batch, self.batch.micro_batch_tokens)
         found = [rows[pack] for pack in packs]

@@ -66,8 +66,8 @@ from rlmod.rollout.validation import sample_and_grade, validation_seed
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.uniform import Uniform
 from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_full_parameters, gradient_norm
+from rlmod.training.accuracy import MeanAtK, PassAtK
 from rlmod.training.checkpoint import check_iterations, check_same_policy
-from rlmod.training.metrics import MeanAtK, PassAtK
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
@@ -173,7 +173,7 @@ class RLModule(L.LightningModule):
                 next_prompts=lambda n: next_prompts(n).to(self.device),
                 sampler=self.sampler,
                 guide=self.guide,
-                compute_reward=self.reward,
+                reward=self.reward,
                 filter=self.filter,
                 zero_reward=self.zero_reward,
                 threshold=self.threshold,
@@ -181,7 +181,7 @@ class RLModule(L.LightningModule):
             )
             max_guided_groups = self.zero_reward.max_groups(prompts, self.trainer.world_size, self.global_rank)
             with agree_on_reward_errors():
-                batch = collect(stages, prompts=prompts, max_guided_groups=max_guided_groups)
+                batch = collect(stages, num_groups=prompts, max_guided_groups=max_guided_groups)
             sleep(self.sampler)
             rollouts = self.logprob_pass(
                 policy, batch.rollouts, pi_old=not self.logprobs_can_wait, reference=self.reference
@@ -211,13 +211,13 @@ class RLModule(L.LightningModule):
 
         The weights must be filled by the aggregation. An empty micro-batch has the loss 0.
         """
-        # Every optimizer step has the same number of micro-batches. Leading ones may be empty; the last one never is.
+        # Every optimizer step has the same number of micro-batches. An empty one means that no rank has rows left for it.
         if not len(batch):
             return torch.zeros((), device=self.device, requires_grad=True)
         terms = (self.loss, *self.regularizer.values())
         entropy = any("policy_entropy" in declared(term, "reads") for term in terms)
         logprobs, policy_entropy = logprobs_and_entropy(self.policy, batch, self.sampler.temperature, entropy=entropy)
-        # None: the policy in training sampled the completions.
+        # None: this is the first update on the rollout batch, so pi_old is the policy in training and the ratio is 1.
         old = logprobs.detach() if batch.logprobs is None else batch.logprobs
         batch = replace(batch, logprobs=old, policy_entropy=policy_entropy)
         with name_component_on_error("loss", self.loss):

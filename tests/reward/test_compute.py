@@ -193,3 +193,34 @@ def test_rows_keep_their_types_for_sequences_of_any_kind():
             return [torch.tensor(0.5), 1][index]
 
     assert compute_rewards(returning(Own()), TEXTS)[0].tolist() == [0.5, 1.0]
+
+
+def _of_trl(completions, answers, **kwargs):
+    return [0.0] * len(completions)
+
+
+def _two_arguments(texts, scale):
+    return [scale] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_target_": f"{__name__}._of_trl"}, r"^reward: the reward is called with one argument, texts"),
+        ({"_target_": f"{__name__}._two_arguments"}, r"^reward: .*missing a required argument: 'scale'"),
+        (
+            {"_target_": f"{__name__}._two_arguments", "per_char": 1},
+            r"^reward\.per_char: _two_arguments has no such argument",
+        ),
+        (
+            {
+                "_target_": "rlmod.reward.weighted.Weighted",
+                "terms": {"a": {"weight": 1, "reward": {"_target_": f"{__name__}._of_trl"}}},
+            },
+            r"^reward\.terms\.a\.reward: the reward is called with one argument",
+        ),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_anything_is_sampled(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_reward(config)

@@ -62,7 +62,7 @@ def run(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
         logprob_pass=lambda rollouts: rollouts, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
-        compute_reward=reward,
+        reward=reward,
         filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip
-    return collect(stages, prompts=prompts), drawn
+    return collect(stages, num_groups=prompts), drawn

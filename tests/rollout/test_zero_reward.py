@@ -79,11 +79,11 @@ def run(
     stages = Stages(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
         logprob_pass=scored, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
-        compute_reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
+        reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
         filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(),
         zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
     )  # fmt: skip
-    return collect(stages, prompts=prompts, max_guided_groups=prompts if room is None else room)
+    return collect(stages, num_groups=prompts, max_guided_groups=prompts if room is None else room)
 
 
 def test_the_guides_rows_join_each_prompts_own():

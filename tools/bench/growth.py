@@ -52,9 +52,9 @@ def collection(rollouts: Rollouts, decode: Callable[[Rollouts], list[str]]) -> i
 
     stages = Stages(
         policy=nn.Identity(), decode=decode, logprob_pass=lambda rows: rows, next_prompts=draw, sampler=Ready(rollouts), guide=None,
-        compute_reward=reward, filter=DynamicSampling(), zero_reward=ZeroReward(), seed=lambda *_: 0,
+        reward=reward, filter=DynamicSampling(), zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
-    return len(collect(stages, prompts=groups // 2).rollouts)
+    return len(collect(stages, num_groups=groups // 2).rollouts)
 
 
 def no_text(rollouts: Rollouts) -> list[str]:

@@ -215,7 +215,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     stages = Stages(
         policy=policy, decode=partial(completion_texts, module.tokenizer), logprob_pass=lambda rows: rows, guide=None,
         next_prompts=lambda _: Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems),
-        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), compute_reward=Verified(), filter=KeepAll(),
+        sampler=cast(Any, HF(completions_per_prompt=G, max_new_tokens=longest)), reward=Verified(), filter=KeepAll(),
         zero_reward=ZeroReward(), seed=lambda *_: 0,
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
 
     def rewarded(reward: MathVerify) -> Tensor:
         lengths.start()
-        rewards: Any = collect(replace(stages, compute_reward=reward), prompts=prompts).rollouts.rewards
+        rewards: Any = collect(replace(stages, reward=reward), num_groups=prompts).rollouts.rewards
         return rewards
 
     setting = f"completions {min(workload.lengths)} to {longest}"
@@ -235,7 +235,7 @@ def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Sa
     copied = off(sampled, _cache, "preallocate", lambda cache: cache)
     yield Saving("keys and values copied seldom", f"sampling; {setting}", sampled, copied)
     judge = f"`math_verify` and a judge of {JUDGE_SECONDS * 1000:.0f} ms a text"
-    for what, reward in (("`math_verify`", stages.compute_reward), (judge, Judge())):
+    for what, reward in (("`math_verify`", stages.reward), (judge, Judge())):
         at_once = partial(rewarded, cast(Any, reward))
         afterwards = off(at_once, async_rewards, "supports_async_rewards", lambda *_: False)
         timed = f"sampling, {what}, by the clock; {setting}"

@@ -57,7 +57,7 @@ NOT_COMPARED = """
 | KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `regularizer.kl.importance`: without it |
 | entropy bonus | always a mean over tokens | the loss's aggregation | the loss's weights: TRL's under token_mean |
 | forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the rollout batch |
-| log-ratios beyond +-20 | kept | clamped | kept |
+| log-ratios beyond +-20 | kept | clamped | clamped |
 | GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | implemented; no counterpart to compare with |
 """
 

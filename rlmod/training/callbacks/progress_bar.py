@@ -46,14 +46,18 @@ class ProgressBar(L.Callback):
         objective = pl_module.validation.objective
         if objective in trainer.callback_metrics:
             self.held_out = f"held-out {float(trainer.callback_metrics[objective]):.3f}"
+            self.validated_after = trainer.current_epoch + 1
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
         # This rollout batch's metrics come last: the Trainer's are from the previous iteration until the module has logged the new ones.
         metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.rollout_batch.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
-        numbers = "  ".join([shown[0], *([self.held_out] if self.held_out else []), *shown[1:]])
         done = trainer.current_epoch + 1
+        held_out = (
+            self.held_out if self.validated_after == done else f"{self.held_out} (iteration {self.validated_after})"
+        )
+        numbers = "  ".join([shown[0], *([held_out] if self.held_out else []), *shown[1:]])
         self.progress.update(self.task, completed=done, numbers=numbers)
         total = trainer.max_epochs or done
         if (

@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from rlmod.training.metrics import MeanAtK, PassAtK, pass_at_k
+from rlmod.training.accuracy import MeanAtK, PassAtK, pass_at_k
 
 
 @pytest.mark.parametrize("right", range(6))
