@@ -100,7 +100,7 @@ def test_sanity_validation_changes_no_weight():
 
 WRONG = {
     "accumulate_grad_batches": (3, "an optimizer step has 4 micro-batches"),
-    "limit_train_batches": (2, "would cut an iteration"),
+    "limit_train_batches": (1, "would cut an iteration"),
     "overfit_batches": (1, "would cut an iteration"),
 }
 

@@ -88,8 +88,22 @@ def sampler_agreement(rollouts: Rollouts) -> dict[str, float]:
     }
 
 
+RECOMPUTED = "sampler/recomputed"
+"""The difference in nats between the log-probabilities of a sampler that computes pi_old's and those of a forward pass."""
+MAX_RECOMPUTED = 0.1
+
+
 def check_agreement(sampler: Sampler, metrics: Mapping[str, float]) -> None:
-    """ValueError if the engine's log-probabilities differ from the policy's by more than ``sampler.max_difference`` nats on average."""
+    """ValueError if the engine's log-probabilities differ from the policy's by more than ``sampler.max_difference`` nats on average.
+
+    A sampler that computes pi_old's log-probabilities itself, such as sampler=hf, may differ by 0.1 from a forward pass.
+    """
+    if (recomputed := metrics.get(RECOMPUTED)) is not None and not recomputed <= MAX_RECOMPUTED:
+        raise ValueError(
+            f"the log-probabilities that the sampler recorded differ from those of a forward pass by {recomputed:.4f} nats on average: the "
+            "policy computes something else while it generates (noise that is on in one of them, or a cache that it does not support), so "
+            "every ratio would be wrong; use sampler=vllm, or another policy"
+        )
     difference = metrics.get("sampler/difference")
     if isinstance(sampler, WeightSyncedSampler) and difference is not None and not difference <= sampler.max_difference:
         raise ValueError(

@@ -219,9 +219,11 @@ class RLData(L.LightningDataModule):
                 f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
                 "0; to train on few problems, pass only those to RLData"
             )
-        if trainer.limit_train_batches not in (1.0, None):
+        limit = trainer.limit_train_batches
+        # The integer 1 is one batch, and equals 1.0, which is all of them. fast_dev_run sets it.
+        if limit not in (1.0, None) or isinstance(limit, int):
             raise ValueError(
-                f"trainer.limit_train_batches={trainer.limit_train_batches} would cut an iteration in the middle of an optimizer step: "
+                f"trainer.limit_train_batches={limit} (fast_dev_run sets 1) would cut an iteration in the middle of an optimizer step: "
                 "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
             )
         needed = self.micro_batches(trainer.world_size)

@@ -30,7 +30,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         os.truncate(descriptor, 0)
         os.write(descriptor, (json.dumps(holder) + "\n").encode())
-        yield
+        try:
+            yield
+        finally:
+            os.truncate(descriptor, 0)  # nobody holds it now
     finally:
         os.close(descriptor)
 

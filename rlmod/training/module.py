@@ -61,7 +61,7 @@ from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
 from rlmod.model.policy import completion_texts
 from rlmod.reward._failures import agree_on_reward_errors
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
-from rlmod.rollout.metrics import check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
+from rlmod.rollout.metrics import RECOMPUTED, check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
 from rlmod.rollout.validation import sample_and_grade, validation_seed
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.uniform import Uniform
@@ -130,6 +130,8 @@ class RLModule(L.LightningModule):
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled = 0
+        self.sampler_checked = False
+        """True once the sampler's log-probabilities have been compared with those of a forward pass."""
         self.guard, self.skipped_in_a_row = guard or Guard(), 0
         self.step_micro_batches: list[tuple[Rollouts, Float[Tensor, ""]]] = []
         """The micro-batches of this optimizer step, with their losses."""
@@ -187,9 +189,13 @@ class RLModule(L.LightningModule):
                 policy, batch.rollouts, pi_old=not self.logprobs_can_wait, reference=self.reference
             )
             agreement = self.sampler_agreement(policy, rollouts)
+            if batch.rollouts.logprobs is not None and not self.sampler_checked:
+                agreement |= self._recompute_logprobs(policy, rollouts)
         rollouts = self.shape(rollouts)
         metrics = reduce_across_ranks({**mean_entropy(rollouts), **batch.metrics, **agreement})
         check_agreement(self.sampler, metrics)
+        metrics.pop(RECOMPUTED, None)  # logged, it would tell a resumed run from one that was not
+        self.sampler_checked = True
         self.rollout_batch = replace(batch, rollouts=rollouts, metrics=metrics)
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
@@ -259,6 +265,13 @@ class RLModule(L.LightningModule):
             micro_batches = iter_micro_batches(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens)
             rollouts = self.logprob_pass(policy, next(micro_batches)[1])
         return sampler_agreement(rollouts)
+
+    def _recompute_logprobs(self, policy: nn.Module, rollouts: Rollouts) -> dict[str, float]:
+        """Compare the log-probabilities of a sampler that computes pi_old's with those of a forward pass, on one micro-batch."""
+        _, rows = next(iter_micro_batches(rollouts, self.batch.micro_batch, self.batch.micro_batch_tokens))
+        again = self.logprob_pass(policy, replace(rows, logprobs=None, entropy=None))
+        measured = sampler_agreement(replace(again, sampler_logprobs=rows.logprobs))
+        return {RECOMPUTED: measured["sampler/difference"]} if measured else {}
 
     @property
     def logprobs_can_wait(self) -> bool:

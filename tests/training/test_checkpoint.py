@@ -133,7 +133,7 @@ def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     checkpoints.write_config(tmp_path, OmegaConf.create({"a": 1}))
 
-    def full(cfg, path, resolve):
+    def full(cfg, path):
         Path(path).write_text("a: ")
         raise OSError("No space left on device")
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, m
     state = run / "checkpoints" / "step-000004" / "trainer.ckpt"
     state.write_bytes(content(state.stat().st_size))
     assert checkpoints.find_newest_checkpoint(run) == run / "checkpoints" / "step-000003"
-    assert "step-000004 is damaged and is skipped: trainer.ckpt cannot be read" in caplog.text
+    assert "step-000004 is damaged and is skipped: trainer.ckpt was altered" in caplog.text
 
 
 @pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", "3", '{"trainer.ckpt": "x"}'])

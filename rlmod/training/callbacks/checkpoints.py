@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
@@ -225,9 +226,11 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"checkpoints could not be written in {self.folder}: {reason}") from error
         finally:
             shutil.rmtree(trial, ignore_errors=True)
+            with suppress(OSError):  # it may hold checkpoints
+                self.folder.rmdir()
         # policy/ and trainer.ckpt have the weights; trainer.ckpt also has two moments per trained weight.
         needed = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 2) for p in module.policy.parameters())
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise ValueError(
                 f"checkpoints could not be written in {self.folder}: one needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "

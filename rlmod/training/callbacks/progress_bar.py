@@ -23,6 +23,7 @@ class ProgressBar(L.Callback):
         self.lines = lines
         """Number of lines printed over the whole run if there is no terminal."""
         self.held_out = ""
+        self.validated_after = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.console = Console()
