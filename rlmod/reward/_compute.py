@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmod.interfaces import Reward, unwrap
-from rlmod.reward._failures import RewardError, RewardResult, heartbeat, quote_completion
+from rlmod.reward._failures import RewardError, RewardResult, Rewards, heartbeat, quote_completion
 from rlmod.types import Texts
 
 __all__ = ["RewardError", "RewardResult", "call_reward", "compute_rewards", "read_result", "reward_name"]
@@ -75,6 +75,8 @@ def read_result(result: Any, reward: Reward, texts: Texts) -> tuple[RewardResult
     RewardError if the result as a whole is wrong, such as one of another length.
     """
     name = reward_name(reward)
+    if isinstance(result, Rewards):
+        return result.result, {}
     if isinstance(result, RewardResult):
         return result, {}
     if not isinstance(result, Mapping):

@@ -74,6 +74,15 @@ class RewardResult(NamedTuple):
     """The failures, by the name of the term that failed; "" is the reward itself."""
 
 
+class Rewards(list[float | None]):
+    """One number per completion, None where the reward abstains, as a reward may return it; with what it counted in ``result``."""
+
+    def __init__(self, result: RewardResult) -> None:
+        pairs = zip(result.rewards.tolist(), result.abstained.tolist(), strict=True)
+        super().__init__(None if abstained else reward for reward, abstained in pairs)
+        self.result = result
+
+
 OnError = Literal["stop", "retry", "abstain", "zero"]
 
 

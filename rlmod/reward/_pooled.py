@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rlmod.reward._failures import (
     OnError,
     RewardError,
-    RewardResult,
+    Rewards,
     RewardSettings,
     Row,
     apply_on_error,
@@ -45,9 +45,9 @@ class PooledScorer(RewardSettings):
     def _read(self, reply: Reply, texts: Texts, row: int) -> Row:
         """Return the reward of a completion from the scorer's reply, whose status is ok."""
 
-    def __call__(self, texts: Texts) -> RewardResult:
+    def __call__(self, texts: Texts) -> Rewards:
         rows = evaluate_with_retries(self, self._evaluate, texts, pointwise=True)
-        return apply_on_error(self, rows, texts, type(self).__name__)
+        return Rewards(apply_on_error(self, rows, texts, type(self).__name__))
 
     def _evaluate(self, texts: Texts) -> list[Row]:
         rows = [Row(0.0)] * len(texts)

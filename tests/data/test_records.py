@@ -61,7 +61,7 @@ def test_a_list_holds_several_correct_answers():
     texts = Texts(completions=["4", "City of Paris", "Rome"], answers=["4", *[("Paris", "City of Paris")] * 2])
     assert ExactMatch()(texts) == [1.0, 1.0, 0.0]
     texts = Texts(completions=["0.5", "1/3", "2"], answers=[("3", r"\frac12"), ("1/3", "2"), ("1", "3")])
-    assert MathVerify()(texts).rewards.tolist() == [1.0, 1.0, 0.0]
+    assert MathVerify()(texts) == [1.0, 1.0, 0.0]
 
 
 def test_the_answer_pattern_takes_its_last_match():

@@ -17,7 +17,7 @@ from rlmod.model import shared_prompts as prompt_sharing
 from rlmod.model.logprobs import completion_logprobs
 from rlmod.model.packing import pack_by_length
 from rlmod.model.policy import completion_texts
-from rlmod.reward._failures import RewardResult
+from rlmod.reward._failures import Rewards
 from rlmod.reward.math_verify import MathVerify
 from rlmod.rollout import async_rewards
 from rlmod.rollout.collect import Stages, collect
@@ -187,16 +187,16 @@ class UntilTheLast(_recorder.Recorder):
 class Verified(MathVerify):
     """And a row's length, by which rows that were mixed up would show: random tokens answer nothing."""
 
-    def __call__(self, texts: Texts) -> RewardResult:
+    def __call__(self, texts: Texts) -> Rewards:
         assert texts.lengths is not None
-        result = super().__call__(texts)
-        return result._replace(rewards=result.rewards + torch.tensor(texts.lengths, dtype=torch.float32))
+        result = super().__call__(texts).result
+        return Rewards(result._replace(rewards=result.rewards + torch.tensor(texts.lengths, dtype=torch.float32)))
 
 
 class Judge(Verified):
     """And what a judge on another machine takes for each text, in which this machine does nothing."""
 
-    def __call__(self, texts: Texts) -> RewardResult:
+    def __call__(self, texts: Texts) -> Rewards:
         time.sleep(JUDGE_SECONDS * len(texts.completions))
         return super().__call__(texts)
 
