@@ -118,16 +118,12 @@ class FullLength(HF):
         prompt_mask[1::2, 0] = False
         mask = torch.ones_like(completions, dtype=torch.bool)
         mask[::2, -1] = False
-        known = torch.full(completions.shape, 4.0) * mask
         return build_rollouts(
             prompt_ids=torch.full((rows, self.prompt_tokens), 5),
             prompt_mask=prompt_mask,
             completion_ids=completions,
             mask=mask,
             group=group,
-            logprobs=-known,
-            entropy=known,
-            sampler_logprobs=-known,
             truncated=torch.zeros(rows, dtype=torch.bool),
         )
 

@@ -19,6 +19,7 @@ FILES = {
     "metrics.csv",
     "samples.jsonl",
     "result.json",
+    ".lock",
     "report.html",
     "train.log",
     "rank_1.log",
