@@ -1,6 +1,7 @@
 """Components that fail when a file or an environment variable says so. Runs name them by import path."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ class StopAtBatch(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step >= self.batch:
             trainer.should_stop = True
+
+
+class SignalAtStep(L.Callback):
+    """Sends SIGTERM to this process after an optimizer step, and then takes its time."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds = step, seconds
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(self.seconds)
 
 
 class Poison(L.Callback):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlmod.config.cli import Stopped
 from rlmod.training import checkpoint as checkpoints
 from tests.command_line import SHORT, answer, run_train
 from tests.config.composing import ROOT
@@ -108,8 +107,14 @@ def test_sigterm_while_a_reward_hangs_waits_a_while_and_keeps_the_last_state(und
     assert names(run) == ["step-000002"]
 
 
-def test_a_second_signal_stops_at_once():
-    assert Stopped(15).resume_with is None
+def test_an_iteration_that_takes_optimizer_steps_is_finished_however_long_it_takes(tmp_path, monkeypatch):
+    run = tmp_path / "a"
+    slow = "{_target_: tests.training.faults.SignalAtStep, step: 3, seconds: 1.0}"
+    words = (*QUICK, "batch.minibatches=2", f"+callbacks.slow={slow}", "callbacks.checkpoints.wait_seconds=0.1")
+    with pytest.raises(SystemExit) as stop:
+        run_train(monkeypatch, *words, f"output={run}")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert names(run) == ["step-000004"]
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, monkeypatch):

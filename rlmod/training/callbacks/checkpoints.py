@@ -43,8 +43,9 @@ class Checkpoints(Checkpoint):
     with the highest held-out accuracy, which is kept beside the newest ones (``best``).
 
     The first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 lets the iteration finish and writes a checkpoint; a second one stops the run at once.
-    If the iteration has not finished after ``wait_seconds``, as with a reward that hangs, or if it fails before its first optimizer step,
-    the checkpoint has the state at the end of the iteration before. With several ranks this needs an error that all of them have.
+    An iteration that fails before its first optimizer step leaves a checkpoint of the iteration before; with several ranks, if the error is
+    one of a reward, which all of them are told. In a single process an iteration that is still collecting ``wait_seconds`` after a signal,
+    as with a reward that hangs, is given up in the same way. Once it takes optimizer steps, it is always finished.
 
     ValueError if a checkpoint cannot be written. What can be known before the first iteration is tried then.
     """
@@ -65,10 +66,13 @@ class Checkpoints(Checkpoint):
         """True if another callback asked to stop in the middle of an iteration, which is finished first."""
         self.last_state: dict[str, Any] | None = None
         """The parts of a checkpoint that a failing iteration changes, as they were at the end of the iteration before."""
-        self.written_step: int | None = None
+        self.tried_step: int | None = None
+        """The optimizer step of the last checkpoint that was written, or failed to be."""
         self.tried = False
         self.interrupted: signal.Signals | None = None
         self.fitting = False
+        self.trainer: L.Trainer | None = None
+        self.first_step = 0
         self.unpublished: Path | None = None
         """The folder of a checkpoint that still lacks the run's records, its manifest and its final name."""
         self.handlers: dict[int, Any] = {}
@@ -130,13 +134,15 @@ class Checkpoints(Checkpoint):
         state = self.last_state
         if at_once or not agreed or state is None or state["global_step"] != trainer.global_step:
             return
-        if self.unpublished is None and self.written_step != trainer.global_step:
+        if self.tried_step != trainer.global_step:
             pl_module.checkpoint_changes = state
             try:
                 self.write(trainer, pl_module)
             finally:
                 pl_module.checkpoint_changes = None
         self.publish(trainer)
+        if not (self.folder / _name(trainer.global_step)).is_dir():  # writing it is what failed
+            return
         log.warning("the state after step %d is in %s", trainer.global_step, self.folder / _name(trainer.global_step))
         if isinstance(exception, Stopped):
             exception.resume_with = f"resume={self.folder.parent}"
@@ -152,6 +158,7 @@ class Checkpoints(Checkpoint):
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write everything but the run's records into a folder with a temporary name."""
         assert isinstance(pl_module, RLModule)
+        self.tried_step = trainer.global_step
         self._check_finite(trainer, pl_module)
         partial = self.folder / f".partial-{_name(trainer.global_step)}"
         try:
@@ -167,7 +174,7 @@ class Checkpoints(Checkpoint):
                 shutil.copy(self.folder.parent / "config.yaml", partial / "config.yaml")
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a disk is full
             raise self._write_error(partial, error) from error
-        self.unpublished, self.written_step = partial, trainer.global_step
+        self.unpublished = partial
 
     def _check_finite(self, trainer: L.Trainer, module: RLModule) -> None:
         """ValueError, on all ranks, if a weight of the policy is not finite: a checkpoint of it would be worthless."""
@@ -249,7 +256,7 @@ class Checkpoints(Checkpoint):
     # The Trainer installs its signal handlers just before these hooks. They would end the run in the middle of an iteration.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.fitting = True
+        self.fitting, self.trainer, self.first_step = True, trainer, trainer.global_step
         self._install_handlers()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -266,17 +273,19 @@ class Checkpoints(Checkpoint):
             raise Stopped(number, f"resume={run}" if checkpoints.list_checkpoints(run) else None)
         self.interrupted = signal.Signals(number)
         log.warning(
-            "%s: finishing this iteration, for at most %.0f s, then writing a checkpoint; send it again to stop at once",
+            "%s: finishing this iteration, then writing a checkpoint; send it again to stop at once",
             self.interrupted.name,
-            self.wait_seconds,
         )
-        self.alarm = threading.Timer(self.wait_seconds, self._end_wait)
-        self.alarm.daemon = True
-        self.alarm.start()
+        if self.trainer is not None and self.trainer.world_size == 1:  # several ranks must stop at the same place
+            self.alarm = threading.Timer(self.wait_seconds, self._end_wait, (self.trainer,))
+            self.alarm.daemon = True
+            self.alarm.start()
 
-    def _end_wait(self) -> None:
-        """Send the signal to the main thread again: the iteration hangs, or takes too long."""
+    def _end_wait(self, trainer: L.Trainer) -> None:
+        """Send the signal to the main thread again if the iteration is still collecting. Its weights are those of the iteration before."""
         assert self.interrupted is not None
+        if trainer.global_step != (self.first_step if self.last_state is None else self.last_state["global_step"]):
+            return
         self.waited = True
         log.warning("the iteration has not finished after %.0f s and is given up", self.wait_seconds)
         signal.pthread_kill(threading.main_thread().ident or 0, self.interrupted)

@@ -1,6 +1,7 @@
 """One progress bar for the whole run, with one step per iteration."""
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -47,7 +48,8 @@ class ProgressBar(L.Callback):
         objective = pl_module.validation.objective
         if objective in trainer.callback_metrics:
             self.held_out = f"held-out {float(trainer.callback_metrics[objective]):.3f}"
-            self.validated_after = trainer.current_epoch + 1
+            # In fit the current iteration is not counted yet. The validation before training comes after iteration 0.
+            self.validated_after = trainer.current_epoch + int(trainer.state.fn == TrainerFn.FITTING)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule) and pl_module.rollout_batch is not None
@@ -55,9 +57,8 @@ class ProgressBar(L.Callback):
         metrics = {**{k: float(v) for k, v in trainer.callback_metrics.items()}, **pl_module.rollout_batch.metrics}
         shown = [f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics]
         done = trainer.current_epoch + 1
-        held_out = (
-            self.held_out if self.validated_after == done else f"{self.held_out} (iteration {self.validated_after})"
-        )
+        earlier = f" (iteration {self.validated_after})" if self.validated_after != done else ""
+        held_out = f"{self.held_out}{earlier}"
         numbers = "  ".join([shown[0], *([held_out] if self.held_out else []), *shown[1:]])
         self.progress.update(self.task, completed=done, numbers=numbers)
         total = trainer.max_epochs or done
