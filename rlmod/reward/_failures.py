@@ -183,6 +183,14 @@ def apply_on_error(settings: RewardSettings, rows: Sequence[Row], texts: Texts, 
     )
 
 
+def has_value(result: RewardResult) -> Bool[Tensor, " R"]:
+    """Return True for the completions that the reward gave a value."""
+    without = result.abstained.clone()
+    for rows in result.failed.values():
+        without |= rows.timeouts | rows.errors
+    return ~without
+
+
 def check_failure_shares(result: RewardResult) -> None:
     """Raise RewardError if more completions of a batch failed than ``max_failure_share`` allows."""
     for term, rows in result.failed.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlmod.interfaces import Reward, Sampler, declared
 from rlmod.reward._compute import compute_rewards
-from rlmod.reward._failures import FailedRows, RewardError, RewardResult
+from rlmod.reward._failures import FailedRows, RewardError, RewardResult, has_value
 from rlmod.rollout.groups import select_texts, texts_for_reward
 from rlmod.types import Problem, Rollouts, Texts
 
@@ -59,29 +59,35 @@ class AsyncRewards:
         if missing.any():
             rows.append(missing.nonzero()[:, 0])
             results.append(compute_rewards(self.reward, select_texts([texts], missing)))
-        names = {tuple(sorted(each.terms)) for each in results}
+        # A computation without any value, because it failed or abstained, has no terms either.
+        names = {tuple(sorted(each.terms)) for each in results if each.terms or bool(has_value(each).any())}
         if len(names) > 1:
             raise RewardError(f"the reward returned different terms for different completions: {sorted(names)}")
 
-        def scatter(values: Sequence[Tensor]) -> Tensor:
-            combined = values[0].new_empty(len(rollouts))
+        def scatter(values: Sequence[Tensor | None], dtype: torch.dtype = torch.float32) -> Tensor:
+            combined = torch.zeros(len(rollouts), dtype=dtype)  # under bf16-true the default would be 16 bits
             for index, value in zip(rows, values, strict=True):
-                combined[index] = value
+                if value is not None:
+                    combined[index] = value
             return combined
+
+        def scatter_failed(name: str) -> FailedRows:
+            found = [each.failed.get(name) for each in results]
+            return FailedRows(
+                scatter([each and each.timeouts for each in found], torch.bool),
+                scatter([each and each.errors for each in found], torch.bool),
+                next(each.max_share for each in found if each),
+            )
 
         return RewardResult(
             rewards=scatter([each.rewards for each in results]),
-            terms={name: scatter([each.terms[name] for each in results]) for name in results[0].terms},
-            outcomes=scatter([each.outcomes for each in results]),
-            abstained=scatter([each.abstained for each in results]),
-            failed={
-                name: FailedRows(
-                    scatter([each.failed[name].timeouts for each in results]),
-                    scatter([each.failed[name].errors for each in results]),
-                    rows_of.max_share,
-                )
-                for name, rows_of in results[0].failed.items()
+            terms={
+                name: scatter([each.terms.get(name) for each in results])
+                for name in (next(iter(names)) if names else ())
             },
+            outcomes=scatter([each.outcomes for each in results]),
+            abstained=scatter([each.abstained for each in results], torch.bool),
+            failed={name: scatter_failed(name) for name in dict.fromkeys(n for each in results for n in each.failed)},
         )
 
     def close(self) -> None:

@@ -44,8 +44,10 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
         "prompts/unfilled": float(max(prompts - int(kept.sum()), 0)),
         "prompts/generation_batches": float(len(batches)),
     }
-    for term in batches[0].terms:
-        values = torch.cat([batch.terms[term] for batch in batches]).to(on_policy.device)
+    for term in dict.fromkeys(term for batch in batches for term in batch.terms):
+        # A batch of which no completion has a value has no terms.
+        columns = [batch.terms.get(term, torch.zeros(len(batch.texts))) for batch in batches]
+        values = torch.cat(columns).to(on_policy.device)
         metrics[f"reward/{term}"] = values[scored].mean()
     metrics |= failure_metrics([batch.failed for batch in batches], rollouts.abstained)
     metrics |= mean_entropy(rollouts)

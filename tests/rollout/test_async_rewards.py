@@ -11,6 +11,7 @@ import torch
 from rlmod.interfaces import OnFinished
 from rlmod.model.policy import HFPolicy, completion_texts
 from rlmod.reward._compute import RewardError, compute_rewards
+from rlmod.reward._supervised import Supervised
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.reward.grop import Grop
 from rlmod.reward.weighted import Weighted
@@ -249,3 +250,36 @@ def test_the_sampler_tells_of_each_row_once_and_as_it_stays(rows_per_batch):
         assert completion_texts(tokenizer, rows) == completion_texts(tokenizer, expected)
         assert torch.equal(rows.truncated, expected.truncated)
         assert torch.equal(rows.mask.sum(1), expected.mask.sum(1))
+
+
+def test_a_computation_that_failed_has_no_terms_and_disturbs_nothing():
+    """Completions 5 and 2 fail, each group of them by itself; the others have two terms."""
+
+    def terms(texts: Texts) -> dict[str, list[float]]:
+        if {"5", "2"} & set(texts.completions):
+            raise ConnectionError("503")
+        return {"a": [float(text) for text in texts.completions], "b": [0.5] * len(texts)}
+
+    rows = rollouts()
+    early = AsyncRewards(Supervised(supervised=pointwise(terms), on_error="zero"), PROBLEMS, decode)
+    for places in (torch.tensor([5]), torch.tensor([0, 7, 6]), torch.tensor([2])):
+        early.submit(rows.rows(places), places)
+    with pytest.warns(UserWarning, match="503"):
+        found = early.result(rows, texts(rows))
+    early.close()
+    failed = [place in (2, 5) for place in range(8)]
+    assert found.failed[""].errors.tolist() == failed
+    assert found.rewards.tolist() == [0.0 if bad else place + 0.5 for place, bad in enumerate(failed)]
+    assert found.terms["b"].tolist() == [0.0 if bad else 0.5 for bad in failed]
+
+
+def test_terms_that_differ_between_completions_are_an_error():
+    def terms(texts: Texts) -> dict[str, list[float]]:
+        return {f"of_{len(texts)}": [1.0] * len(texts)}
+
+    rows = rollouts()
+    early = AsyncRewards(pointwise(terms), PROBLEMS, decode)
+    early.submit(rows.rows(torch.tensor([5, 2])), torch.tensor([5, 2]))
+    with pytest.raises(RewardError, match="different terms for different completions"):
+        early.result(rows, texts(rows))
+    early.close()
