@@ -45,9 +45,20 @@ class PoolError(RuntimeError):
 
 
 def default_workers() -> int:
-    """Return the number of cores of this rank, at most 32."""
-    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
-    return min(max(len(os.sched_getaffinity(0)) // ranks, 1), 32)
+    """Return this rank's share of the cores that the process may use, at most 32.
+
+    torchrun and SLURM name the number of ranks on a machine. Lightning's own launcher names only that of all ranks.
+    """
+    named = next(
+        (
+            os.environ[name]
+            for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+            if name in os.environ
+        ),
+        "",
+    )
+    ranks = int(named) if named.isdigit() else 1
+    return min(max(len(os.sched_getaffinity(0)) // max(ranks, 1), 1), 32)
 
 
 def run_in_pool(settings: PoolSettings, items: Sequence[tuple[Any, ...]], what: str) -> list[Reply]:
@@ -86,9 +97,8 @@ class Pool:
                         "%s: the worker pool's server died (start %d of %d): %r", what, start, MAX_STARTS, error
                     )
                 finally:
-                    if len(replies) < len(
-                        items
-                    ):  # also after Ctrl-C: late replies must not be taken for the next call's
+                    # Also after Ctrl-C: late replies must not be taken for the next call's.
+                    if len(replies) < len(items):
                         self.stop()
         raise PoolError(f"{what}: the worker pool's server died {MAX_STARTS} times; is the machine short of memory?")
 

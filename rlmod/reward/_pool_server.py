@@ -98,7 +98,7 @@ class Server:
 
     def _fork(self) -> Worker:
         ours, theirs = FORK.Pipe()
-        others = [ours, *(worker.connection for worker in self.workers)]
+        others = [ours, self.trainer, *(worker.connection for worker in self.workers)]
         process = FORK.Process(target=work, args=(self.settings, self.function, theirs, others), daemon=True)
         process.start()
         theirs.close()
@@ -145,7 +145,7 @@ def work(
     """Serve chunks of items in a worker process, until the server is gone."""
     from rlmod.reward import _sandbox
 
-    for each in others:  # inherited copies would keep the pipes of other workers open
+    for each in others:  # inherited copies would keep these pipes open when the server is dead
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _sandbox.limit_resources(settings.memory_gib)

@@ -43,3 +43,11 @@ def environment(texts: Texts) -> list[float]:
 def terms(texts: Texts) -> dict[str, list[float]]:
     values = [_one(completion) for completion in texts.completions]
     return {"a": values, "b": [0.5] * len(values)}  # type: ignore[dict-item]
+
+
+def hang_once(flag: str) -> float:
+    """Hang at the first call, which leaves the file ``flag``."""
+    if not os.path.exists(flag):
+        open(flag, "w").close()
+        time.sleep(600)
+    return 7.0
