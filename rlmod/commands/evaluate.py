@@ -72,9 +72,9 @@ def _write_rewards(source: Path, reward: Any, output: str | None, column: str) -
     texts = Texts(completions=[r["completion"] for r in records], answers=[_answer_text(r["answer"]) for r in records])
     try:
         result = compute_rewards(reward, texts)
-        check_failure_shares(result)
     except ValueError as error:
         raise ValueError(f"{_find_refused_line(reward, located) or source}: {error}") from error
+    check_failure_shares(result)
     for row, record in enumerate(records):
         none = bool(result.abstained[row])
         record[column] = None if none else float(result.rewards[row])

@@ -35,6 +35,14 @@ class Supervised(RewardSettings):
 
     supervised: Reward
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers is not None and getattr(unwrap(self.supervised), "pointwise", None) is False:
+            raise ValueError(
+                f"reward.workers={self.workers}: {reward_name(self.supervised)} compares the completions of a group, but a worker gets one "
+                "completion at a time; give workers to the reward inside it"
+            )
+
     @property
     def pointwise(self) -> bool:
         return self.workers is not None or bool(declared(self.supervised, "pointwise"))

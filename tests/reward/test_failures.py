@@ -1,9 +1,12 @@
 """What happens to a completion on which a reward fails."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -14,6 +17,8 @@ import torch
 from rlmod.config.build import build_reward
 from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward._failures import check_failure_shares, failure_metrics
+from rlmod.reward._pool import Pool, default_workers
+from rlmod.reward._pool_server import PoolSettings
 from rlmod.reward._supervised import Supervised
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.reward.format import Format
@@ -284,3 +289,48 @@ def test_too_many_calls_that_never_return_stop_the_run():
     assert done.returncode != 0
     assert "8 calls have not returned" in done.stderr
     assert "reward.workers=2" in done.stderr
+
+
+def test_workers_of_a_reward_that_compares_completions_are_refused():
+    grop = Grop(reward=lambda rows: [1.0] * len(rows), max_tokens=100, buffer=10)
+    with pytest.raises(ValueError, match=r"reward\.workers=2: Grop compares the completions of a group"):
+        Supervised(supervised=grop, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        ({"WORLD_SIZE": "8"}, 8),
+    ],
+)
+def test_the_ranks_of_a_machine_share_its_cores(variables, ranks, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert default_workers() == 16 // ranks
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert default_workers() == 1
+
+
+def test_a_server_that_dies_while_its_worker_hangs_is_replaced():
+    pool = Pool(PoolSettings("tests.reward.faulty:hang_once", 1, 120.0, 2.0, False))
+    flag = Path(tempfile.mkdtemp()) / "flag"
+
+    def kill_when_hanging() -> None:
+        while not flag.exists():
+            time.sleep(0.05)
+        assert pool.process is not None
+        os.kill(pool.process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_when_hanging)
+    killer.start()
+    started = time.monotonic()
+    assert [reply.value for reply in pool.map([(str(flag),)], "the test")] == [7.0]
+    assert time.monotonic() - started < 100  # not the worker's own clock
+    killer.join()
+    pool.stop()
