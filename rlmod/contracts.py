@@ -1,4 +1,4 @@
-"""Checks of what a component returns, and the component's name in its errors."""
+"""Checks of what a component returns; its name is added to its errors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmod.interfaces import ALL_FIELDS, Correction, Loss, Shaper, declared, unwrap
+from rlmod.interfaces import ALL_FIELDS, Correction, Loss, Shaper, component_name, declared, unwrap
 from rlmod.types import Rollouts, require
 
 RESERVED_METRICS = frozenset({"loss", "grad_norm", "skipped_steps"})
 """Names of metrics of the training step that no component may return."""
-
-
-def component_name(component: object) -> str:
-    """Return the name of the component's class or function."""
-    target = unwrap(component)
-    return getattr(target, "__qualname__", type(target).__qualname__)
 
 
 @contextmanager

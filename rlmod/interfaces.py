@@ -61,6 +61,12 @@ def unwrap(component: object) -> object:
     return unwrap(component.func) if isinstance(component, partial) else component
 
 
+def component_name(component: object) -> str:
+    """Return the name of the component's class or function."""
+    target = unwrap(component)
+    return getattr(target, "__qualname__", type(target).__qualname__)
+
+
 def declared(component: object, name: str) -> Any:
     """Return a component's declaration ``name``, or its default."""
     return getattr(unwrap(component), name, DEFAULTS[name])
@@ -73,34 +79,37 @@ def check_declarations(component: object, key: str) -> None:
     target = unwrap(component)
     own = [name for name in dir(target) if not name.startswith("_")]
     for name in own:
-        close = difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.85)
+        swapped = [right for right in DEFAULTS if sorted(right) == sorted(name)]
+        close = swapped or difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.85)
         if close and name not in DEFAULTS and close[0] not in own:
             raise ValueError(
-                f"{key}: {_name(target)} declares {name}; did you mean {close[0]}? Declarations are {', '.join(DEFAULTS)}"
+                f"{key}: {component_name(target)} declares {name}; did you mean {close[0]}? Declarations are {', '.join(DEFAULTS)}"
             )
     if not isinstance(getattr(target, "reads", ALL_FIELDS), frozenset | set):
         raise ValueError(
-            f"{key}: {_name(target)}.reads must be a frozenset of fields of Rollouts, as in frozenset({{'rewards'}}), "
+            f"{key}: {component_name(target)}.reads must be a frozenset of fields of Rollouts, as in frozenset({{'rewards'}}), "
             f"got {declared(component, 'reads')!r}"
         )
     if unknown := sorted(set(declared(component, "reads")) - ALL_FIELDS):
         close = difflib.get_close_matches(unknown[0], ALL_FIELDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"{key}: {_name(target)}.reads names {unknown[0]!r}, which is not a field of Rollouts{hint}; "
+            f"{key}: {component_name(target)}.reads names {unknown[0]!r}, which is not a field of Rollouts{hint}; "
             f"the fields are {', '.join(sorted(ALL_FIELDS))}"
         )
     if declared(component, "granularity") not in ("token", "sequence"):
         raise ValueError(
-            f"{key}: {_name(target)}.granularity must be 'token' or 'sequence', got {declared(component, 'granularity')!r}"
+            f"{key}: {component_name(target)}.granularity must be 'token' or 'sequence', got {declared(component, 'granularity')!r}"
         )
-    size = declared(component, "min_group_size")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{key}: {_name(target)}.min_group_size must be a whole number of at least 1, got {size!r}")
-
-
-def _name(target: object) -> str:
-    return getattr(target, "__qualname__", type(target).__qualname__)
+    for name in ("min_group_size", "max_generation_batches"):
+        value = declared(component, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{key}: {component_name(target)}.{name} must be a whole number of at least 1, got {value!r}"
+            )
+    for name in ("proportional_to_advantage", "counts_for_correctness", "pointwise", "skip_special_tokens"):
+        if not isinstance(value := declared(component, name), bool):
+            raise ValueError(f"{key}: {component_name(target)}.{name} must be True or False, got {value!r}")
 
 
 @runtime_checkable

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import lightning as L
 
     from rlmod.config.build import Components
-    from rlmod.training.datamodule import RLData
     from rlmod.training.module import RLModule
 
 log = logging.getLogger(__name__)
@@ -47,11 +46,14 @@ def train_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str, A
     ``overrides`` are command-line overrides, such as ``["experiment=quickstart", "seed=1"]``, or a composed config. ValueError for
     overrides that the command refuses.
     """
-    cfg = overrides if isinstance(overrides, DictConfig) else cli.compose("train", overrides)
+    cfg = cli.compose("train", overrides)
+    if not OmegaConf.select(cfg, "output"):
+        raise ValueError("output is missing: set output=FOLDER")
     folder = Path(cfg.output)
     cfg.output = str(folder)  # resolves ${now:...} once
     folder.mkdir(parents=True, exist_ok=True)
-    return {**run(cfg, folder), "folder": str(folder)}
+    with cli.mistakes_as_value_errors(), cli.run_folder(folder):
+        return {**run(cfg, folder), "folder": str(folder)}
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     logging.captureWarnings(True)
     check_seed(cfg.seed, "seed")
     components = Components.from_config(cfg)
-    compatibility.check(components, _count_ranks(cfg.trainer), OmegaConf.select(cfg, "trainer.strategy._target_"))
+    compatibility.check_policy(components, OmegaConf.select(cfg, "trainer.strategy._target_"))
+    compatibility.check(components, _count_ranks(cfg.trainer))
     for key in ("max_epochs", "check_val_every_n_epoch"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise ValueError(
@@ -82,7 +85,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: float) -> dict[str, Any]:
     """Load data and policy, validate, train and report, in a folder that no other run uses."""
     from rlmod import distributed
-    from rlmod.interfaces import prepare
     from rlmod.training import checkpoint as checkpoints
 
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
@@ -101,23 +103,18 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     tokenizer = components.policy.tokenizer()
     problems = components.encoder.encode(train_set, tokenizer)
     held_out = components.encoder.encode(held_out_set, tokenizer) if held_out_set is not None else None
-    prepare(
-        [components.sampler, components.guide, components.reward, components.reference], problems.problems, tokenizer
-    )
-    held_out_problems = held_out.problems if held_out else ()
-    prepare([components.validation.sampler, components.validation.reward], held_out_problems, tokenizer)
-    problems.check_max_model_len(components.sampler, "sampler")
-    if held_out:
-        held_out.check_max_model_len(components.validation.sampler, "validation.sampler")
 
     import lightning as L
 
+    from rlmod.training.datamodule import RLData
+
+    data = RLData(train=problems, held_out=held_out)
+    data.prepare_components(components, tokenizer)
     cli.silence_libraries()
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _build_trainer(cfg, checkpoints.own_step(folder, checkpoint))
     module = _build_module(cfg, components, tokenizer)
     module.own_checkpoint = checkpoint is not None and checkpoints.is_from_same_run(folder, checkpoint, cfg)
-    data = _build_data(cfg, components, problems, held_out)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fit(trainer, module, data, checkpoint, folder, started)
 
@@ -212,6 +209,7 @@ def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> 
         reference=components.reference,
         shaper=components.shaper,
         correction=components.correction,
+        aggregation=components.aggregation,
         loss=components.loss,
         regularizer=components.regularizer,
         optimizer=components.optimizer,
@@ -221,12 +219,6 @@ def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> 
         guard=components.guard,
         seed=cfg.seed,
     )
-
-
-def _build_data(cfg: DictConfig, components: "Components", problems: Any, held_out: Any) -> "RLData":
-    from rlmod.training.datamodule import RLData
-
-    return RLData(train=problems, held_out=held_out, aggregation=components.aggregation)
 
 
 def _fit(

@@ -1,6 +1,7 @@
 """The door for Python: light to import, the same results as the commands, and settings that cannot be right are refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,15 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 import rlmod
 from rlmod.config.build import Components
+from rlmod.regularizer.kl import KL
+from rlmod.reward.exact_match import ExactMatch
+from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.training.datamodule import RLData
 from rlmod.training.module import RLModule
 from tests.command_line import SHORT, run_eval, run_train
@@ -52,15 +58,15 @@ def parts(*overrides: str):
     return Components.from_config(cfg)
 
 
-def module_and_data(components: Components, **data) -> tuple[RLModule, RLData]:
+def module_and_data(components: Components) -> tuple[RLModule, RLData]:
     tokenizer = components.policy.tokenizer()
     problems = components.encoder.encode(components.train(), tokenizer)
     module = RLModule(
         policy=components.policy.model(tokenizer), tokenizer=tokenizer, sampler=components.sampler,
         reward=components.reward, shaper=components.shaper, loss=components.loss, optimizer=components.optimizer,
-        batch=components.batch,
+        batch=components.batch, aggregation=components.aggregation,
     )  # fmt: skip
-    return module, RLData(train=problems, aggregation=components.aggregation, **data)
+    return module, RLData(train=problems)
 
 
 def plain_trainer(**settings) -> L.Trainer:
@@ -81,7 +87,7 @@ def test_a_plain_trainer_trains_what_the_command_trains_bit_for_bit(tmp_path, mo
     trainer = plain_trainer()
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4  # two iterations of two optimizer steps, not one per micro-batch
-    assert trainer.accumulate_grad_batches == 4
+    assert data.micro_batches(1) == 4
     for name, weight in command_weights(tmp_path / "run").items():
         assert torch.equal(module.policy.state_dict()[name], weight), name
 
@@ -121,11 +127,69 @@ def test_so_are_they_on_the_command_line(name, tmp_path, monkeypatch):
     assert message in str(stopped.value)
 
 
-def test_sizes_that_module_and_data_see_differently_are_refused():
-    components = parts()
-    module, data = module_and_data(components, batch=replace(components.batch, minibatches=1))
-    with pytest.raises(ValueError, match="pass batch to RLModule only"):
+def test_a_schedule_of_accumulation_is_refused():
+    module, data = module_and_data(parts())
+    with pytest.raises(ValueError, match="GradientAccumulationScheduler"):
+        plain_trainer(callbacks=[GradientAccumulationScheduler({0: 1, 1: 2})]).fit(module, datamodule=data)
+
+
+def test_a_run_without_an_end_is_refused():
+    module, data = module_and_data(parts())
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs=-1: give the number of iterations"):
+        plain_trainer(max_epochs=-1, max_time={"seconds": 1}).fit(module, datamodule=data)
+
+
+def test_a_trainer_can_train_another_module_afterwards():
+    trainer = plain_trainer(max_epochs=1)
+    for override, micro_batches in (("batch.micro_batch=4", 4), ("batch.micro_batch=8", 2)):
+        module, data = module_and_data(parts(override))
+        trainer.fit(module, datamodule=data)
+        assert data.micro_batches(1) == micro_batches
+        assert (trainer.accumulate_grad_batches, trainer.limit_val_batches) == (1, 1.0)
+
+
+def test_components_that_do_not_fit_are_refused_without_the_command_too():
+    module, data = module_and_data(parts("sampler.completions_per_prompt=1", "batch.prompts=16", "shaper=uniform"))
+    with pytest.raises(ValueError, match="compares the completions of a prompt with each other"):
         plain_trainer().fit(module, datamodule=data)
+    module, data = module_and_data(parts())
+    module.regularizer = {"kl": KL(weight=0.1)}
+    with pytest.raises(ValueError, match=r"regularizer\.kl reads reference_logprobs, and there is no reference"):
+        plain_trainer().fit(module, datamodule=data)
+    module, data = module_and_data(parts())
+    module.zero_reward = ZeroReward(weight=0.5)
+    with pytest.raises(ValueError, match="without a guide"):
+        plain_trainer().fit(module, datamodule=data)
+
+
+def test_components_are_prepared_without_the_command_too():
+    seen: list[int] = []
+
+    class Preparing(ExactMatch):
+        def prepare(self, problems, tokenizer):
+            seen.append(len(problems))
+
+    module, data = module_and_data(parts())
+    module.reward = Preparing(pattern="(.)$")
+    module.validation = replace(module.validation, reward=module.reward)
+    plain_trainer(max_epochs=1).fit(module, datamodule=data)
+    assert seen == [len(data.train), 0]  # once, for training and for validation
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_plain_trainer_resumes_only_from_the_end_of_an_iteration(step, tmp_path):
+    checkpoints = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    module, data = module_and_data(parts())
+    plain_trainer(enable_checkpointing=True, callbacks=[checkpoints]).fit(module, datamodule=data)
+    again, data = module_and_data(parts())
+    resume = partial(plain_trainer().fit, again, datamodule=data, ckpt_path=tmp_path / f"step={step}.ckpt")
+    if step == 1:
+        with pytest.raises(ValueError, match="step 1 is from the middle of an iteration"):
+            resume()
+        return
+    resume()
+    for name, weight in module.policy.state_dict().items():
+        assert torch.equal(again.policy.state_dict()[name], weight), name
 
 
 def test_only_four_arguments_of_the_module_and_one_of_the_data_are_required():
@@ -163,9 +227,34 @@ def test_train_and_evaluate_from_python_are_the_commands(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["mean@2"] == summary["mean@2"]
 
 
-def test_a_mistake_is_a_value_error_in_python():
-    with pytest.raises(ValueError, match="did you mean shaper"):
-        rlmod.train(["shapr=uniform"])
+@pytest.mark.parametrize(
+    ("call", "overrides", "message"),
+    [
+        (rlmod.train, ["shapr=uniform"], "did you mean shaper"),
+        (rlmod.train, "experiment=quickstart", "overrides must be a list"),
+        (rlmod.train, ["output=null"], "output is missing"),
+        (rlmod.train, ["loss.clip_low=-1", "output=unused"], "clip_low"),
+        (rlmod.train, ["policy._target_=no.such.Policy", "output=unused"], "cannot import 'no.such.Policy'"),
+        (rlmod.evaluate, ["data.validation=null", "output=unused"], "data.validation=null"),
+        (rlmod.evaluate, ["reward=null"], "a group got null: give one of its options"),
+    ],
+)
+def test_a_mistake_is_a_value_error_in_python(call, overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(overrides)
+
+
+def test_a_composed_config_writes_into_its_own_folder(tmp_path):
+    """Hydra's settings belong to the process: an earlier run, or the program around, must not decide where this one writes."""
+    HydraConfig.instance().cfg = None
+    for name in ("first", "second"):
+        cfg = composed(*SHORT, "data.validation=null", "trainer.max_epochs=1", f"output={tmp_path / name}")
+        rlmod.train(cfg)
+    assert HydraConfig.instance().cfg is None
+    files = [sorted(file.name for file in (tmp_path / name).glob("*.csv")) for name in ("first", "second")]
+    assert files == [["metrics.csv"], ["metrics.csv"]]
+    assert len(list((tmp_path / "first" / "checkpoints").glob("step-*"))) == 1
 
 
 TWO_RANKS = """

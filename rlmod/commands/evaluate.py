@@ -38,7 +38,8 @@ def evaluate_from_python(overrides: Sequence[str] | DictConfig = ()) -> dict[str
 
     With ``completions=FILE`` return ``mean_reward``, ``completions`` and ``output``. Raise ValueError for what the command would refuse.
     """
-    return run(overrides if isinstance(overrides, DictConfig) else cli.compose("eval", overrides))
+    with cli.mistakes_as_value_errors():
+        return run(cli.compose("eval", overrides))
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -166,6 +167,10 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     for k in cfg.pass_at:
         if not 1 <= k <= n:
             raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
+    if cfg.data.validation is None:
+        raise ValueError(
+            "data.validation=null: rlmod-eval samples completions of these problems; give data.validation_path=FILE"
+        )
     for key in ("policy", "sampler"):
         check_types(cfg[key], key)
     sampler = instantiate(cfg.sampler)

@@ -63,7 +63,7 @@ class Components:
     validation: Validation
 
     @property
-    def rows_per_prompt(self) -> int:
+    def completions_per_prompt(self) -> int:
         """Completions per prompt: on-policy ones and the guide's."""
         return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
 
@@ -97,16 +97,18 @@ class Components:
 
 
 def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
-    """Return the component under this key of the config, or the one of ``node``; None if there is none."""
+    """Return the component under this key of the config, or the one of ``node``; None if there is none and the key is optional."""
     node = OmegaConf.select(cfg, key) if node is None else node
     if node is None:
-        return None
+        if key in OPTIONAL:
+            return None
+        raise ValueError(f"{key}=null: a run cannot do without it; leave {key} out, or give another option")
     check_types(_require_node(node, key), key)
     try:
         component = instantiate(node, _convert_="all")
     except InstantiationException as error:
         target = node.get("_target_")
-        if key.split(".")[0] in DECLARING and _is_function(target) and not node.get("_partial_"):
+        if key.split(".")[0] in STAGES and _is_function(target) and not node.get("_partial_"):
             raise ValueError(
                 f"{key}: {target} is a function and was called while the config was read ({error.__cause__ or error}); if the "
                 "function itself is the component, add `_partial_: true` to its YAML"
@@ -114,9 +116,29 @@ def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
         raise
     if isinstance(component, partial):
         check_arguments(component, key)
-    if key.split(".")[0] in DECLARING:
-        check_declarations(component, key)
+    protocol = STAGES.get(key.split(".")[0])
+    if protocol is not None and not isinstance(component, protocol):
+        raise ValueError(
+            f"{key}: {node.get('_target_')} gives an object of type {type(component).__name__}, which is no {protocol.__name__}: "
+            f"rlmod/interfaces.py says what a {protocol.__name__} must have"
+        )
     return component
+
+
+OPTIONAL = ("data.validation", "guide", "reference")
+
+STAGES: dict[str, Any] = {
+    "sampler": Sampler,
+    "guide": Guide,
+    "filter": Filter,
+    "reference": Reference,
+    "shaper": Shaper,
+    "correction": Correction,
+    "aggregation": Aggregation,
+    "loss": Loss,
+    "regularizer": Regularizer,
+}
+"""The Protocol of each stage. The reward has its own builder."""
 
 
 def _build_all(cfg: DictConfig, group: str) -> dict[str, Any]:
@@ -145,10 +167,6 @@ def _is_function(target: str | None) -> bool:
         return False
 
 
-DECLARING = ("filter", "shaper", "correction", "aggregation", "loss", "regularizer")
-"""Stages whose components have declarations (rlmod/interfaces.py)."""
-
-
 def _require_node(node: Any, key: str) -> DictConfig:
     """Return the node. ValueError if there is a plain value instead, such as batch=large: some nodes have no options to choose from."""
     if isinstance(node, DictConfig):
@@ -172,7 +190,7 @@ def _build_validation(node: DictConfig, sampler: Sampler) -> Validation:
     plain = {name: node[name] for name in ("threshold", "pass_at", "prompts_per_batch", "seed")}
     for name, value in plain.items():
         check_value(value, hints[name], f"validation.{name}")
-    return Validation(sampler=sampler, reward=build_reward(node.reward), **plain)
+    return Validation(sampler=sampler, reward=build_reward(node.reward, "validation.reward"), **plain)
 
 
 def _dry_run(optimizer: Optimizer) -> Optimizer:
@@ -188,26 +206,29 @@ REWARD_SETTINGS = get_type_hints(RewardSettings)
 """Keys that any reward accepts; a reward that has no such field is wrapped in Supervised."""
 
 
-def build_reward(config: Mapping[Any, Any]) -> Reward:
+def build_reward(config: Any, key: str = "reward") -> Reward:
     """Build the reward of a config. ValueError that names the key if it cannot be imported or built.
 
     A class is instantiated. A plain function is the reward itself, and the other keys are its arguments; a function that returns a reward
     needs ``_partial_: false``. The same holds for the rewards inside ``terms``. The keys of ``RewardSettings``, such as ``on_error``, are
     settings of any reward.
     """
+    if not isinstance(config, Mapping | DictConfig):
+        raise ValueError(f"{key}={'null' if config is None else config}: give a reward, as in reward=exact_match")
     node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), "reward")
-    check_types(node, "reward")
+    targets = _functions_as_partials(OmegaConf.to_container(node, resolve=True), key)
+    check_types(node, key)
     try:
         reward = hydra.utils.instantiate(targets, _convert_="all")
     except InstantiationException as error:
         # Hydra wraps the constructor's exception and adds its place in the tree.
         where = re.search(r"full_key: (\S+)", str(error))
-        raise ValueError(f"reward{f'.{where[1]}' if where else ''}: {error.__cause__ or error}") from error
-    for key, each in _plain_rewards(reward, "reward"):
+        raise ValueError(f"{key}{f'.{where[1]}' if where else ''}: {error.__cause__ or error}") from error
+    for place, each in _plain_rewards(reward, key):
         if isinstance(each, partial):
-            check_arguments(each, key)
-        check_takes_texts(each, key)
+            check_arguments(each, place)
+        check_takes_texts(each, place)
+        check_declarations(each, place)
     return reward
 
 

@@ -1,5 +1,6 @@
 """Entry point shared by the commands: compose the config with Hydra, run the task, and report a user's mistake in one paragraph."""
 
+import copy
 import csv
 import difflib
 import functools
@@ -9,17 +10,19 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -56,21 +59,45 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a config in Python as the command does. ValueError for overrides that the command refuses."""
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        try:
-            cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-            with open_dict(cfg):  # ${hydra:runtime.output_dir} must be the run's folder
-                cfg.output = cfg.output and str(cfg.output)
-                if cfg.output is not None:
-                    cfg.hydra.runtime.output_dir = cfg.output
-            HydraConfig.instance().set_config(cfg)
-            with open_dict(cfg):
-                del cfg["hydra"]
-            return cfg
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain_error(error)) from error
+def compose(config_name: str, overrides: Sequence[str] | DictConfig) -> DictConfig:
+    """Compose a config in Python as the command does; of a composed config, return a copy.
+
+    ValueError for overrides that the command refuses.
+    """
+    if isinstance(overrides, DictConfig):
+        return copy.deepcopy(overrides)
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise ValueError(
+            f'overrides must be a list of texts, as in ["experiment=quickstart", "seed=1"], got {overrides!r}'
+        )
+    with mistakes_as_value_errors(), hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+@contextmanager
+def mistakes_as_value_errors() -> Iterator[None]:
+    """Raise ValueError with the command's message in place of an error of Hydra or OmegaConf."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        message = explain_error(error)
+        if type(error) is ValueError and str(error) == message:
+            raise
+        raise ValueError(message) from error
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Let ``${hydra:runtime.output_dir}`` be this folder, and restore Hydra's settings of a program that calls rlmod."""
+    holder = HydraConfig.instance()
+    before = holder.cfg
+    settings = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)})
+    settings.hydra.runtime.output_dir = str(folder)
+    holder.set_config(settings)
+    try:
+        yield
+    finally:
+        holder.cfg = before
 
 
 def run(task: Callable[[DictConfig], object], config_name: str) -> None:
@@ -131,6 +158,8 @@ def explain_error(error: BaseException) -> str:
             return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlmod[slurm]'"
         if isinstance(cause, MissingConfigException):
             return str(cause).partition("\nConfig search path")[0].replace("\n", " ").replace("\t", " ")
+        if "Config group override must be a string or a list" in str(cause):
+            return "a group got null: give one of its options, as in guide=none; `rlmod-train --help` lists the groups with their options"
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):
             return str(cause)
     if isinstance(error, OSError) and error.strerror:

@@ -1,36 +1,98 @@
 """Rules that involve several components, checked before data and weights are loaded. Each message says why."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from rlmod.config.build import Components
+from rlmod.config.sizes import Batch, Validation
 from rlmod.filter.keep_all import KeepAll
-from rlmod.interfaces import LOSS_GRANULARITY, MovingReference, WeightSyncedSampler, declared, unwrap
+from rlmod.interfaces import (
+    LOSS_GRANULARITY,
+    Aggregation,
+    Correction,
+    Filter,
+    Guide,
+    Loss,
+    MovingReference,
+    Reference,
+    Regularizer,
+    Reward,
+    Sampler,
+    Shaper,
+    WeightSyncedSampler,
+    check_declarations,
+    component_name,
+    declared,
+    unwrap,
+)
 from rlmod.reference.base import Base
+from rlmod.rollout.zero_reward import ZeroReward
 
 
-def check(components: Components, ranks: int = 1, strategy: str | None = None) -> None:
+@runtime_checkable
+class Algorithm(Protocol):
+    """The components and sizes of a run, as ``Components`` and ``RLModule`` hold them."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+    @property
+    def guide(self) -> Guide | None: ...
+    @property
+    def reward(self) -> Reward: ...
+    @property
+    def filter(self) -> Filter: ...
+    @property
+    def zero_reward(self) -> ZeroReward: ...
+    @property
+    def reference(self) -> Reference | None: ...
+    @property
+    def shaper(self) -> Shaper: ...
+    @property
+    def correction(self) -> Mapping[str, Correction]: ...
+    @property
+    def aggregation(self) -> Aggregation: ...
+    @property
+    def loss(self) -> Loss: ...
+    @property
+    def regularizer(self) -> Mapping[str, Regularizer]: ...
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def validation(self) -> Validation: ...
+    @property
+    def completions_per_prompt(self) -> int: ...
+
+
+def check(algorithm: Algorithm, ranks: int = 1) -> None:
     """Raise ValueError if the components cannot work together on this number of ranks. Warn of settings that may not do what you expect."""
-    g, shaper, loss = components.rows_per_prompt, components.shaper, components.loss
+    for key, component in _stages(algorithm).items():
+        check_declarations(component, key)
+    g, shaper, loss = algorithm.completions_per_prompt, algorithm.shaper, algorithm.loss
     if g < (least := declared(shaper, "min_group_size")):
         raise ValueError(
-            f"sampler.completions_per_prompt={g} with shaper {_name(shaper)}: the shaper compares the completions of a prompt with each "
-            f"other, so every advantage would be 0; give at least {least}"
+            f"sampler.completions_per_prompt={g} with shaper {component_name(shaper)}: the shaper compares the completions of a prompt "
+            f"with each other, so every advantage would be 0; give at least {least}"
         )
-    token_level = [c for c in (shaper, *components.correction.values()) if declared(c, "granularity") == "token"]
+    token_level = [c for c in (shaper, *algorithm.correction.values()) if declared(c, "granularity") == "token"]
     if getattr(unwrap(loss), "granularity", LOSS_GRANULARITY) == "sequence" and token_level:
         raise ValueError(
-            f"loss {_name(loss)} with {_name(token_level[0])}: the loss has one ratio per completion, so only the mean of its tokens' "
-            "advantages would count; use loss=clipped_surrogate, shaper=sequence_entropy, or correction.truncated_importance.level=sequence"
+            f"loss {component_name(loss)} with {component_name(token_level[0])}: the loss has one ratio per completion, so only the "
+            "mean of its tokens' advantages would count; use loss=clipped_surrogate, shaper=sequence_entropy, or "
+            "correction.truncated_importance.level=sequence"
         )
-    if components.policy.compile and strategy == "rlmod.strategy.fsdp.FSDP":
-        raise ValueError(
-            "policy.compile=true with strategy=fsdp: the compiler cannot handle its sharded weights; use strategy=fsdp2"
+    extra = algorithm.zero_reward.max_rows(algorithm.batch.prompts // ranks, ranks, g)
+    algorithm.batch.micro_batches(g, ranks, extra)
+    _check_filter(algorithm.filter)
+    _check_guide(algorithm)
+    _check_reference(algorithm)
+    if not declared(algorithm.reward, "counts_for_correctness"):
+        warnings.warn(
+            f"the only reward, {component_name(algorithm.reward)}, does not tell correct from incorrect completions "
+            "(counts_for_correctness=False), so accuracies mean nothing; combine it with one that does: reward=weighted",
+            stacklevel=2,
         )
-    extra = components.zero_reward.max_rows(components.batch.prompts // ranks, ranks, g)
-    components.batch.micro_batches(g, ranks, extra)
-    _check_guide(components)
-    _check_reference(components)
-    if truncation := _truncation_settings(components.sampler, "sampler"):
+    if truncation := _truncation_settings(algorithm.sampler, "sampler"):
         warnings.warn(
             f"{truncation}: completions are sampled from a truncated distribution, while log-probabilities, entropies and ratios are those "
             "of the full one, so the gradient is biased towards tokens that truncation favours; train with top_p=1 top_k=0 greedy=false",
@@ -38,17 +100,50 @@ def check(components: Components, ranks: int = 1, strategy: str | None = None) -
         )
 
 
-def _name(component: object) -> str:
-    target = unwrap(component)
-    return getattr(target, "__name__", type(target).__name__)
+def check_policy(components: Components, strategy: str | None) -> None:
+    """Raise ValueError if the policy's settings do not fit the strategy, whose import path this is, or the reference."""
+    policy, reference = components.policy, components.reference
+    if policy.compile and strategy == "rlmod.strategy.fsdp.FSDP":
+        raise ValueError(
+            "policy.compile=true with strategy=fsdp: the compiler cannot handle its sharded weights; use strategy=fsdp2"
+        )
+    adapted = policy.adapter is not None or policy.is_adapter
+    if isinstance(reference, Base) and not adapted:
+        raise ValueError(
+            "reference=base without an adapter: the policy has no separate base model; give adapter=lora, or reference=frozen"
+        )
+    if isinstance(reference, MovingReference) and adapted:
+        raise ValueError(
+            "reference=ema with an adapter: only the adapter is trained, and the reference has no adapter to average it into; "
+            "give reference=base"
+        )
 
 
-def _check_guide(components: Components) -> None:
+def _stages(algorithm: Algorithm) -> dict[str, object]:
+    """Return the components that have declarations, by config key."""
+    names = ("reward", "filter", "shaper", "aggregation", "loss")
+    stages: dict[str, object] = {name: getattr(algorithm, name) for name in names}
+    stages |= {f"correction.{name}": component for name, component in algorithm.correction.items()}
+    return stages | {f"regularizer.{name}": component for name, component in algorithm.regularizer.items()}
+
+
+AFTER_FILTER = frozenset({"logprobs", "entropy", "reference_logprobs", "advantages", "weights", "policy_entropy"})
+"""The fields of Rollouts that are filled after the filter."""
+
+
+def _check_filter(keep: Filter) -> None:
+    if "reads" in dir(unwrap(keep)) and (later := sorted(AFTER_FILTER & set(declared(keep, "reads")))):
+        raise ValueError(
+            f"filter: {component_name(keep)}.reads names {later[0]!r}, which is computed only after the filter, for groups that it keeps"
+        )
+
+
+def _check_guide(algorithm: Algorithm) -> None:
     guide, zero_reward, keep, g = (
-        components.guide,
-        components.zero_reward,
-        components.filter,
-        components.sampler.completions_per_prompt,
+        algorithm.guide,
+        algorithm.zero_reward,
+        algorithm.filter,
+        algorithm.sampler.completions_per_prompt,
     )
     if zero_reward.active and guide is None:
         raise ValueError(
@@ -69,7 +164,7 @@ def _check_guide(components: Components) -> None:
         )
     if guide.completions_per_prompt == 0 and not zero_reward.active:
         warnings.warn("guide.completions_per_prompt=0 and zero_reward.weight=0: the guide is unused", stacklevel=3)
-    if getattr(components.shaper, "pool", "union") == "own" and g == 1:
+    if getattr(algorithm.shaper, "pool", "union") == "own" and g == 1:
         raise ValueError(
             "shaper.pool=own with sampler.completions_per_prompt=1: one on-policy completion has no std to standardize the guide's rewards "
             "with; give at least 2, or shaper.pool=union"
@@ -95,29 +190,21 @@ def _truncation_settings(sampler: object, key: str) -> str:
     return ", ".join(f"{key}.{name}={value}" for name, value in settings.items() if value != full[name])
 
 
-def _check_reference(components: Components) -> None:
-    stages = {"shaper": components.shaper, "aggregation": components.aggregation, "loss": components.loss}
-    stages |= {f"correction.{name}": component for name, component in components.correction.items()}
-    stages |= {f"regularizer.{name}": component for name, component in components.regularizer.items()}
+def _check_reference(algorithm: Algorithm) -> None:
+    stages = _stages(algorithm)
     declares = [key for key, component in stages.items() if "reads" in dir(unwrap(component))]
-    readers = [key for key in stages if "reference_logprobs" in declared(stages[key], "reads")]
+    readers = [
+        key
+        for key in stages
+        if "reference_logprobs" in declared(stages[key], "reads") and key not in ("reward", "filter")
+    ]
     for key in readers:
-        if key in declares and components.reference is None:
+        if key in declares and algorithm.reference is None:
             raise ValueError(
                 f"{key} reads reference_logprobs, and there is no reference: give reference=frozen, reference=ema or, with an adapter, "
                 "reference=base"
             )
-    adapted = components.policy.adapter is not None or components.policy.is_adapter
-    if isinstance(components.reference, Base) and not adapted:
-        raise ValueError(
-            "reference=base without an adapter: the policy has no separate base model; give adapter=lora, or reference=frozen"
-        )
-    if isinstance(components.reference, MovingReference) and adapted:
-        raise ValueError(
-            "reference=ema with an adapter: only the adapter is trained, and the reference has no adapter to average it into; "
-            "give reference=base"
-        )
-    if components.reference is not None and not readers:
+    if algorithm.reference is not None and not readers:
         warnings.warn(
             "reference is unused: no component reads reference_logprobs, and every iteration pays for its forward pass; "
             "set reference=none",

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlmod.contracts import component_name, name_component_on_error
-from rlmod.interfaces import Filter
+from rlmod.contracts import name_component_on_error
+from rlmod.interfaces import Filter, component_name
 from rlmod.ops import group_sum, has_signal
 from rlmod.reward._failures import FailedRows, RewardResult, check_failure_shares
 from rlmod.types import Problem, Prompts, Rollouts, Texts, concatenate

@@ -13,25 +13,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
-from rlmod.aggregation.token_mean import TokenMean
+from rlmod.config import compatibility
+from rlmod.config.compatibility import Algorithm
 from rlmod.config.sizes import Batch
 from rlmod.contracts import check_per_token, name_component_on_error
-from rlmod.interfaces import Aggregation
+from rlmod.interfaces import Aggregation, prepare
 from rlmod.model.packing import pack_by_length, rows_that_train
 from rlmod.model.policy import embedding_rows
 from rlmod.rollout.prompts import EncodedProblems
-from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.types import Prompts, Rollouts, concatenate
 
 if TYPE_CHECKING:
     from rlmod.training.module import RLModule
 
 log = logging.getLogger(__name__)
-
-TOKEN_MEAN = TokenMean()
 
 
 class RolloutLoader:
@@ -137,28 +137,18 @@ class PromptLoader:
 class RLData(L.LightningDataModule):
     """Prompts for the rollout batches, reshuffled after each pass over the problems, and held-out prompts for validation.
 
-    Each rank gets its own prompts: every world_size-th of the shuffled order. A checkpoint holds the position of each rank. A field that
-    is None has ``RLModule``'s value. ``setup`` sets ``Trainer.accumulate_grad_batches``, which follows from the sizes, and refuses
-    settings of the Trainer that would train something else.
+    Each rank gets its own prompts: every world_size-th of the shuffled order. A checkpoint holds the position of each rank. Components,
+    sizes and seed are ``RLModule``'s. ``setup`` checks them, sets ``Trainer.accumulate_grad_batches``, which follows from the sizes, and
+    refuses settings of the Trainer that would train something else.
     """
 
-    def __init__(
-        self,
-        *,
-        train: EncodedProblems,
-        held_out: EncodedProblems | None = None,
-        aggregation: Aggregation = TOKEN_MEAN,
-        batch: Batch | None = None,
-        rows_per_prompt: int | None = None,
-        zero_reward: ZeroReward | None = None,
-        every_row: bool | None = None,
-        validation_prompts: int | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, *, train: EncodedProblems, held_out: EncodedProblems | None = None) -> None:
         super().__init__()
-        self.train, self.held_out, self.aggregation = train, held_out, aggregation
-        self._batch, self._rows_per_prompt, self._zero_reward = batch, rows_per_prompt, zero_reward
-        self._every_row, self._validation_prompts, self._seed = every_row, validation_prompts, seed
+        self.train, self.held_out = train, held_out
+        self.components_ready = False
+        """True if the components have been checked and prepared. The command does so before it loads the policy."""
+        self.trainer_settings: dict[str, Any] = {}
+        """The Trainer's settings before ``setup`` changed them, so that the Trainer can be used again."""
         self.prompts_seen = 0
         """Prompts that this rank has seen so far."""
         self.random: dict[str, Any] | None = None
@@ -169,70 +159,49 @@ class RLData(L.LightningDataModule):
         assert self.trainer is not None
         return cast("RLModule", self.trainer.lightning_module)
 
-    @property
-    def batch(self) -> Batch:
-        """The sizes of one iteration."""
-        return self._batch or self.module.batch
-
-    @property
-    def rows_per_prompt(self) -> int:
-        """Completions per prompt, the guide's included."""
-        return self._rows_per_prompt or self.module.completions_per_prompt
-
-    @property
-    def zero_reward(self) -> ZeroReward:
-        return self._zero_reward or self.module.zero_reward
-
-    @property
-    def every_row(self) -> bool:
-        """True if completions with advantage 0 need a forward pass too."""
-        return self.module.every_row_trains if self._every_row is None else self._every_row
-
-    @property
-    def validation_prompts(self) -> int:
-        """Held-out prompts per validation batch."""
-        return self._validation_prompts or self.module.validation.prompts_per_batch
-
-    @property
-    def seed(self) -> int:
-        return self.module.seed if self._seed is None else self._seed
-
     def setup(self, stage: str) -> None:
-        """Set ``accumulate_grad_batches`` on the Trainer. Lightning calls this before ``fit``.
+        """Check and prepare the components, and set ``accumulate_grad_batches`` on the Trainer. Lightning calls this before ``fit``.
 
-        ValueError if a setting of the Trainer would cut an optimizer step, or if RLData and RLModule have different sizes.
+        ValueError if the components cannot work together, or if a setting of the Trainer would cut an optimizer step.
         """
-        trainer = self.trainer
+        trainer, module = self.trainer, self.module
         assert trainer is not None
         for problems in filter(None, (self.train, self.held_out)):
-            problems.check_token_ids(embedding_rows(self.module.policy))
+            problems.check_token_ids(embedding_rows(module.policy))
+        if not self.components_ready:
+            compatibility.check(module, trainer.world_size)
+            self.prepare_components(module, module.tokenizer)
         if self.held_out is None:
-            trainer.limit_val_batches = 0
-        if stage != "fit":
-            return
-        for name in ("batch", "zero_reward"):
-            own, of_module = getattr(self, name), getattr(self.module, name)
-            if own != of_module:
-                raise ValueError(f"RLData has {name}={own}, but RLModule has {of_module}: pass {name} to RLModule only")
-        if overfit := getattr(trainer, "overfit_batches", 0):
-            raise ValueError(
-                f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
-                "0; to train on few problems, pass only those to RLData"
-            )
-        limit = trainer.limit_train_batches
-        # The integer 1 is one batch, and equals 1.0, which is all of them. fast_dev_run sets it.
-        if limit not in (1.0, None) or isinstance(limit, int):
-            raise ValueError(
-                f"trainer.limit_train_batches={limit} (fast_dev_run sets 1) would cut an iteration in the middle of an optimizer step: "
-                "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
-            )
-        needed = self.micro_batches(trainer.world_size)
-        if trainer.accumulate_grad_batches not in (1, needed):
-            raise ValueError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {needed} micro-batches, which "
-                "follow from batch.prompts, batch.minibatches and batch.micro_batch; leave it at 1, and change batch.micro_batch instead"
-            )
-        trainer.accumulate_grad_batches = needed
+            self._change(trainer, "limit_val_batches", 0)
+        if stage == "fit":
+            needed = self.micro_batches(trainer.world_size)
+            check_trainer(trainer, needed)
+            self._change(trainer, "accumulate_grad_batches", needed)
+
+    def prepare_components(self, algorithm: Algorithm, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Let the components check the problems or load weights of their own, once. ValueError for a prompt that is too long."""
+        prepare(
+            [algorithm.sampler, algorithm.guide, algorithm.reward, algorithm.reference], self.train.problems, tokenizer
+        )
+        self.train.check_max_model_len(algorithm.sampler, "sampler")
+        validation = algorithm.validation
+        prepare([validation.sampler, validation.reward], self.held_out.problems if self.held_out else (), tokenizer)
+        if self.held_out:
+            self.held_out.check_max_model_len(validation.sampler, "validation.sampler")
+        self.components_ready = True
+
+    def _change(self, trainer: L.Trainer, name: str, value: Any) -> None:
+        self.trainer_settings.setdefault(name, getattr(trainer, name))
+        setattr(trainer, name, value)
+
+    def teardown(self, stage: str) -> None:
+        """Restore the Trainer's settings, so that it can train another module."""
+        while self.trainer_settings:
+            name, value = self.trainer_settings.popitem()
+            setattr(self.trainer, name, value)
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
 
     def next_prompts(self, number: int) -> Prompts:
         """Return the next ``number`` prompts of this rank, token ids [number P] padded on the left, and advance the position."""
@@ -245,7 +214,7 @@ class RLData(L.LightningDataModule):
 
     def _shuffle(self, index: int) -> list[int]:
         """Return the order of the problems in pass ``index`` over them."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(self.module.seed * 1_000_003 + index)
         return torch.randperm(len(self.train.problems), generator=generator).tolist()
 
     def train_dataloader(self) -> RolloutLoader:
@@ -256,12 +225,12 @@ class RLData(L.LightningDataModule):
             set_random_states(self.random)
             self.random = None
         return RolloutLoader(
-            lambda: module.collect(self.next_prompts, self.batch.prompts // ranks),
-            self.aggregation,
-            self.batch,
+            lambda: module.collect(self.next_prompts, module.batch.prompts // ranks),
+            module.aggregation,
+            module.batch,
             self.micro_batches(ranks),
-            self.zero_reward.sub_batch_weights,
-            self.every_row,
+            module.zero_reward.sub_batch_weights,
+            module.every_row_trains,
         )
 
     def micro_batches(self, ranks: int) -> int:
@@ -269,15 +238,17 @@ class RLData(L.LightningDataModule):
 
         ValueError if the sizes do not divide evenly.
         """
-        extra = self.zero_reward.max_rows(self.batch.prompts // ranks, ranks, self.rows_per_prompt)
-        return self.batch.micro_batches(self.rows_per_prompt, ranks, extra)
+        batch, rows_per_prompt = self.module.batch, self.module.completions_per_prompt
+        extra = self.module.zero_reward.max_rows(batch.prompts // ranks, ranks, rows_per_prompt)
+        return batch.micro_batches(rows_per_prompt, ranks, extra)
 
     def val_dataloader(self) -> "PromptLoader | list[Any]":
         """Build the loader of this rank's held-out prompts; an empty list if there are none."""
         assert self.trainer is not None
         if self.held_out is None:
             return []
-        return PromptLoader(self.held_out, self.trainer.global_rank, self.trainer.world_size, self.validation_prompts)
+        prompts_per_batch = self.module.validation.prompts_per_batch
+        return PromptLoader(self.held_out, self.trainer.global_rank, self.trainer.world_size, prompts_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the random states of all ranks. Every rank must call this; Lightning saves rank 0's result."""
@@ -301,6 +272,36 @@ class RLData(L.LightningDataModule):
                 len(saved),
                 ranks,
             )
+
+
+def check_trainer(trainer: L.Trainer, micro_batches: int) -> None:
+    """ValueError if a setting of the Trainer would cut an optimizer step of so many micro-batches, or has no end."""
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in vars(trainer)["callbacks"]):
+        raise ValueError(
+            "the callback GradientAccumulationScheduler would change the optimizer step in the middle of a run: remove it; "
+            "batch.prompts and batch.minibatches set the size of a step"
+        )
+    if overfit := getattr(trainer, "overfit_batches", 0):
+        raise ValueError(
+            f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
+            "0; to train on few problems, pass only those to RLData"
+        )
+    limit = trainer.limit_train_batches
+    # The integer 1 is one batch, and equals 1.0, which is all of them. fast_dev_run sets it.
+    if limit not in (1.0, None) or isinstance(limit, int):
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} (fast_dev_run sets 1) would cut an iteration in the middle of an optimizer step: "
+            "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
+        )
+    if trainer.accumulate_grad_batches not in (1, micro_batches):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {micro_batches} micro-batches, "
+            "which follow from batch.prompts, batch.minibatches and batch.micro_batch; leave it at 1, and change batch.micro_batch instead"
+        )
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise ValueError(
+            "trainer.max_epochs=-1: give the number of iterations, also with trainer.max_time, which may end the run earlier"
+        )
 
 
 def furthest_position(saved: Sequence[dict[str, Any]], ranks: int) -> int:

@@ -25,6 +25,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
+from rlmod.aggregation.token_mean import TokenMean
 from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.contracts import (
     check_constant_per_completion,
@@ -36,6 +37,7 @@ from rlmod.contracts import (
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
+    Aggregation,
     Correction,
     Filter,
     Guide,
@@ -72,7 +74,7 @@ from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
 
-KEEP_ALL, UNIFORM, CLIPPED_SURROGATE = KeepAll(), Uniform(), ClippedSurrogate()
+KEEP_ALL, UNIFORM, TOKEN_MEAN, CLIPPED_SURROGATE = KeepAll(), Uniform(), TokenMean(), ClippedSurrogate()
 ADAMW = partial(torch.optim.AdamW, lr=1e-6)
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class RLModule(L.LightningModule):
         reference: Reference | None = None,
         shaper: Shaper = UNIFORM,
         correction: Mapping[str, Correction] | None = None,
+        aggregation: Aggregation = TOKEN_MEAN,
         loss: Loss = CLIPPED_SURROGATE,
         regularizer: Mapping[str, Regularizer] | None = None,
         optimizer: Optimizer = ADAMW,
@@ -113,7 +116,8 @@ class RLModule(L.LightningModule):
         self.policy, self.tokenizer = policy, tokenizer
         self.sampler, self.guide, self.reward, self.filter = sampler, guide, reward, filter
         self.zero_reward, self.reference = zero_reward or ZeroReward(), reference
-        self.shaper, self.correction, self.loss, self.regularizer = shaper, correction or {}, loss, regularizer or {}
+        self.shaper, self.correction, self.aggregation = shaper, correction or {}, aggregation
+        self.loss, self.regularizer = loss, regularizer or {}
         self.optimizer, self.schedule = optimizer, schedule
         self.validation = validation or Validation(sampler=sampler, reward=reward, threshold=threshold)
         self.batch, self.threshold, self.seed = batch or Batch(), threshold, seed
@@ -279,7 +283,7 @@ class RLModule(L.LightningModule):
 
         This requires one optimizer step per rollout batch, because pi_old is then the policy in training.
         """
-        before = (self.shaper, *self.correction.values())
+        before = (self.shaper, *self.correction.values(), self.aggregation)
         during = (self.loss, *self.regularizer.values())
         return (
             self.batch.logprob_pass == "needed"
@@ -433,6 +437,8 @@ class RLModule(L.LightningModule):
         checkpoint["tokens_sampled"] = self.tokens_sampled
         checkpoint["history"] = {"before": self.history["before"], "seconds": self.training_seconds()}
         checkpoint["held_out"] = self.held_out
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        checkpoint["iteration_complete"] = batches.is_last_batch or batches.current.ready == 0
         checkpoint |= self.checkpoint_changes or {}
         if isinstance(self.reference, MovingReference):
             checkpoint["reference"] = dict(self.reference.state_dict())
@@ -440,6 +446,12 @@ class RLModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
         check_iterations(checkpoint["epoch"] + 1, self.trainer.max_epochs)
+        if not checkpoint.get("iteration_complete", True):
+            raise ValueError(
+                f"resume: the checkpoint of step {checkpoint['global_step']} is from the middle of an iteration, without its rollout "
+                "batch; resume from one that was written at the end of an iteration. ModelCheckpoint writes those with every_n_epochs, "
+                "without every_n_train_steps"
+            )
         self.tokens_sampled = checkpoint["tokens_sampled"]
         self.history = checkpoint["history"]
         self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out

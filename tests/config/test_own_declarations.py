@@ -2,10 +2,17 @@
 
 import re
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from rlmod.config import compatibility
+from rlmod.config.build import Components
+from rlmod.interfaces import check_declarations
+from rlmod.reward.overlong import Overlong
 from tests.command_line import SHORT, run_train
+from tests.config.composing import composed
 
 MINE = """
 from dataclasses import dataclass
@@ -103,6 +110,12 @@ def test_a_filter_of_the_wrong_shape_is_refused(mine, monkeypatch):
         ("guard.max_skipped=0", ["guard.max_skipped must be at least 1, got 0"]),
         ("zero_reward=unknown", ["zero_reward=unknown", "zero_reward.KEY=VALUE"]),
         ("validation=unknown", ["validation=unknown", "validation.KEY=VALUE"]),
+        ("batch=null", ["batch=null: a run cannot do without it"]),
+        ("zero_reward=null", ["zero_reward=null: a run cannot do without it"]),
+        ("data.train=null", ["data.train=null: a run cannot do without it"]),
+        ("loss=null", ["a group got null", "guide=none"]),
+        ("validation.reward=null", ["validation.reward=null: give a reward"]),
+        ("validation.reward=unknown", ["validation.reward=unknown: give a reward"]),
     ],
 )
 def test_a_value_in_the_place_of_a_group_gets_a_sentence(tmp_path, monkeypatch, override, words):
@@ -125,6 +138,54 @@ def test_a_regularizer_without_its_package_line_is_told_what_to_write(mine, monk
 def test_an_own_loss_without_partial_is_told_what_to_write(mine, monkeypatch):
     message = refusal(monkeypatch, mine, "~loss.clip_low", "~loss.clip_high", "loss._target_=mine.to_reference")
     assert "_partial_: true" in message
+
+
+def test_something_that_is_no_component_is_refused(monkeypatch, tmp_path):
+    fields_of_loss = ("~loss.clip_low", "~loss.clip_high")
+    message = refusal(monkeypatch, tmp_path, *fields_of_loss, "loss._target_=builtins.dict")
+    assert "loss: builtins.dict gives an object of type dict, which is no Loss" in message
+
+
+def component(**declarations: Any) -> Any:
+    def shaper(rollouts):
+        return rollouts.mask
+
+    vars(shaper).update(declarations)
+    return shaper
+
+
+@pytest.mark.parametrize(
+    ("declarations", "message"),
+    [
+        ({"raeds": frozenset()}, "declares raeds; did you mean reads?"),
+        ({"granularty": "token"}, "did you mean granularity?"),
+        ({"reads": ["rewards"]}, "reads must be a frozenset"),
+        ({"reads": frozenset({"reward"})}, "did you mean 'rewards'"),
+        ({"granularity": "word"}, "granularity must be 'token' or 'sequence', got 'word'"),
+        ({"min_group_size": 0}, "min_group_size must be a whole number of at least 1, got 0"),
+        ({"max_generation_batches": "3"}, "max_generation_batches must be a whole number of at least 1, got '3'"),
+        ({"pointwise": "yes"}, "pointwise must be True or False, got 'yes'"),
+        ({"proportional_to_advantage": 1}, "proportional_to_advantage must be True or False, got 1"),
+        ({"counts_for_correctness": None}, "counts_for_correctness must be True or False, got None"),
+    ],
+)
+def test_a_declaration_that_cannot_be_right_is_named(declarations, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_declarations(component(**declarations), "shaper")
+    check_declarations(component(reads=frozenset({"rewards"}), heads=4, min_group_size=2), "shaper")
+
+
+def test_a_filter_that_reads_what_is_computed_later_is_refused():
+    components = Components.from_config(composed(*SHORT, "output=unused"))
+    keep = component(reads=frozenset({"rewards", "entropy"}))
+    with pytest.raises(ValueError, match="'entropy', which is computed only after the filter"):
+        compatibility.check(replace(components, filter=keep))
+
+
+def test_an_only_reward_that_does_not_tell_correct_from_incorrect_is_told():
+    components = Components.from_config(composed(*SHORT, "output=unused"))
+    with pytest.warns(UserWarning, match=r"Overlong, does not tell correct from incorrect.*reward=weighted"):
+        compatibility.check(replace(components, reward=Overlong(max_tokens=40, buffer=10)))
 
 
 def test_overlong_filtering_alone_forces_no_logprob_pass(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from rlmod.aggregation.token_mean import TokenMean
 from rlmod.config.sizes import Batch
 from rlmod.model.policy import HFPolicy
-from rlmod.rollout.collect import ZeroReward
 from rlmod.rollout.prompts import EncodedProblems
 from rlmod.training.datamodule import PromptLoader, RLData, RolloutLoader, split
 from rlmod.types import Problem, Rollouts
@@ -137,11 +136,9 @@ def test_micro_batches_by_tokens():
 def data(rank: int = 0, ranks: int = 1, size: int = 6) -> RLData:
     problems = tuple(Problem(prompt=str(i), answer="", source="") for i in range(size))
     encoded = EncodedProblems(problems=problems, ids=tuple((i,) for i in range(size)), pad_id=0, dropped=0)
-    made = RLData(
-        train=encoded, held_out=encoded, batch=Batch(), aggregation=TokenMean(), rows_per_prompt=2,
-        zero_reward=ZeroReward(), every_row=False, validation_prompts=4, seed=0,
-    )  # fmt: skip
-    made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)  # pyright: ignore
+    made = RLData(train=encoded, held_out=encoded)
+    module = SimpleNamespace(seed=0, validation=SimpleNamespace(prompts_per_batch=4))
+    made.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, lightning_module=module)  # pyright: ignore
     return made
 
 

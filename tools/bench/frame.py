@@ -35,10 +35,10 @@ class BareLoop:
 
     def __init__(self, module: RLModule, data: RLData, micro_batches: int) -> None:
         self.policy: Any = copy.deepcopy(module.policy)
-        self.prompts = data.train.batch(range(data.batch.prompts))
+        self.prompts = data.train.batch(range(module.batch.prompts))
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5, weight_decay=0.0)
         self.micro_batches = micro_batches
-        self.advantages = torch.where(torch.arange(8 * data.batch.prompts) % 3 == 0, 1.4, -0.7)[:, None]
+        self.advantages = torch.where(torch.arange(8 * module.batch.prompts) % 3 == 0, 1.4, -0.7)[:, None]
 
     def __call__(self) -> None:
         ids = self.prompts.ids.repeat_interleave(8, 0)

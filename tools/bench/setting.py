@@ -41,16 +41,13 @@ def small_model(tokenizer: Any) -> Qwen2ForCausalLM:
 def module_of(parts: Components, policy: Any, tokenizer: PreTrainedTokenizerBase, reward: Reward) -> RLModule:
     return RLModule(
         policy=policy, tokenizer=tokenizer, sampler=parts.sampler, guide=None, reward=reward, filter=parts.filter,
-        zero_reward=parts.zero_reward, reference=None, shaper=parts.shaper, correction={}, loss=parts.loss,
+        zero_reward=parts.zero_reward, reference=None, shaper=parts.shaper, correction={}, aggregation=parts.aggregation, loss=parts.loss,
         regularizer={}, optimizer=parts.optimizer, schedule=None, validation=parts.validation, batch=parts.batch, seed=0,
     )  # fmt: skip
 
 
 def data_of(parts: Components, tokenizer: PreTrainedTokenizerBase, problems: int) -> RLData:
-    return RLData(
-        train=parts.encoder.encode(parts.train()[:problems], tokenizer), aggregation=parts.aggregation,
-        batch=parts.batch, rows_per_prompt=parts.rows_per_prompt, zero_reward=parts.zero_reward, every_row=False, seed=0,
-    )  # fmt: skip
+    return RLData(train=parts.encoder.encode(parts.train()[:problems], tokenizer))
 
 
 def trainer_of(data: RLData, iterations: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:

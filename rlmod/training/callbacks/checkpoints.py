@@ -334,5 +334,6 @@ def _progress(trainer: L.Trainer) -> dict[str, Any]:
         "global_step": trainer.global_step,
         "loops": deepcopy(connector._get_loops_state_dict()),
         "tokens_sampled": module.tokens_sampled,
+        "iteration_complete": True,
     }
     return state if data is None else {**state, type(data).__qualname__: data.state_dict()}
