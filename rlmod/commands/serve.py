@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from hydra.utils import instantiate
@@ -18,6 +19,8 @@ from rlmod.config import cli
 def serve(cfg: DictConfig) -> None:
     """Replace this process by the server. It has the policy's config and tokenizer but no weights; the training run transfers them."""
     from rlmod.config.validation import check_types
+    from rlmod.sampler._access import KEY_VARIABLE, WEIGHTS_VARIABLE, ServerAccess
+    from rlmod.sampler._server import stored_secret
     from rlmod.sampler._vllm_environment import check_torch_extensions, explain_missing_vllm
 
     for key in ("policy", "sampler"):
@@ -35,6 +38,8 @@ def serve(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy.tokenizer().save_pretrained(folder)
     policy.shape().save_pretrained(folder)
+    weights = folder / "weights.json"
+    weights.write_text(json.dumps(_weight_shapes(policy.shape())))
     settings = {
         "host": host,
         "port": port,
@@ -44,11 +49,36 @@ def serve(cfg: DictConfig) -> None:
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": "rlmod"},
         **(OmegaConf.to_container(cfg.engine) or {}),  # pyright: ignore[reportGeneralTypeIssues]
+        "api_server_count": 1,  # the lease is held in the process that answers requests
     }
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    command = [sys.executable, "-m", *_server_module(folder), *_format_flags(settings)]
-    print(f"{' '.join(command[2:])}\nready when {sampler.url}/health answers", flush=True)
+    environment = {
+        **{"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        KEY_VARIABLE: "",
+        **os.environ,
+        **{
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_USE_RUST_FRONTEND": "0",
+        },  # the other front end does not run the middleware
+        WEIGHTS_VARIABLE: str(weights),
+    }
+    given = f"the value of {KEY_VARIABLE}"
+    if not environment[KEY_VARIABLE]:
+        key_file = folder / "api_key"
+        environment[KEY_VARIABLE], given = stored_secret(key_file), f"sampler.api_key_file={key_file}"
+    access = ["--middleware", f"{ServerAccess.__module__}.{ServerAccess.__name__}"]
+    command = [sys.executable, "-m", *_server_module(folder), *_format_flags(settings), *access]
+    print(f"{' '.join(command[2:])}\nruns need {given} to use {sampler.url}; they wait until it is up", flush=True)
     os.execve(sys.executable, command, environment)
+
+
+def _weight_shapes(config: Any) -> dict[str, list[int]]:
+    """Return the shape of each weight of a policy with this config, by name, as a run would send it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: list(weight.shape) for name, weight in model.named_parameters()}
 
 
 def _server_module(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ vLLM loads it in every process of an engine, through the entry point ``rlmod`` o
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.request import urlopen
 
 import torch
 from torch import Tensor
@@ -16,9 +15,13 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore[reportMissingImports]
 
-from rlmod.sampler._weights import read_weights
+from rlmod.sampler._weights import fetch_weights
 
 BACKEND = "rlmod"
 TIMEOUT = 60.0
@@ -26,33 +29,55 @@ TIMEOUT = 60.0
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """Empty: the transfer needs no initialization."""
+class WeightSource(WeightTransferInitInfo):
+    """The trainer's address and the secret of the transfer. Weights are fetched from nowhere else."""
+
+    host: str
+    port: int
+    secret: str
 
 
 @dataclass
-class WeightSource(WeightTransferUpdateInfo):
-    """The source of the weights: this process, or a URL."""
+class WeightUpdate(WeightTransferUpdateInfo):
+    """The weights themselves, within one process; None: they are fetched from the source."""
 
     weights: Any = None
-    url: str | None = None
 
 
-class WeightReceiver(WeightTransferEngine[NoInitInfo, WeightSource]):
-    init_info_cls, update_info_cls = NoInitInfo, WeightSource
+class WeightReceiver(WeightTransferEngine[WeightSource, WeightUpdate]):
+    init_info_cls, update_info_cls = WeightSource, WeightUpdate
+    source: WeightSource | None = None
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        pass
+    def init_transfer_engine(self, init_info: WeightSource) -> None:
+        self.source = init_info
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: WeightSource) -> None:
-        if update_info.url is None:
+    def receive_weights(self, update_info: WeightUpdate) -> None:
+        try:
+            self._receive(update_info)
+        except BaseException:
+            self._restore()
+            raise
+
+    def _receive(self, update_info: WeightUpdate) -> None:
+        if update_info.weights is not None:
             self.model.load_weights(update_info.weights)
             return
-        with urlopen(update_info.url, timeout=TIMEOUT) as response:
-            self.model.load_weights(self._move_to_device(read_weights(response)))
+        if self.source is None:
+            raise ValueError("the engine has not been told where to fetch weights")
+        with fetch_weights(self.source.host, self.source.port, self.source.secret, timeout=TIMEOUT) as weights:
+            self.model.load_weights(self._move_to_device(weights))
+
+    def _restore(self) -> None:
+        """Put back the tensors of the layers that a failed update has not completed, so that the next update finds all of them."""
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        finalize_layerwise_reload(self.model, self.model_config)
 
     def _move_to_device(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:

@@ -1,12 +1,15 @@
 """Transfer of the policy's weights to an engine.
 
-Within one process they are passed by reference. Otherwise the engine's workers fetch them from the trainer over HTTP. This needs no
-initialization but a URL, so a restarted server is up to date again with the next rollout batch.
+Within one process they are passed by reference. Otherwise the engine's workers fetch them over HTTP, from an address that the trainer has
+given them before. Both sides prove that they know a secret, which is not sent: no other process can read the weights or supply them.
 """
 
+import hmac
 import json
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Protocol, cast, runtime_checkable
@@ -58,21 +61,29 @@ class Readable(Protocol):
     def readinto(self, buffer: Any, /) -> int | None: ...
 
 
+NONCE_HEADER, PROOF_HEADER = "X-Nonce", "X-Proof"
+
+
 class Publisher:
-    """Serves weights over HTTP at a URL with a random secret."""
+    """Serves weights over HTTP to those who know its secret."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.secret = secrets.token_urlsafe(16)
+        self.secret = secrets.token_urlsafe(32)
         self.header = b""
         self.weights: list[Tensor] = []
+        self.shapes: dict[str, list[int]] = {}
+        """Shape of each weight, by name."""
         publisher = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path != f"/{publisher.secret}":
-                    self.send_error(404)
+                nonce = self.headers.get(NONCE_HEADER, "")
+                proof = self.headers.get(PROOF_HEADER, "")
+                if not hmac.compare_digest(proof.encode(), _proof(publisher.secret, "read", nonce).encode()):
+                    self.send_error(403)
                     return
                 self.send_response(200)
+                self.send_header(PROOF_HEADER, _proof(publisher.secret, "supply", nonce))
                 self.end_headers()
                 publisher.write(self.wfile)
 
@@ -86,7 +97,8 @@ class Publisher:
                 f"sampler.weights_host={host} sampler.weights_port={port}: cannot listen there ({error.strerror}); set an address of "
                 "this machine that the server can reach, and a free port (0: any)"
             ) from error
-        self.url = f"http://{host}:{self.server.server_address[1]}/{self.secret}"
+        self.source = {"host": host, "port": self.server.server_address[1], "secret": self.secret}
+        """The arguments of ``fetch_weights``: this address, and the secret that both sides must know."""
         Thread(target=self.server.serve_forever, daemon=True).start()
 
     def publish(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
@@ -94,11 +106,40 @@ class Publisher:
         named = [(name, weight.to("cpu", dtype).contiguous()) for name, weight in weights]
         listed = [{"name": n, "shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for n, w in named]
         self.header, self.weights = json.dumps(listed).encode(), [w for _, w in named]
+        self.shapes = {n: list(w.shape) for n, w in named}
 
     def write(self, file: Writable) -> None:
         file.write(len(self.header).to_bytes(HEADER_LENGTH_BYTES, "big") + self.header)
         for weight in self.weights:
             file.write(weight.view(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def fetch_weights(host: str, port: int, secret: str, *, timeout: float) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Connect to a Publisher and yield its weights. ConnectionError if the two do not know the same secret.
+
+    ``timeout`` is in seconds without a byte. Redirects and proxies are not followed.
+    """
+    nonce = secrets.token_urlsafe(16)
+    connection = HTTPConnection(host, port, timeout=timeout)
+    try:
+        connection.request("GET", "/", headers={NONCE_HEADER: nonce, PROOF_HEADER: _proof(secret, "read", nonce)})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ConnectionError(f"{host}:{port} does not hand over the weights: {response.status} {response.reason}")
+        proof = response.getheader(PROOF_HEADER, "")
+        if not hmac.compare_digest(proof.encode(), _proof(secret, "supply", nonce).encode()):
+            raise ConnectionError(
+                f"{host}:{port} is not the trainer that this engine belongs to: its weights are refused"
+            )
+        yield read_weights(response)
+    finally:
+        connection.close()
+
+
+def _proof(secret: str, role: str, nonce: str) -> str:
+    """Return a proof that the sender knows the secret. The roles keep one side from answering with the other's proof."""
+    return hmac.digest(secret.encode(), f"{role} {nonce}".encode(), "sha256").hex()
 
 
 def read_weights(file: Readable) -> Iterator[tuple[str, Tensor]]:

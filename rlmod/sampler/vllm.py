@@ -88,7 +88,8 @@ class VLLM(VLLMSamplingParameters):
         else:  # the engine's workers are separate processes
             publisher = _publisher()
             publisher.publish(weights, compute_dtype(policy, self.dtype))
-            llm.update_weights({"update_info": {"url": publisher.url}})
+            llm.init_weight_transfer_engine({"init_info": publisher.source})
+            llm.update_weights({"update_info": {}})
         llm.finish_weight_update()
         llm.reset_prefix_cache()
 

@@ -1,5 +1,6 @@
 """Sampling with a vLLM server, on other GPUs or another machine."""
 
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from rlmod import distributed
 from rlmod.interfaces import OnFinished
 from rlmod.sampler._sampling import Answers, Completion, VLLMSamplingParameters
 from rlmod.sampler._server import Server, ServerTimeout
@@ -18,18 +20,16 @@ from rlmod.types import Prompts, Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_VERSIONS: dict[str, str] = {}
-"""Version of the weights last sent to each server, by its URL."""
-INITIAL_VERSION = "default"
-"""vLLM's name for the version of the weights that a server starts with."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMServer(VLLMSamplingParameters):
     """G completions per prompt from a vLLM server, which gets the policy's weights before each iteration.
 
-    ``rlmod-serve`` starts the server. It fetches the weights from the trainer's first rank, through vLLM's weight-transfer interface; a
-    restarted server gets them again. ``max_difference`` and the other fields mean the same as in ``sampler=vllm``.
+    ``rlmod-serve`` starts the server. One run at a time uses it. It fetches the weights from the trainer's first rank, through vLLM's
+    weight-transfer interface; a restarted server gets them again. ``max_difference`` and the other fields mean the same as in
+    ``sampler=vllm``.
 
     Source: vLLM, arXiv:2309.06180.
     Degenerate: with top_p, top_k or greedy no log-probabilities are returned: vLLM's would be those of the truncated distribution.
@@ -37,12 +37,16 @@ class VLLMServer(VLLMSamplingParameters):
 
     url: str = "http://127.0.0.1:8000"
     """URL of the server."""
+    api_key_file: str | None = None
+    """File with the server's API key: ``api_key`` in the output folder of rlmod-serve. null: the environment variable RLMOD_API_KEY."""
     weights_host: str = "127.0.0.1"
     """This machine's address as seen from the server, which fetches the weights from there."""
     weights_port: int = 0
     """0: any free port."""
+    startup_patience: float = 600.0
+    """Seconds to wait for a server that is starting: it has never answered, or nothing listens at its port."""
     patience: float = 30.0
-    """Seconds without a successful health check, after which the server counts as dead."""
+    """Seconds without a successful health check, after which a server that has answered before counts as dead."""
     timeout: float = 1800.0
     """Seconds that one request (all completions of a prompt) may take while the server passes its health checks."""
     requests: int = 64
@@ -52,10 +56,9 @@ class VLLMServer(VLLMSamplingParameters):
         super().__post_init__()
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"sampler.url must be like http://127.0.0.1:8000, got {self.url!r}")
-        if self.patience <= 0:
-            raise ValueError(f"sampler.patience must be above 0 seconds, got {self.patience}")
-        if self.timeout <= 0:
-            raise ValueError(f"sampler.timeout must be above 0 seconds, got {self.timeout}")
+        for name in ("startup_patience", "patience", "timeout"):
+            if not 0 < (seconds := getattr(self, name)) < float("inf"):
+                raise ValueError(f"sampler.{name} must be above 0 seconds and finite, got {seconds}")
         if self.requests < 1:
             raise ValueError(f"sampler.requests must be at least 1, got {self.requests}")
         if not 0 <= self.weights_port < 2**16:
@@ -63,7 +66,14 @@ class VLLMServer(VLLMSamplingParameters):
 
     @property
     def _server(self) -> Server:
-        return Server(url=self.url, patience=self.patience, timeout=self.timeout, requests=self.requests)
+        return Server(
+            url=self.url.rstrip("/"),
+            api_key_file=self.api_key_file,
+            startup_patience=self.startup_patience,
+            patience=self.patience,
+            timeout=self.timeout,
+            requests=self.requests,
+        )
 
     @property
     def max_model_len(self) -> int | None:
@@ -71,18 +81,23 @@ class VLLMServer(VLLMSamplingParameters):
         return self._server.get("v1/models")["data"][0].get("max_model_len")
 
     def prepare(self, problems: Sequence[object], tokenizer: object) -> None:
-        """Check that the server is up and can receive weights, before the policy is loaded."""
+        """Wait until the server is up, and take its lease, before the policy is loaded. ValueError if another run uses it."""
         self._server.wait_until_awake()
-        self._server.get("weight_info")
+        if distributed.is_rank_zero():
+            self._server.take_lease()
 
     def sync(self, policy: "PreTrainedModel") -> None:
         """Send the policy's current weights to the server. All ranks sample with them afterwards."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            self._server.wait_until_awake()
-            self._send_weights(policy)
-        if dist.is_initialized():
-            dist.barrier()
-        _VERSIONS[self.url] = self._server.get("weight_info")["weight_version"]
+        server = self._server
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self._send_weights_patiently(policy)
+            return
+        dist.barrier()  # no rank samples any more
+        if dist.get_rank() == 0:
+            self._send_weights_patiently(policy)
+        access = [(server.known.session, server.known.version)]
+        dist.broadcast_object_list(access)
+        server.known.session, server.known.version = access[0]
 
     def sleep(self) -> None:
         """Do nothing: the server has its own memory."""
@@ -95,25 +110,23 @@ class VLLMServer(VLLMSamplingParameters):
         answers = Answers(policy, prompts, self.completions_per_prompt, on_finished)
 
         def sample_missing() -> None:
-            self._resend_weights_after_restart(policy)
             bodies = {
                 i: {"prompt": requests[i][0], **requests[i][1], "return_token_ids": True} for i in answers.missing
             }
             for i, answer in self._server.post_all("v1/completions", bodies):
                 answers.add(i, self._completions(answer))
-            if self._check_weight_version() == INITIAL_VERSION:
-                raise ValueError(
-                    f"sampler.url={self.url}: the server was restarted during sampling, so some completions may come from other weights; "
-                    "repeat the command with output=FOLDER to resume from the last checkpoint"
-                )
 
-        try:
-            sample_missing()
-        except ServerTimeout:
-            raise
-        except OSError:
-            self._server.wait_until_awake()  # raises if the server does not come back within ``patience``
-            sample_missing()
+        missing_before = None
+        while answers.missing:
+            try:
+                sample_missing()
+            except ServerTimeout:
+                raise
+            except ConnectionError as error:
+                if len(answers.missing) == missing_before:
+                    raise  # nothing was completed since the last time
+                missing_before = len(answers.missing)
+                self._recover(policy, error)
         return answers.rollouts()
 
     def _completions(self, answer: Mapping[str, Any]) -> list[Completion]:
@@ -127,9 +140,26 @@ class VLLMServer(VLLMSamplingParameters):
             for row in rows
         ]
 
+    def _send_weights_patiently(self, policy: "PreTrainedModel") -> None:
+        """Send the weights, and once more if the server is lost in the meantime."""
+        try:
+            self._send_weights(policy)
+        except ServerTimeout:
+            raise
+        except ConnectionError as error:
+            log.warning("%s; sending the weights again when the server is back", error)
+            self._send_weights(policy)
+
     def _send_weights(self, policy: "PreTrainedModel") -> None:
+        """Take the lease, check that the weights fit the server's, and let it fetch them. Requests in flight are aborted."""
+        server = self._server
+        server.wait_until_awake()
+        server.take_lease()
         publisher = _publisher(self.weights_host, self.weights_port)
         publisher.publish(named_weights(policy), compute_dtype(policy))
+        self._call("rlmod/check_weights", {"shapes": publisher.shapes})
+        self._call("init_weight_transfer_engine", {"init_info": publisher.source})
+        self._call("pause?mode=abort")  # the engine fails if it computes while its weights change
         try:
             self._call("start_weight_update")
         except ServerTimeout:
@@ -137,35 +167,28 @@ class VLLMServer(VLLMSamplingParameters):
         except ConnectionError:  # an earlier trainer died during its update
             self._call("finish_weight_update")
             self._call("start_weight_update")
-        self._call("update_weights", {"update_info": {"url": publisher.url}})
-        _VERSIONS[self.url] = secrets.token_hex(8)
-        self._call("finish_weight_update", {"weight_version": _VERSIONS[self.url]})
+        self._call("update_weights", {"update_info": {}})
+        server.known.version = secrets.token_hex(8)
+        self._call("finish_weight_update", {"weight_version": server.known.version})
         self._call("reset_prefix_cache")
+        self._call("resume")
 
     def _call(self, path: str, body: Mapping[str, Any] | None = None) -> None:
         for _ in self._server.post_all(path, {0: body}):
             pass
 
-    def _resend_weights_after_restart(self, policy: "PreTrainedModel") -> None:
-        """Send the weights again if the server was restarted: it would sample with its initial weights."""
-        if self._check_weight_version() == _VERSIONS.get(self.url):
+    def _recover(self, policy: "PreTrainedModel", error: ConnectionError) -> None:
+        """Wait until a server that was lost is back, and send it the weights again if it was restarted."""
+        log.warning("%s; going on with the missing completions when the server is back", error)
+        self._server.wait_until_awake()  # raises if the server does not come back in time
+        if self._server.get("weight_info")["weight_version"] == self._server.known.version:
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConnectionError(
-                f"sampler.url={self.url}: the connection was lost within a rollout batch; repeat the command with output=FOLDER to resume "
+                f"sampler.url={self.url}: the server was restarted within a rollout batch; repeat the command with output=FOLDER to resume "
                 "from the last checkpoint"
             )
-        self._send_weights(policy)
-
-    def _check_weight_version(self) -> str:
-        """Return the version of the server's weights. Raise ValueError if they belong to another run."""
-        version: str = self._server.get("weight_info")["weight_version"]
-        if version not in (INITIAL_VERSION, _VERSIONS.get(self.url)):
-            raise ValueError(
-                f"sampler.url={self.url}: another run has sent its weights to this server while this run was sampling; start one server "
-                "per run, each with its own sampler.url"
-            )
-        return version
+        self._send_weights_patiently(policy)
 
 
 @cache

@@ -2,7 +2,9 @@
 
 import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
+from threading import Thread
 from typing import Any, cast
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -15,7 +17,7 @@ from rlmod.model.policy import HFPolicy
 from rlmod.rollout.metrics import check_agreement, reduce_across_ranks, sampler_agreement
 from rlmod.sampler import _vllm_environment, vllm
 from rlmod.sampler._sampling import Completion, request_seed, rollouts_from_completions
-from rlmod.sampler._weights import Publisher, named_weights, read_weights
+from rlmod.sampler._weights import PROOF_HEADER, Publisher, fetch_weights, named_weights, read_weights
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts, build_rollouts
 from tests.command_line import SHORT, refused
@@ -23,19 +25,45 @@ from tests.command_line import SHORT, refused
 TINY = HFPolicy(path="tiny")
 
 
+def received(publisher: Publisher, **source: Any) -> dict[str, torch.Tensor]:
+    with fetch_weights(**{**publisher.source, **source}, timeout=10) as weights:
+        return dict(weights)
+
+
 def test_weights_arrive_as_they_were_sent():
     publisher = Publisher("127.0.0.1", 0)
     weights = {"a": torch.randn(3, 5), "b": torch.arange(4.0), "c": torch.randn(2, 2).T}
     publisher.publish(iter(weights.items()), torch.float32)
-    with urlopen(publisher.url) as response:
-        found = dict(read_weights(response))
+    found = received(publisher)
     assert list(found) == ["a", "b", "c"]
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert publisher.shapes == {"a": [3, 5], "b": [4], "c": [2, 2]}
     publisher.publish(iter(weights.items()), torch.bfloat16)
-    with urlopen(publisher.url) as response:
-        assert torch.equal(dict(read_weights(response))["a"], weights["a"].bfloat16())
-    with pytest.raises(HTTPError, match="404"):
-        urlopen(publisher.url.rsplit("/", 1)[0] + "/guessed")
+    assert torch.equal(received(publisher)["a"], weights["a"].bfloat16())
+
+
+def test_a_stranger_can_neither_read_the_weights_nor_supply_them():
+    publisher, stranger = Publisher("127.0.0.1", 0), Publisher("127.0.0.1", 0)
+    for each in (publisher, stranger):
+        each.publish(iter({"a": torch.zeros(1)}.items()), torch.float32)
+    with pytest.raises(ConnectionError, match="does not hand over the weights: 403"):
+        received(publisher, secret="guessed")
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(f"http://127.0.0.1:{publisher.source['port']}/")
+
+    class Supplier(BaseHTTPRequestHandler):
+        """Answers as a Publisher would, but does not know the secret: it sends back what it was sent."""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header(PROOF_HEADER, self.headers[PROOF_HEADER])
+            self.end_headers()
+            stranger.write(self.wfile)
+
+    supplier = HTTPServer(("127.0.0.1", 0), Supplier)
+    Thread(target=supplier.handle_request, daemon=True).start()
+    with pytest.raises(ConnectionError, match="is not the trainer that this engine belongs to"):
+        received(publisher, port=supplier.server_address[1])
 
 
 def test_weights_that_break_off_are_an_error():
@@ -174,7 +202,12 @@ def test_a_torchvision_that_does_not_match_is_named(tmp_path, monkeypatch):
 def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypatch):
     monkeypatch.setattr(HFPolicy, "model", lambda *_: pytest.fail("weights were loaded"))
     message = refused(
-        monkeypatch, tmp_path, *SHORT, "sampler=vllm_server", "sampler.url=http://127.0.0.1:9", "sampler.patience=0.5"
+        monkeypatch,
+        tmp_path,
+        *SHORT,
+        "sampler=vllm_server",
+        "sampler.url=http://127.0.0.1:9",
+        "sampler.startup_patience=0.5",
     )
     assert "sampler.url=http://127.0.0.1:9: no answer" in message
     assert "rlmod-serve" in message
@@ -185,6 +218,7 @@ def test_a_server_that_is_not_there_shows_before_weights_load(tmp_path, monkeypa
     [
         ("sampler.url=localhost:8000", "sampler.url must be like http://"),
         ("sampler.patience=0", "sampler.patience must be above 0"),
+        ("sampler.startup_patience=inf", "sampler.startup_patience must be above 0 seconds and finite"),
         ("sampler.requests=0", "sampler.requests must be at least 1"),
         ("sampler.weights_port=70000", "sampler.weights_port must be from 0 to 65535"),
         ("sampler.max_difference=0", "sampler.max_difference must be above 0"),

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from rlmod.model.logprob_pass import logprob_pass
 from rlmod.model.policy import HFPolicy
 from rlmod.rollout.metrics import check_agreement, sampler_agreement
 from rlmod.rollout.prompts import PromptEncoder
+from rlmod.sampler import vllm_server
+from rlmod.sampler._weights import Publisher, Writable
 from rlmod.sampler.hf import HF
 from rlmod.types import Rollouts
 
@@ -217,57 +221,146 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def server(port: int, folder: Path):
-    with (folder / "server.log").open("a") as log:
-        process = subprocess.Popen(
-            command("serve", f"sampler.url=http://127.0.0.1:{port}", f"output={folder}", "engine.max_model_len=256"),
-            env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(1)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+class RealServer:
+    """A server that rlmod-serve starts, and that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+    def start(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            return
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command("serve", f"sampler.url={self.url}", f"output={self.folder}", "engine.max_model_len=256"),
+                env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def sampler(self, **settings):
+        from rlmod.sampler.vllm_server import VLLMServer
+
+        file = str(self.folder / "api_key")
+        fixed = {
+            "url": self.url,
+            "api_key_file": file,
+            "completions_per_prompt": 4,
+            "max_new_tokens": 48,
+            "requests": 8,
+            "startup_patience": 1200.0,
+        }
+        return VLLMServer(**{**fixed, **settings})
+
+    def status(self, path: str, **headers: str) -> int:
+        """The status of an answer to somebody else."""
+        try:
+            with urlopen(Request(f"{self.url}/{path}", data=b"{}", headers=headers), timeout=60) as answer:
+                return answer.status
+        except HTTPError as error:
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def stopped_server(tmp_path_factory):
+    server = RealServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(stopped_server):
+    """It takes a minute to start; a sampler waits for it."""
+    stopped_server.start()
+    return stopped_server
 
 
 @pytest.mark.slow
-def test_a_server_is_given_the_weights_again_when_it_comes_back_and_is_missed_when_it_does_not(
-    policy, prompts, tmp_path
-):
-    from rlmod.sampler.vllm_server import VLLMServer
-
-    port = free_port()
-    engine = VLLMServer(
-        url=f"http://127.0.0.1:{port}", completions_per_prompt=4, max_new_tokens=48, patience=3, requests=8
+def test_a_run_and_its_server_may_be_started_together(server, policy, prompts):
+    engine = server.sampler()
+    engine.prepare([], None)
+    engine.sync(policy)
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+    assert (server.folder / "api_key").stat().st_mode & 0o777 == 0o600
+    taken = subprocess.run(
+        command("serve", f"sampler.url={engine.url}"), env=environment(), capture_output=True, text=True, check=False
     )
-    with server(port, tmp_path) as process:
-        engine.prepare([], None)
+    assert taken.returncode == 1
+    assert "cannot listen there" in taken.stderr
+
+
+@pytest.mark.slow
+def test_somebody_else_can_do_nothing_to_a_server_in_use(server, policy, prompts):
+    engine = server.sampler()
+    engine.sync(policy)
+    key = (server.folder / "api_key").read_text().strip()
+    for path in ("v1/completions", "start_weight_update", "collective_rpc", "pause", "reset_prefix_cache", "metrics"):
+        assert server.status(path) == 401
+        assert server.status(path, Authorization=f"Bearer {key}") == 409
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+    assert key not in server.log
+    assert vllm_server._publisher(engine.weights_host, engine.weights_port).secret not in server.log
+
+
+@pytest.mark.slow
+def test_updates_that_are_refused_or_fail_leave_a_server_that_works(server, policy, prompts, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    engine = server.sampler()
+    engine.sync(policy)
+    first = engine(policy, prompts, 0)
+    larger = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY.location, vocab_size=1000))
+    with pytest.raises(ValueError, match="the server has another policy"):
+        engine.sync(larger)
+    assert torch.equal(engine(policy, prompts, 0).completion_ids, first.completion_ids)
+
+    def breaks_off(publisher: Publisher, file: Writable) -> None:
+        whole = BytesIO()
+        write(publisher, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+
+    write = Publisher.write
+    monkeypatch.setattr(Publisher, "write", breaks_off)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.1)
+    with pytest.raises(ConnectionError, match="/update_weights failed"):
         engine.sync(policy)
-        first = engine(policy, prompts, 0)
-        assert apart(policy, first)["sampler/difference_max"] < 1e-4
-        taken = subprocess.run(
-            command("serve", f"sampler.url={engine.url}"),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert taken.returncode == 1
-        assert "cannot listen there" in taken.stderr
-        os.killpg(process.pid, signal.SIGKILL)
-    with server(port, tmp_path) as process:
-        again = engine(policy, prompts, 0)
-        # Sampled from the dummy weights that the server came back with, these would be others.
-        assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
-        os.killpg(process.pid, signal.SIGKILL)
+    monkeypatch.undo()
+    engine.sync(policy)
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_an_update_during_sampling_harms_neither(server, policy, prompts):
+    engine = server.sampler(completions_per_prompt=16, max_new_tokens=200)
+    engine.sync(policy)
+    with ThreadPoolExecutor() as pool:
+        sampled = pool.submit(engine, policy, prompts, 0)
+        time.sleep(0.5)
+        engine.sync(policy)
+        rows = sampled.result(timeout=300)
+    assert apart(policy, rows)["sampler/difference_max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_server_is_given_the_weights_again_when_it_comes_back_and_is_missed_when_it_does_not(server, policy, prompts):
+    engine = server.sampler()
+    engine.sync(policy)
+    first = engine(policy, prompts, 0)
+    server.kill()
+    server.start()
+    again = engine(policy, prompts, 0)  # it waits
+    # Sampled from the dummy weights that the server came back with, these would be others.
+    assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
+    server.kill()
     with pytest.raises(ConnectionError, match="Start the server with rlmod-serve"):
-        engine(policy, prompts, 0)
+        replace(engine, startup_patience=3)(policy, prompts, 0)
