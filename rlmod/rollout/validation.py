@@ -5,17 +5,20 @@ Both use the same seeds and batches, so a checkpoint has one accuracy.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
-from rlmod.interfaces import Reward, Sampler
+from rlmod.interfaces import Reward, Sampler, WeightSyncedSampler
+from rlmod.model.logprob_pass import logprob_pass
 from rlmod.reward._compute import compute_rewards
 from rlmod.reward._failures import check_failure_shares
 from rlmod.rollout.groups import texts_for_reward
+from rlmod.rollout.metrics import check_agreement, sampler_agreement
+from rlmod.sampler._sampling import VLLMSamplingParameters
 from rlmod.types import Prompts, Rollouts, Texts
 
 
@@ -58,8 +61,12 @@ def sample_and_grade(
     decode: Callable[[Rollouts], list[str]],
     seed: int,
 ) -> GradedBatch:
-    """Sample completions of held-out prompts, compute their rewards, and compare the correctness score with the threshold."""
+    """Sample completions of held-out prompts, compute their rewards, and compare the correctness score with the threshold.
+
+    ValueError if the sampler is an engine that does not sample from this policy.
+    """
     rollouts = settings.sampler(policy, prompts, seed)
+    check_engine(policy, prompts, rollouts, settings.sampler, seed)
     texts = texts_for_reward(rollouts, prompts.problems, decode)
     result = compute_rewards(settings.reward, texts)
     check_failure_shares(result)
@@ -71,3 +78,27 @@ def sample_and_grade(
         correct=(result.outcomes > settings.threshold).to(device) & ~result.abstained.to(device),
         abstained=result.abstained.to(device),
     )
+
+
+COMPARED_COMPLETIONS = 8
+
+
+@torch.no_grad()
+def check_engine(policy: nn.Module, prompts: Prompts, rollouts: Rollouts, sampler: Sampler, seed: int) -> None:
+    """Compare an engine's log-probabilities with the policy's on a few completions. ValueError above ``sampler.max_difference``.
+
+    An engine with another policy yields an accuracy without meaning. With greedy decoding, top-p or top-k vLLM reports none, so some tokens
+    are sampled without them for the comparison.
+    """
+    if not isinstance(sampler, WeightSyncedSampler):
+        return
+    if rollouts.sampler_logprobs is None:
+        if not isinstance(sampler, VLLMSamplingParameters):
+            return
+        few = prompts.pick(range(min(len(prompts), COMPARED_COMPLETIONS)))
+        length = min(sampler.max_new_tokens, 16)
+        probe = replace(sampler, greedy=False, top_p=1.0, top_k=0, completions_per_prompt=1, max_new_tokens=length)
+        rollouts = cast(Any, probe)(policy, few, seed)
+    rows = replace(rollouts.rows(slice(COMPARED_COMPLETIONS)).trimmed(), logprobs=None, entropy=None)
+    rows = logprob_pass(policy, rows, sampler.temperature, rows=COMPARED_COMPLETIONS)
+    check_agreement(sampler, sampler_agreement(rows))

@@ -23,6 +23,7 @@ from rlmod.sampler import _server
 from rlmod.sampler._access import KEY_VARIABLE, SESSION_HEADER, VERSION_HEADER, WEIGHTS_VARIABLE, ServerAccess
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts
+from tests.command_line import SHORT, refused, refused_eval
 
 KEY = "the key"
 
@@ -353,3 +354,23 @@ def test_a_server_whose_port_refuses_is_waited_for_longer_than_one_that_is_silen
         assert (time.monotonic() - started < 4) == silent
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("decoding", ["sampler.top_p=1", "sampler.greedy=true", "sampler.top_p=0.9"])
+def test_an_evaluation_of_what_the_server_holds_instead_is_refused(server, monkeypatch, tmp_path, decoding):
+    message = refused_eval(
+        monkeypatch, "sampler=vllm_server", f"sampler.url={server.url}", "data.validation.size=8", decoding,
+        "sampler.completions_per_prompt=1", f"output={tmp_path}",
+    )  # fmt: skip
+    assert "more than sampler.max_difference=0.1" in message
+    assert not (tmp_path / "summary.json").exists()
+    assert KEY not in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_validation_of_what_the_server_holds_instead_is_refused(server, monkeypatch, tmp_path):
+    message = refused(
+        monkeypatch, tmp_path, *SHORT, "sampler=vllm_server", f"sampler.url={server.url}", "validation.sampler.top_p=0.9"
+    )  # fmt: skip
+    assert "more than sampler.max_difference=0.1" in message
+    assert server.asked.count("update_weights") == 1  # before the first iteration, which would notice it too
+    assert (tmp_path / "refused" / ".lease").stat().st_mode & 0o777 == 0o600
