@@ -51,23 +51,16 @@ def serve(cfg: DictConfig) -> None:
         **(OmegaConf.to_container(cfg.engine) or {}),  # pyright: ignore[reportGeneralTypeIssues]
         "api_server_count": 1,  # the lease is held in the process that answers requests
     }
-    environment = {
-        **{"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        KEY_VARIABLE: "",
-        **os.environ,
-        **{
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_USE_RUST_FRONTEND": "0",
-        },  # the other front end does not run the middleware
-        WEIGHTS_VARIABLE: str(weights),
-    }
-    given = f"the value of {KEY_VARIABLE}"
-    if not environment[KEY_VARIABLE]:
+    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    # vLLM's other front end does not run the middleware.
+    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_RUST_FRONTEND": "0", WEIGHTS_VARIABLE: str(weights)}
+    given = KEY_VARIABLE
+    if not environment.get(KEY_VARIABLE):
         key_file = folder / "api_key"
         environment[KEY_VARIABLE], given = stored_secret(key_file), f"sampler.api_key_file={key_file}"
     access = ["--middleware", f"{ServerAccess.__module__}.{ServerAccess.__name__}"]
     command = [sys.executable, "-m", *_server_module(folder), *_format_flags(settings), *access]
-    print(f"{' '.join(command[2:])}\nruns need {given} to use {sampler.url}; they wait until it is up", flush=True)
+    print(f"{' '.join(command[2:])}\nruns on {sampler.url} need {given}; they wait until it is up", flush=True)
     os.execve(sys.executable, command, environment)
 
 
