@@ -25,6 +25,7 @@ from rlmod.model.logprob_pass import logprob_pass
 from rlmod.model.policy import HFPolicy
 from rlmod.rollout.metrics import check_agreement, sampler_agreement
 from rlmod.rollout.prompts import PromptEncoder
+from rlmod.rollout.validation import check_engine
 from rlmod.sampler import vllm_server
 from rlmod.sampler._weights import Publisher, Writable
 from rlmod.sampler.hf import HF
@@ -337,6 +338,19 @@ def test_updates_that_are_refused_or_fail_leave_a_server_that_works(server, poli
     monkeypatch.undo()
     engine.sync(policy)
     assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_an_evaluation_notices_another_policy_behind_greedy_completions(server, policy, prompts):
+    engine = server.sampler(greedy=True)
+    engine.sync(policy)
+    rows = engine(policy, prompts, 0)
+    check_engine(policy, prompts, rows, engine, 0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.3)
+    with pytest.raises(ValueError, match=r"more than sampler\.max_difference=0\.1"):
+        check_engine(policy, prompts, rows, engine, 0)
 
 
 @pytest.mark.slow

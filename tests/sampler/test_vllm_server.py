@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +25,7 @@ from rlmod.sampler import _server
 from rlmod.sampler._access import KEY_VARIABLE, SESSION_HEADER, VERSION_HEADER, WEIGHTS_VARIABLE, ServerAccess
 from rlmod.sampler.vllm_server import VLLMServer
 from rlmod.types import Problem, Prompts
-from tests.command_line import SHORT, refused, refused_eval
+from tests.command_line import SHORT, answer, refused, refused_eval, run_train
 
 KEY = "the key"
 
@@ -37,6 +39,7 @@ class StandIn(ThreadingHTTPServer):
     fails_at: str | None = None
     stalls_at: str | None = None
     restarts_at: str | None = None
+    dies_at_update: int | None = None
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -88,6 +91,9 @@ class StandIn(ThreadingHTTPServer):
         status = 200
         if scope["method"] == "POST":
             self.asked.append(what)
+            if self.asked.count("update_weights") == self.dies_at_update:
+                self.socket.close()
+                raise ConnectionAbortedError
             if what == self.freezes_at:
                 self.frozen.set()
                 self.thaw.wait()
@@ -374,3 +380,34 @@ def test_a_validation_of_what_the_server_holds_instead_is_refused(server, monkey
     assert "more than sampler.max_difference=0.1" in message
     assert server.asked.count("update_weights") == 1  # before the first iteration, which would notice it too
     assert (tmp_path / "refused" / ".lease").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_its_server_keeps_every_finished_iteration(server, monkeypatch, tmp_path):
+    words = (*SHORT, "data.validation=null", "sampler=vllm_server", f"sampler.url={server.url}", "trainer.max_epochs=3")
+    words = (*words, "sampler.startup_patience=1", "sampler.max_difference=100", f"output={tmp_path}")
+    monkeypatch.setattr(server, "dies_at_update", 3)
+    message = answer(lambda: run_train(monkeypatch, *words))
+    assert "which is sampler.startup_patience" in message
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step-*")
+    assert checkpoint.name == "step-000002"
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_run_share_its_lease(server, tmp_path):
+    words = (
+        *SHORT,
+        "sampler=vllm_server",
+        f"sampler.url={server.url}",
+        "trainer.max_epochs=2",
+        "strategy=ddp",
+        "trainer.devices=2",
+    )
+    words = (*words, "data.validation=null", "sampler.max_difference=100", f"output={tmp_path}")
+    run = subprocess.run(
+        [sys.executable, "-m", "rlmod.train", *words], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert server.asked.count("update_weights") == 2
+    assert server.asked.count("v1/completions") == 16  # eight prompts per iteration, of both ranks together
+    assert server.access.lease is None  # released
