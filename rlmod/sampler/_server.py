@@ -46,8 +46,8 @@ class Known:
 
     answered: bool = False
     """True once the server has answered."""
-    leased: bool = False
-    """True once this process has taken the lease, which a thread renews from then on."""
+    lease: Mapping[str, str] | None = None
+    """The lease that this process has taken last, which a thread renews; None before and after."""
     session: str = SESSION
     """The session of the lease: that of the first rank."""
     version: str = ""
@@ -90,28 +90,23 @@ class Server:
         folder = _run_folder()
         run = SESSION if folder is None else stored_secret(folder / ".lease")
         holder = f"process {os.getpid()} on {socket.gethostname()}, started {SINCE}"
-        body = {
-            "run": run,
-            "session": SESSION,
-            "holder": holder if folder is None else f"the run in {folder} ({holder})",
-        }
-        self._post("rlmod/lease", body, timeout=self.patience)
-        if not self.known.leased:
-            self.known.leased = True
-            Thread(target=self._renew, args=(body,), daemon=True).start()
+        holder = holder if folder is None else f"the run in {folder} ({holder})"
+        lease = {"run": run, "session": SESSION, "holder": holder}
+        self._post("rlmod/lease", lease, timeout=self.patience)
+        before, self.known.lease = self.known.lease, lease
+        if before is None:
+            Thread(target=self._renew, daemon=True).start()
             atexit.register(self._release, os.getpid())
 
-    def _renew(self, body: Mapping[str, Any]) -> None:
-        while True:
-            time.sleep(LEASE_SECONDS / 6)
-            if not self.known.leased:
-                return
+    def _renew(self) -> None:
+        while (lease := self.known.lease) is not None:
             with suppress(OSError, ValueError):  # the next request of the sampler will tell
-                self._post("rlmod/lease", body, timeout=LEASE_SECONDS / 6)
+                self._post("rlmod/lease", lease, timeout=LEASE_SECONDS / 6)
+            time.sleep(LEASE_SECONDS / 6)
 
     def _release(self, process: int) -> None:
         if os.getpid() == process:  # not in a fork
-            self.known.leased = False
+            self.known.lease = None
             with suppress(OSError, ValueError):
                 self._post("rlmod/release", {}, timeout=HEALTH_CHECK_SECONDS)
 

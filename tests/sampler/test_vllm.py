@@ -354,15 +354,18 @@ def test_an_evaluation_notices_another_policy_behind_greedy_completions(server, 
 
 
 @pytest.mark.slow
-def test_an_update_during_sampling_harms_neither(server, policy, prompts):
-    engine = server.sampler(completions_per_prompt=16, max_new_tokens=200)
+def test_requests_that_an_update_overtakes_are_refused_and_the_server_lives(server, policy, prompts):
+    engine = server.sampler()
     engine.sync(policy)
+    endless = {"n": 16, "max_tokens": 240, "ignore_eos": True, "return_token_ids": True}
+    bodies = {i: {**endless, "prompt": ids} for i, (ids, _) in enumerate(engine.build_requests(policy, prompts, 0))}
     with ThreadPoolExecutor() as pool:
-        sampled = pool.submit(engine, policy, prompts, 0)
-        time.sleep(0.5)
+        answers = pool.submit(lambda: list(engine._server.post_all("v1/completions", bodies)))
+        time.sleep(0.3)
         engine.sync(policy)
-        rows = sampled.result(timeout=300)
-    assert apart(policy, rows)["sampler/difference_max"] < 1e-4
+        with pytest.raises(ConnectionError, match="does not hold this run's current weights"):
+            answers.result(timeout=300)
+    assert apart(policy, engine(policy, prompts, 0))["sampler/difference_max"] < 1e-4
 
 
 @pytest.mark.slow

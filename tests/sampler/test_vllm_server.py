@@ -273,17 +273,20 @@ def test_a_lease_ends_without_signs_of_life_and_a_run_takes_over_its_own(server,
     assert other_run(server, run="A", session="1")[0] == 200
 
 
-def test_a_process_keeps_its_lease_while_it_trains(server, monkeypatch):
+def test_a_process_renews_the_lease_of_its_last_run_while_it_trains(server, monkeypatch, tmp_path):
     monkeypatch.setattr(_server, "LEASE_SECONDS", 0.6)
-    sampler(server).prepare([], None)
+    engine = sampler(server)
+    engine.prepare([], None)
+    monkeypatch.setattr(_server, "_run_folder", lambda: tmp_path)  # the next run of a sweep
+    engine.prepare([], None)
     lease = server.access.lease
-    assert lease is not None
-    lease.renewed -= 1000
     for _ in range(100):
-        if server.access.lease is not None and server.access.lease.age < 900:
-            return
+        if server.access.lease is not lease:
+            break
         time.sleep(0.05)
-    pytest.fail("the lease was not renewed")
+    else:
+        pytest.fail("the lease was not renewed")
+    assert f"the run in {tmp_path} (process {os.getpid()} on" in server.access.lease.holder
 
 
 def test_a_run_finds_the_secret_of_its_lease_in_its_folder(tmp_path):
