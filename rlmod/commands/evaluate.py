@@ -181,7 +181,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     problems = instantiate(cfg.data.validation, _convert_="all")()
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
-    encoded = instantiate(cfg.data.encoder).encode(problems, tokenizer)
+    encoded = instantiate(cfg.data.encoder, _convert_="all").encode(problems, tokenizer)
     prepare([sampler, reward], encoded.problems, tokenizer)
     encoded.check_max_model_len(sampler, "sampler")
     policy: Any = specification.model(tokenizer).eval()

@@ -1,8 +1,9 @@
 """Encode problems as prompts: token ids for the policy."""
 
+import difflib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+FUNCTION_ARGUMENTS = ("tools", "documents", "chat_template")
+"""Arguments of transformers' apply_chat_template itself that may be given."""
+OWN_ARGUMENTS = {
+    "conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+"""Arguments of apply_chat_template that the encoder sets, or that would change the form of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,8 @@ class PromptEncoder:
     false: never, so messages are an error."""
     system: str | None = None
     """A system message at the start of every conversation."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, as in {enable_thinking: false}; ``tools`` is a list of JSON schemas."""
     max_tokens: int | None = None
     """Maximum length of a prompt in tokens; null: any length."""
     too_long: Literal["drop", "error"] = "drop"
@@ -90,20 +101,38 @@ class PromptEncoder:
             raise ValueError(f"data.encoder.max_tokens must be null (any length) or at least 1, got {self.max_tokens}")
         if self.too_long not in ("drop", "error"):
             raise ValueError(f"data.encoder.too_long must be drop or error, got {self.too_long!r}")
-        if self.system is not None and self.chat is False:
+        if not isinstance(self.template_arguments, Mapping):
             raise ValueError(
-                f"data.encoder.system={self.system!r} needs a chat, but data.encoder.chat is false: set data.encoder.chat to true or null, "
-                "or data.encoder.system to null"
+                "data.encoder.template_arguments must be names with values, as in {enable_thinking: false}, got "
+                f"{self.template_arguments!r}"
             )
+        for key, value in self._chat_settings().items():
+            if self.chat is False:
+                raise ValueError(
+                    f"{key}={value!r} needs a chat, but data.encoder.chat is false: set data.encoder.chat to true or null, or remove {key}"
+                )
+        if taken := sorted(set(self.template_arguments) & OWN_ARGUMENTS):
+            raise ValueError(
+                f"data.encoder.template_arguments.{taken[0]} is an argument of apply_chat_template that rlmod sets itself; give arguments "
+                "that the template reads, tools or documents"
+            )
+
+    def _chat_settings(self) -> dict[str, Any]:
+        """Return the settings that have no effect on plain text, by key."""
+        system = {} if self.system is None else {"data.encoder.system": self.system}
+        return system | (
+            {"data.encoder.template_arguments": dict(self.template_arguments)} if self.template_arguments else {}
+        )
 
     def encode(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> EncodedProblems:
         """Tokenize all prompts. ValueError, with the problem's source, for a prompt that cannot be encoded."""
         conversations = [self._to_conversation(problem) for problem in problems]
-        chats = iter(_encode_chats([messages for messages in conversations if messages is not None], tokenizer))
+        messages = [each for each in conversations if each is not None]
+        chats = iter(_encode_chats(messages, tokenizer, self.template_arguments))
         texts = iter(
             _encode_texts([str(p.prompt) for p, m in zip(problems, conversations, strict=True) if m is None], tokenizer)
         )
-        ids = [next(texts if messages is None else chats) for messages in conversations]
+        ids = [next(texts if each is None else chats) for each in conversations]
         for problem, row in zip(problems, ids, strict=True):
             if not row:
                 raise ValueError(f"{problem.source}: the tokenizer returns no tokens for the prompt {problem.prompt!r}")
@@ -122,9 +151,9 @@ class PromptEncoder:
         """Return the messages for the chat template; None for plain text."""
         if isinstance(problem.prompt, str):
             if not self.chat:
-                if self.system is not None:
+                for key in self._chat_settings():
                     raise ValueError(
-                        f"{problem.source}: data.encoder.system is set, but the prompt is plain text; "
+                        f"{problem.source}: {key} is set, but the prompt is plain text; "
                         "set data.encoder.chat=true to make it a user message"
                     )
                 return None
@@ -183,7 +212,9 @@ def _strip_eos(row: list[int], eos: int | None) -> list[int]:
     return row[:length]
 
 
-def _encode_chats(conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _encode_chats(
+    conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]
+) -> list[list[int]]:
     if not conversations:
         return []
     if not tokenizer.chat_template:
@@ -194,11 +225,35 @@ def _encode_chats(conversations: list[list[Message]], tokenizer: "PreTrainedToke
         )
     from jinja2 import TemplateError
 
+    _warn_of_unread_arguments(tokenizer, arguments)
     try:
         return cast(Any, tokenizer).apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=False
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
+        given = f" with data.encoder.template_arguments={dict(arguments)}" if arguments else ""
         raise ValueError(
-            f"data.encoder: the tokenizer's chat template rejects the messages: {error}; some do not support a system message"
+            f"data.encoder: the tokenizer's chat template rejects the messages{given}: {error}; some do not support a system message"
         ) from error
+
+
+def _warn_of_unread_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]) -> None:
+    """Log a warning for each argument that the chat template does not read, because it has no effect."""
+    if not set(arguments) - set(FUNCTION_ARGUMENTS):
+        return
+    from jinja2 import TemplateError, meta
+    from transformers.utils import chat_template_utils
+
+    try:
+        template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments.get("tools"))
+        # The environment of transformers has tags of its own, such as {% generation %}.
+        environment = chat_template_utils._compile_jinja_template(template).environment
+        read = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # encoding reports it
+        return
+    for name in sorted(set(arguments) - read - set(FUNCTION_ARGUMENTS)):
+        close = difflib.get_close_matches(name, read, n=1)
+        log.warning(
+            "data.encoder.template_arguments.%s has no effect: the tokenizer's chat template does not read it%s; it reads %s",
+            *(name, f" (did you mean {close[0]}?)" if close else "", ", ".join(sorted(read))),
+        )

@@ -113,6 +113,35 @@ def test_a_chat_template_that_refuses(chatty):
         PromptEncoder().encode(problems(({"role": "tool", "content": "x"},)), chatty)
 
 
+THINKING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if not greeting is defined %}{% set greeting = 'h' %}{% endif %}{{ greeting }}"
+    "{% generation %}{% endgeneration %}{% for m in messages %}u<{{ m.content }}>{% endfor %}"
+    "a<{% if enable_thinking is defined and not enable_thinking %}#{% endif %}"
+)
+
+
+def test_arguments_reach_the_chat_template_and_one_that_it_does_not_read_is_named(tokenizer, caplog):
+    tokenizer.chat_template = THINKING
+    encoder = PromptEncoder(template_arguments={"enable_thinking": False, "greeting": "8", "tools": [{"a": 1}]})
+    assert "8u<1+1>a<#" in text(encoder.encode(problems(CHAT), tokenizer), tokenizer)[0]
+    assert not caplog.records
+    misspelt = PromptEncoder(template_arguments={"enable_thinkng": False})
+    assert text(misspelt.encode(problems(CHAT), tokenizer), tokenizer) == ["hu<1+1>a<"]
+    assert "template_arguments.enable_thinkng has no effect" in caplog.text
+    assert "did you mean enable_thinking?" in caplog.text
+
+
+def test_arguments_of_the_template_in_a_command_line(tmp_path, monkeypatch):
+    given = "+data.encoder.template_arguments"
+    message = refused(monkeypatch, tmp_path, "debug=short", f"{given}.enable_thinking=false")
+    assert "data.encoder.template_arguments is set, but the prompt is plain text; set data.encoder.chat=true" in message
+    message = refused_eval(monkeypatch, "policy=tiny", f"output={tmp_path / 'a'}", f"{given}.tokenize=false")
+    assert (
+        "data.encoder.template_arguments.tokenize is an argument of apply_chat_template that rlmod sets itself"
+        in message
+    )
+
+
 def test_special_tokens_in_front_stay_and_an_eos_at_the_end_goes(chatty):
     special = [("#", chatty.convert_tokens_to_ids("#")), ("<eos>", chatty.eos_token_id)]
     processor = TemplateProcessing(single="# $A <eos>", pair="# $A $B <eos>", special_tokens=special)
@@ -181,6 +210,8 @@ def test_too_long_as_an_error(tokenizer):
         ({"max_tokens": 0}, r"data\.encoder\.max_tokens"),
         ({"too_long": "cut"}, "too_long"),
         ({"chat": False, "system": "Add."}, r"data\.encoder\.system='Add\.' needs a chat"),
+        ({"template_arguments": "a=1"}, r"template_arguments"),
+        ({"template_arguments": {"padding": True}}, r"data\.encoder\.template_arguments\.padding is an argument of"),
     ],
 )
 def test_bad_fields(fields, message):
