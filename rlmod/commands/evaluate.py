@@ -150,6 +150,7 @@ def _answer_text(answer: str | int | float) -> str:
 
 
 def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
+    from rlmod.config.build import check_completion_prefix
     from rlmod.config.sizes import check_seed
     from rlmod.config.validation import check_types, check_value
     from rlmod.interfaces import prepare
@@ -183,6 +184,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder, _convert_="all").encode(problems, tokenizer)
     prepare([sampler, reward], encoded.problems, tokenizer)
+    check_completion_prefix(reward, encoded, tokenizer)
     encoded.check_max_model_len(sampler, "sampler")
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)

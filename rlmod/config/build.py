@@ -1,11 +1,12 @@
 """Build and check the components of a composed config, before data and weights are loaded."""
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import hydra
 import torch
@@ -33,8 +34,13 @@ from rlmod.interfaces import (
 from rlmod.model.policy import HFPolicy
 from rlmod.reward._failures import RewardSettings
 from rlmod.reward._supervised import Supervised
-from rlmod.rollout.prompts import PromptEncoder
+from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
 from rlmod.rollout.zero_reward import ZeroReward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +230,7 @@ def build_reward(config: Any, key: str = "reward") -> Reward:
         # Hydra wraps the constructor's exception and adds its place in the tree.
         where = re.search(r"full_key: (\S+)", str(error))
         raise ValueError(f"{key}{f'.{where[1]}' if where else ''}: {error.__cause__ or error}") from error
-    for place, each in _plain_rewards(reward, key):
+    for place, each in _iter_rewards(reward, key):
         if isinstance(each, partial):
             check_arguments(each, place)
         check_takes_texts(each, place)
@@ -232,17 +238,36 @@ def build_reward(config: Any, key: str = "reward") -> Reward:
     return reward
 
 
-def _plain_rewards(reward: Any, key: str) -> Iterator[tuple[str, Any]]:
+def check_completion_prefix(reward: Reward, problems: EncodedProblems, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError if a prompt does not end in the reward's ``completion_prefix``, or in that of a reward inside it.
+
+    Log a warning if no reward sees a tag such as ``<think>`` with which the prompts end: none could find a pair of them.
+    """
+    prefixes = {key: prefix for key, each in _iter_rewards(reward, "reward") if (prefix := _prefix(each))}
+    for key, prefix in prefixes.items():
+        problems.check_endings(prefix, tokenizer, f"{key}.completion_prefix")
+    tag = problems.opened_tag(tokenizer)
+    if tag is not None and not prefixes:
+        log.warning(
+            "the prompts end in %s, so the reward's completions do not hold it; 'reward.completion_prefix=\"%s\"' puts it there",
+            *(tag, tag),
+        )
+
+
+def _prefix(reward: Any) -> str:
+    return reward.completion_prefix if isinstance(reward, RewardSettings) else ""
+
+
+def _iter_rewards(reward: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Yield the reward and those inside it, with their keys."""
-    if isinstance(reward, Supervised):
-        yield from _plain_rewards(reward.supervised, key)
-        return
     yield key, reward
-    if isinstance(terms := getattr(reward, "terms", None), Mapping):
+    if isinstance(reward, Supervised):
+        yield from _iter_rewards(reward.supervised, key)
+    elif isinstance(terms := getattr(reward, "terms", None), Mapping):
         for name, term in terms.items():
-            yield from _plain_rewards(term["reward"], f"{key}.terms.{name}.reward")
+            yield from _iter_rewards(term["reward"], f"{key}.terms.{name}.reward")
     elif callable(inner := getattr(reward, "reward", None)):
-        yield from _plain_rewards(inner, f"{key}.reward")
+        yield from _iter_rewards(inner, f"{key}.reward")
 
 
 def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
@@ -260,6 +285,11 @@ def _functions_as_partials(node: Any, key: str) -> dict[str, Any]:
             "current folder and in the installed packages)"
         ) from error
     node = dict(node)
+    if key != "reward" and node.get("skip_special_tokens"):
+        raise ValueError(
+            f"{key}.skip_special_tokens=true has no effect inside another reward: completions are decoded once, for the whole reward; set "
+            "reward.skip_special_tokens=true"
+        )
     if inspect.isfunction(resolved):
         node.setdefault("_partial_", True)
     accepted = inspect.signature(resolved).parameters

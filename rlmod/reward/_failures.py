@@ -106,6 +106,9 @@ class RewardSettings:
     skip_special_tokens: bool = False
     """True: the reward's texts hold no special tokens at all. By default they hold those that a completion contains, such as ``<think>`` in
     some tokenizers, but not BOS, EOS, padding and unknown tokens."""
+    completion_prefix: str = ""
+    """Text in which every prompt ends and with which the reward's texts begin, as in ``<think>`` where the chat template writes it. White
+    space after it does not count."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "retry", "abstain", "zero"):
@@ -118,6 +121,12 @@ class RewardSettings:
             raise ValueError(f"reward.max_failure_share must be from 0 to 1, got {self.max_failure_share}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"reward.workers must be at least 1, got {self.workers}")
+
+    def add_prefix(self, texts: Texts) -> Texts:
+        """Return the texts with ``completion_prefix`` in front of each completion."""
+        if not self.completion_prefix:
+            return texts
+        return replace(texts, completions=[self.completion_prefix + text for text in texts.completions])
 
     @property
     def attempts(self) -> int:

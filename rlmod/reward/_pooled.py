@@ -46,6 +46,7 @@ class PooledScorer(RewardSettings):
         """Return the reward of a completion from the scorer's reply, whose status is ok."""
 
     def __call__(self, texts: Texts) -> Rewards:
+        texts = self.add_prefix(texts)
         rows = evaluate_with_retries(self, self._evaluate, texts, pointwise=True)
         return Rewards(apply_on_error(self, rows, texts, type(self).__name__))
 

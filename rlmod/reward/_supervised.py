@@ -60,6 +60,7 @@ class Supervised(RewardSettings):
             self.supervised.prepare(problems, tokenizer)
 
     def __call__(self, texts: Texts) -> RewardResult:
+        texts = self.add_prefix(texts)
         inner: list[RewardResult] = []
         evaluate = self._evaluate_in_pool if self.workers is not None else partial(self._evaluate, inner)
         rows = evaluate_with_retries(self, evaluate, texts, pointwise=self.pointwise)

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,6 +23,10 @@ OWN_ARGUMENTS = {
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
 """Arguments of apply_chat_template that the encoder sets, or that would change the form of the result."""
+
+
+OPENED_TAG = re.compile(r"(<(?:think|thinking|thought|reasoning)>)\s*$")
+"""A tag at the end of a prompt that opens the model's reasoning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,21 @@ class EncodedProblems:
                     f"{problem.source}: the prompt has the token id {highest}, but the policy has only {embeddings} embeddings: its "
                     "tokenizer and its weights do not belong together, or the prompt names a token that the model does not have"
                 )
+
+    def check_endings(self, text: str, tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
+        """Raise ValueError if a prompt does not end in ``text``, which is the value of ``key``. White space after it does not count."""
+        endings = _decode_endings(self.ids, len(text.encode()), tokenizer)
+        for problem, ending in zip(self.problems, endings, strict=True):
+            if not ending.rstrip().endswith(text.rstrip()):
+                raise ValueError(
+                    f"{key}={text!r} must be the end of every prompt, but that of {problem.source} ends in {ending[-60:]!r}; it is for "
+                    "text that the chat template, or the prompt, already begins the completion with"
+                )
+
+    def opened_tag(self, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        """Return the tag, such as ``<think>``, with which the first prompt ends and which the completion is expected to close."""
+        found = OPENED_TAG.search(_decode_endings(self.ids[:1], 20, tokenizer)[0]) if self.ids else None
+        return found and found[1]
 
     def batch(self, indices: Sequence[int]) -> Prompts:
         """Return the prompts of the problems at these indices, token ids [len(indices) P], padded on the left to the longest."""
@@ -190,6 +210,12 @@ class PromptEncoder:
             "%d of %d prompts are longer than %s and are dropped; the first is %s",
             *(len(ids) - len(kept), len(ids), limit, problems[first].source),
         )
+
+
+def _decode_endings(rows: Sequence[Sequence[int]], length: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the text of each row's end: at least ``length`` bytes, and the white space after them."""
+    tails = [list(row[-length - 16 :]) for row in rows]  # a token has at least one byte
+    return cast(list[str], tokenizer.batch_decode(tails, skip_special_tokens=False))
 
 
 def _encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

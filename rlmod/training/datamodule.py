@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.config import compatibility
+from rlmod.config.build import check_completion_prefix
 from rlmod.config.compatibility import Algorithm
 from rlmod.config.sizes import Batch
 from rlmod.contracts import check_per_token, name_component_on_error
@@ -188,6 +189,9 @@ class RLData(L.LightningDataModule):
         prepare([validation.sampler, validation.reward], self.held_out.problems if self.held_out else (), tokenizer)
         if self.held_out:
             self.held_out.check_max_model_len(validation.sampler, "validation.sampler")
+        for problems, reward in ((self.train, algorithm.reward), (self.held_out, validation.reward)):
+            if problems is not None:
+                check_completion_prefix(reward, problems, tokenizer)
         self.components_ready = True
 
     def _change(self, trainer: L.Trainer, name: str, value: Any) -> None:

@@ -11,13 +11,16 @@ import transformers as tf
 from tokenizers import AddedToken, processors
 
 from rlmod.adapter.lora import LoRA
+from rlmod.config.build import build_reward, check_completion_prefix
 from rlmod.guide.demonstrations import Demonstrations
 from rlmod.model import noise
 from rlmod.model.logprobs import completion_logprobs
 from rlmod.model.policy import SHIPPED, HFPolicy, completion_texts, embedding_rows, save_policy, turn_end_ids
+from rlmod.reward._compute import compute_rewards
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
-from rlmod.types import Problem, Prompts, build_rollouts
+from rlmod.types import Problem, Prompts, Texts, build_rollouts
+from tests.config.composing import composed
 from tests.model.wild import SIZES, byte_tokenizer, random_model
 
 
@@ -162,6 +165,53 @@ def test_a_prompt_keeps_the_one_bos_that_it_brings():
     one, other = PromptEncoder().encode(problems, tokenizer).ids
     assert one == other
     assert one.count(bos) == 1
+
+
+OPENING = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+
+
+def test_a_format_reward_sees_the_tag_that_the_chat_template_opens(caplog):
+    tokenizer = byte_tokenizer("<|user|>", "<|assistant|>", "<think>", "</think>")
+    tokenizer.chat_template = OPENING
+    problems = [Problem(prompt=prompt, answer="1", source=f"a:{i}") for i, prompt in enumerate(("hi", "ho"), 1)]
+    encoded = PromptEncoder(chat=True).encode(problems, tokenizer)
+    blind = build_reward(composed("reward=format").reward)
+    texts = Texts(completions=["1\n</think>\n<answer>2</answer>", "<answer>2</answer>"], answers=["", ""])
+    assert list(blind(texts)) == [0.0, 0.0]
+    check_completion_prefix(blind, encoded, tokenizer)
+    assert "the prompts end in <think>" in caplog.text
+    caplog.clear()
+    reward = build_reward(composed("reward=format", 'reward.completion_prefix="<think>"').reward)
+    assert compute_rewards(reward, texts).rewards.tolist() == [1.0, 0.0]
+    check_completion_prefix(reward, encoded, tokenizer)
+    assert not caplog.records
+    plain = PromptEncoder().encode(problems, tokenizer)
+    with pytest.raises(ValueError, match=r"reward\.completion_prefix='<think>' .* that of a:1 ends in 'hi'"):
+        check_completion_prefix(reward, plain, tokenizer)
+
+
+def test_the_prefix_of_one_term_is_for_that_term_alone():
+    own: dict[str, Any] = {
+        "_target_": "rlmod.reward.format.Format",
+        "pattern": "<think>.*",
+        "completion_prefix": "<think>",
+    }
+    rewards = {
+        "format": own,
+        "math": {"_target_": "rlmod.reward.math_verify.MathVerify", "completion_prefix": "=5 "},
+        "equal": {"_target_": "rlmod.reward.format.Format", "pattern": "2"},
+    }
+    terms = {name: {"weight": 1.0, "reward": each} for name, each in rewards.items()}
+    reward = build_reward({"_target_": "rlmod.reward.weighted.Weighted", "terms": terms})
+    found = compute_rewards(reward, Texts(completions=["2", ""], answers=["2", "5"])).terms
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "format": [1, 1],
+        "math": [1, 1],
+        "equal": [1, 0],
+    }
+    own["skip_special_tokens"] = True
+    with pytest.raises(ValueError, match=r"reward\.terms\.format\.reward\.skip_special_tokens=true has no effect"):
+        build_reward({"_target_": "rlmod.reward.weighted.Weighted", "terms": terms})
 
 
 def copied(folder, file: str, change):
