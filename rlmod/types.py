@@ -86,7 +86,7 @@ class Texts:
     lengths: Sequence[int] | None = None
     """Length of each completion in tokens, EOS included."""
     truncated: Sequence[bool] | None = None
-    """True if the completion hit the token limit before an EOS."""
+    """True if the completion hit the token limit before an EOS or a stop string."""
     group: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Rollouts:
     group: Int[Tensor, " R"]
     """Index of the prompt within the rollout batch; the completions of a group share it."""
     truncated: Bool[Tensor, " R"]
-    """True if the completion hit the token limit before an EOS."""
+    """True if the completion hit the token limit before an EOS or a stop string."""
     rewards: Float[Tensor, " R"] | None = None
     """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None

@@ -220,7 +220,7 @@ def _sample_and_write(
 
     samples: list[dict[str, Any]] = []
     skip = bool(declared(reward, "skip_special_tokens"))
-    decode = partial(completion_texts, tokenizer, skip_special_tokens=skip)
+    decode = partial(completion_texts, tokenizer, skip_special_tokens=skip, stop=getattr(sampler, "stop", ()))
     settings = Validation(sampler=sampler, reward=reward, threshold=cfg.threshold)
     sync(sampler, policy)
     starts = range(0, len(encoded.problems), cfg.prompts_per_batch)

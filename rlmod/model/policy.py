@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -113,6 +113,7 @@ class HFPolicy:
         self._make_savable(ends)
         if not self.dropout:
             noise.switch_off(model)
+        attach_tokenizer(model, tokenizer)
         model.train()  # from_pretrained returns it in evaluation mode
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -181,14 +182,33 @@ class HFPolicy:
         )
 
 
+def attach_tokenizer(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Keep the tokenizer with the policy, for a sampler that looks for stop strings. It is no part of the policy's state."""
+    cast(Any, policy).rlmod_tokenizer = tokenizer
+
+
+def tokenizer_of(policy: nn.Module) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that ``attach_tokenizer`` kept with the policy."""
+    if (tokenizer := getattr(policy, "rlmod_tokenizer", None)) is None:
+        raise ValueError(
+            "sampler.stop needs the tokenizer of the policy: load the policy with rlmod.HFPolicy, or call "
+            "rlmod.model.policy.attach_tokenizer(policy, tokenizer)"
+        )
+    return tokenizer
+
+
 def completion_texts(
-    tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts, *, skip_special_tokens: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    rollouts: Rollouts,
+    *,
+    skip_special_tokens: bool = False,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """Return the text of each completion: the tokens under the mask, without BOS, EOS, padding and unknown tokens.
 
     Other special tokens stay, because a reward may look for them: a tokenizer may list ``<think>`` among its special tokens. A special
-    token at the end of a completion that is not truncated counts as its EOS, because a model may have several EOS tokens.
-    ``skip_special_tokens`` removes all of them.
+    token at the end of a completion that is not truncated counts as its EOS, because a model may have several EOS tokens, unless it
+    completes one of the ``stop`` strings. ``skip_special_tokens`` removes all of them.
     """
     counted = rollouts.completion_ids[rollouts.mask].split(rollouts.mask.sum(1).tolist())
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -197,6 +217,9 @@ def completion_texts(
     ids = []
     for row, truncated in zip([row.tolist() for row in counted], rollouts.truncated.tolist(), strict=True):
         ended = bool(row) and not truncated and row[-1] in special
+        if ended and stop:
+            text = cast(str, tokenizer.decode(row, skip_special_tokens=False))
+            ended = not any(each in text for each in stop)
         ids.append([token for token in (row[:-1] if ended else row) if token not in removed])
     return cast(list[str], tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
 

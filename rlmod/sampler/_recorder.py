@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from rlmod import ops
+from rlmod.sampler._stop_strings import StopStrings
 
 
 class LastLogits(LogitsProcessor):
@@ -19,11 +20,29 @@ class LastLogits(LogitsProcessor):
 
 
 class Recorder(StoppingCriteria):
-    """Records the log-probability of each sampled token and the entropy at its position; stops when a quarter of the rows have ended."""
+    """Records the log-probability of each sampled token and the entropy at its position; stops when a quarter of the rows have ended.
 
-    def __init__(self, last: LastLogits, temperature: float, eos: Int[Tensor, " eos"]) -> None:
-        self.last, self.temperature, self.eos = last, temperature, eos
+    ``start`` is the number of prompt tokens in a row, where its completion begins.
+    """
+
+    def __init__(
+        self,
+        last: LastLogits,
+        temperature: float,
+        eos: Int[Tensor, " eos"],
+        stop_strings: StopStrings | None = None,
+        start: int = 0,
+    ) -> None:
+        self.last, self.temperature, self.eos, self.stop_strings, self.start = (
+            last,
+            temperature,
+            eos,
+            stop_strings,
+            start,
+        )
         self.ended: Bool[Tensor, " R"] | None = None
+        self.ends: list[Bool[Tensor, " R"]] = []
+        """For each token, True if it ends the completion."""
         self.logprobs: list[Float[Tensor, " R"]] = []
         self.entropy: list[Float[Tensor, " R"]] = []
 
@@ -35,5 +54,9 @@ class Recorder(StoppingCriteria):
         self.logprobs.append(logprobs)
         self.entropy.append(entropy)
         ended = (chosen[:, None] == self.eos).any(-1)
+        if self.stop_strings is not None:
+            running = ~ended if self.ended is None else ~(ended | self.ended)
+            ended = ended | self.stop_strings.completed(input_ids[:, self.start :], running)
+        self.ends.append(ended)
         self.ended = ended if self.ended is None else self.ended | ended
         return torch.full_like(ended, bool(4 * self.ended.sum() >= len(ended)))

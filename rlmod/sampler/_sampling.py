@@ -30,6 +30,8 @@ class SamplingParameters:
     max_new_tokens: int = 1024
     greedy: bool = False
     """Greedy decoding instead of sampling; for evaluation."""
+    stop: Sequence[str] = ()
+    """Texts that end a completion, as an EOS does. The token that completes one of them belongs to the completion."""
 
     def __post_init__(self) -> None:
         if self.completions_per_prompt < 1:
@@ -44,6 +46,10 @@ class SamplingParameters:
             raise ValueError(f"sampler.top_k must be 0 (the full vocabulary) or more, got {self.top_k}")
         if self.max_new_tokens < 1:
             raise ValueError(f"sampler.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(
+                f"sampler.stop must be a list of texts that are not empty, as in ['</answer>'], got {self.stop!r}"
+            )
 
     @property
     def samples_full_distribution(self) -> bool:
@@ -70,6 +76,9 @@ class VLLMSamplingParameters(SamplingParameters):
     ) -> list[tuple[list[int], dict[str, Any]]]:
         """Return one request per prompt: its token ids without padding, and vLLM's sampling parameters."""
         stop_token_ids = eos_token_ids(policy)
+        # Without these settings vLLM would look for stop strings in a text without special tokens.
+        as_sampled = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+        stop = {"stop": list(self.stop), "include_stop_str_in_output": True, **as_sampled} if self.stop else {}
         return [
             (
                 ids[mask].tolist(),
@@ -82,6 +91,7 @@ class VLLMSamplingParameters(SamplingParameters):
                     "max_tokens": self.max_new_tokens,
                     "logprobs": 0 if self.samples_full_distribution else None,
                     "stop_token_ids": stop_token_ids,
+                    **stop,
                 },
             )
             for index, (ids, mask) in enumerate(zip(prompts.ids, prompts.mask, strict=True))
@@ -93,11 +103,11 @@ class Completion:
     """One completion as an engine returns it."""
 
     tokens: Sequence[int]
-    """Token ids, including the EOS if there is one."""
+    """Token ids, including the EOS, or the token that completes a stop string, if there is one."""
     logprobs: Sequence[float] | None
     """In nats, at the sampling temperature; None if they are not those of the full distribution."""
     ended: bool
-    """True if it ended with an EOS, not at the token limit."""
+    """True if it ended with an EOS or a stop string, not at the token limit."""
 
 
 def rollouts_from_completions(prompts: Prompts, completions: Sequence[Completion], padding: int) -> Rollouts:

@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlmod.interfaces import OnFinished
+from rlmod.model.policy import tokenizer_of
 from rlmod.model.shared_prompts import uncompiled
 from rlmod.sampler._sampling import SamplingParameters, eos_token_ids
+from rlmod.sampler._stop_strings import StopStrings
 from rlmod.types import Prompts, Rollouts, concatenate
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class HF(SamplingParameters):
         eos = torch.tensor(eos_token_ids(policy), device=ids.device)
         padding = cast(int, policy.generation_config.pad_token_id)
         record = _Record(prompts, group, self.max_new_tokens, padding)
+        stop_strings = StopStrings(tokenizer_of(policy), self.stop) if self.stop else None
 
         def report_finished(rows: Int[Tensor, " n"]) -> None:
             if on_finished is not None and len(rows):
@@ -82,7 +85,7 @@ class HF(SamplingParameters):
         running = torch.arange(len(ids), device=ids.device)
         while len(running) and record.done < self.max_new_tokens:
             last = LastLogits()
-            recorder = Recorder(last, self.temperature, eos)
+            recorder = Recorder(last, self.temperature, eos, stop_strings, start=prompts.ids.shape[1])
             with plain_generation_config(policy), uncompiled(policy), _name_diverged_policy():
                 sequences = cast(Any, policy).generate(
                     input_ids=ids,
@@ -94,7 +97,7 @@ class HF(SamplingParameters):
                     synced_gpus=False,  # the policy is not sharded here, so ranks need not wait for each other
                 )
             new = sequences[:, ids.shape[1] :]
-            ended = (new[..., None] == eos).any(-1)
+            ended = torch.stack(recorder.ends, 1)
             record.append(running, new, ended, torch.stack(recorder.logprobs, 1), torch.stack(recorder.entropy, 1))
             report_finished(running[ended.any(1)])
             unfinished = (~ended.any(1)).nonzero()[:, 0]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rlmod.interfaces import OnFinished
+from rlmod.model.policy import tokenizer_of
 from rlmod.sampler._sampling import Answers, Completion, VLLMSamplingParameters
 from rlmod.sampler._vllm_environment import (
     check_head_size,
@@ -113,7 +114,9 @@ class VLLM(VLLMSamplingParameters):
             engine = self._engine(policy).llm_engine
             try:
                 for name, (ids, parameters) in zip(names, requests, strict=True):
-                    settings = SamplingParams(**parameters, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                    settings = SamplingParams(
+                        **parameters, detokenize=bool(self.stop), output_kind=RequestOutputKind.FINAL_ONLY
+                    )
                     engine.add_request(name, {"prompt_token_ids": ids}, settings)
                 while engine.has_unfinished_requests():
                     for answer in engine.step():
@@ -137,6 +140,7 @@ class VLLM(VLLMSamplingParameters):
             self.gpu_memory_utilization,
             self.tensor_parallel_size,
             self.sleep_while_training,
+            bool(self.stop),
             repr(sorted(self.engine.items())),
         )
         if key not in _ENGINES:
@@ -160,11 +164,13 @@ class VLLM(VLLMSamplingParameters):
             )
         with TemporaryDirectory() as folder, launcher_environment(ranks):
             save_model_config(policy, Path(folder))
+            if self.stop:  # the engine looks for them in the text
+                tokenizer_of(policy).save_pretrained(folder)
             return LLM(
                 **{
                     "model": folder,
                     "load_format": "dummy",
-                    "skip_tokenizer_init": True,
+                    "skip_tokenizer_init": not self.stop,
                     "generation_config": "vllm",
                     "dtype": str(compute_dtype(policy, self.dtype)).removeprefix("torch."),
                     "max_model_len": self.max_model_len,

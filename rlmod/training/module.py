@@ -60,7 +60,7 @@ from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.model import noise
 from rlmod.model.logprob_pass import iter_micro_batches, logprob_pass
 from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
-from rlmod.model.policy import completion_texts
+from rlmod.model.policy import attach_tokenizer, completion_texts
 from rlmod.reward._failures import agree_on_reward_errors
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
 from rlmod.rollout.metrics import RECOMPUTED, check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
@@ -114,6 +114,7 @@ class RLModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.policy, self.tokenizer = policy, tokenizer
+        attach_tokenizer(policy, tokenizer)
         self.sampler, self.guide, self.reward, self.filter = sampler, guide, reward, filter
         self.zero_reward, self.reference = zero_reward or ZeroReward(), reference
         self.shaper, self.correction, self.aggregation = shaper, correction or {}, aggregation
@@ -174,7 +175,7 @@ class RLModule(L.LightningModule):
             find_logit_transform(policy)
             stages = Stages(
                 policy=policy,
-                decode=self._decoder(self.reward),
+                decode=self._decoder(self.reward, self.sampler),
                 logprob_pass=lambda rows: self.logprob_pass(policy, rows),
                 next_prompts=lambda n: next_prompts(n).to(self.device),
                 sampler=self.sampler,
@@ -204,9 +205,9 @@ class RLModule(L.LightningModule):
         self.tokens_sampled += int(metrics["completions/tokens"] + metrics.get("guide/tokens", 0))
         return rollouts
 
-    def _decoder(self, reward: Reward) -> Callable[[Rollouts], list[str]]:
-        skip = bool(declared(reward, "skip_special_tokens"))
-        return partial(completion_texts, self.tokenizer, skip_special_tokens=skip)
+    def _decoder(self, reward: Reward, sampler: Sampler) -> Callable[[Rollouts], list[str]]:
+        skip, stop = bool(declared(reward, "skip_special_tokens")), getattr(sampler, "stop", ())
+        return partial(completion_texts, self.tokenizer, skip_special_tokens=skip, stop=stop)
 
     def setup(self, stage: str) -> None:
         # Precision plugins would round a batch's advantages and log-probabilities, and they do not support a frozen record.
@@ -403,7 +404,7 @@ class RLModule(L.LightningModule):
                 policy,
                 batch,
                 self.validation,
-                decode=self._decoder(self.validation.reward),
+                decode=self._decoder(self.validation.reward, self.validation.sampler),
                 seed=validation_seed(self.seed, self.validation.seed, batch_idx, rank=self.global_rank),
             )
         counted = torch.zeros_like(graded.abstained) if batch.padding else ~graded.abstained

@@ -91,6 +91,22 @@ def test_greedy_completions_are_those_of_transformers(policy, prompts):
     assert ours.sampler_logprobs is None
 
 
+def test_a_stop_string_means_the_same_as_to_transformers(policy, prompts):
+    settings = {"completions_per_prompt": 1, "max_new_tokens": 32, "greedy": True, "stop": ["#1", ";2", "=4"]}
+    engine = sampler(**settings)
+    engine.sync(policy)
+    ours, theirs = engine(policy, prompts, 0), HF(**settings)(policy, prompts, 0)
+    assert torch.equal(ours.completion_ids * ours.mask, theirs.completion_ids * theirs.mask)
+    assert torch.equal(ours.truncated, theirs.truncated)
+    last = ours.completion_ids.gather(1, ours.mask.sum(1, keepdim=True) - 1)[:, 0]
+    assert (~ours.truncated & (last != policy.generation_config.eos_token_id[0])).any()
+    sampled = replace(engine, greedy=False, completions_per_prompt=4)(policy, prompts, 0)
+    assert apart(policy, sampled)["sampler/difference_max"] < 1e-4
+    texts = [TINY.tokenizer().decode(ids[mask]) for ids, mask in zip(sampled.completion_ids, sampled.mask, strict=True)]
+    for text in texts:
+        assert not any(stop in text[:-1] for stop in engine.stop)
+
+
 def test_the_same_seed_gives_the_same_rows_and_rows_do_not_share_one(policy, prompts):
     engine = sampler(temperature=2.0, max_new_tokens=12)
     engine.sync(policy)
@@ -296,6 +312,16 @@ def test_a_run_and_its_server_may_be_started_together(server, policy, prompts):
     )
     assert taken.returncode == 1
     assert "cannot listen there" in taken.stderr
+
+
+@pytest.mark.slow
+def test_stop_strings_end_the_same_completions_on_a_server(server, policy, prompts):
+    stop = ["#1", ";2", "=4"]
+    engine = server.sampler(greedy=True, stop=stop)
+    engine.sync(policy)
+    theirs = HF(completions_per_prompt=4, max_new_tokens=48, greedy=True, stop=stop)(policy, prompts, 0)
+    ours = engine(policy, prompts, 0)
+    assert torch.equal(ours.completion_ids * ours.mask, theirs.completion_ids * theirs.mask)
 
 
 @pytest.mark.slow
