@@ -21,7 +21,8 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    """Names of modules, as in [q_proj, v_proj]; all-linear: every linear layer except the head."""
+    """Names of modules, as in [q_proj, v_proj]; all-linear: every linear layer except the head.
+    A head and an embedding that share their weight cannot be named."""
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("peft") is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,22 @@ class HFPolicy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.compile:
             shared_prompts.compile_layers(model)
-        return model if self.adapter is None else self.adapter(model)
+        if self.adapter is not None:
+            model = self.adapter(model)
+        self._check_adapted_layers(model)
+        return model
+
+    def _check_adapted_layers(self, model: nn.Module) -> None:
+        """Raise ValueError if an adapter changes one of two layers that share their weight: no merged weight could serve both."""
+        uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+        for name, layer in model.named_modules():
+            adapted = getattr(layer, "base_layer", getattr(layer, "original_module", None))
+            if uses[id(getattr(adapted, "weight", None))] > 1:
+                raise ValueError(
+                    f"policy.adapter.targets (target_modules of a saved adapter) includes {name.rpartition('.')[2]}, but in "
+                    f"{self.path} the head and the embedding are one weight: the merged policy could not compute what was trained; "
+                    "leave out lm_head and embed_tokens, as all-linear does"
+                )
 
     def _check_vocabulary(self, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
         """Raise ValueError if the tokenizer belongs to another model.

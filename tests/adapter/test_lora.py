@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlmod.adapter.lora import LoRA
@@ -90,6 +91,33 @@ def test_bad_fields_are_named(field, value):
 def test_unknown_targets_are_named():
     with pytest.raises(ValueError, match=r"policy\.adapter\.targets=\['nowhere'\]"):
         HFPolicy(path="tiny", adapter=LoRA(targets=["nowhere"])).model(HFPolicy(path="tiny").tokenizer())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_layer_that_shares_its_weight_is_refused(target, tmp_path):
+    specification = HFPolicy(path="tiny", adapter=LoRA(rank=4, targets=["q_proj", target]))
+    with pytest.raises(ValueError, match=rf"policy\.adapter\.targets .* includes {target}, .* are one weight"):
+        specification.model(specification.tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(specification.location)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[target]))
+    adapted.save_pretrained(str(tmp_path / "adapter"))  # by another program
+    specification.tokenizer().save_pretrained(tmp_path / "adapter")
+    saved = HFPolicy(path=str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=rf"includes {target}"):
+        saved.model(saved.tokenizer())
+
+
+def test_a_head_of_its_own_may_be_adapted_and_merges_exactly(rows, tmp_path):
+    untied = AutoModelForCausalLM.from_pretrained(HFPolicy(path="tiny").location, tie_word_embeddings=False)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    save_policy(untied, HFPolicy(path="tiny").tokenizer(), tmp_path / "untied")
+    specification = HFPolicy(path=str(tmp_path / "untied"), adapter=LoRA(rank=4, targets=["q_proj", "lm_head"]))
+    policy: Any = specification.model(specification.tokenizer()).eval()
+    changed(policy)
+    before = completion_logits(policy, rows)
+    save_policy(policy.merge_and_unload(), specification.tokenizer(), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(completion_logits(merged, rows), before, atol=1e-4, rtol=1e-4)
 
 
 def test_a_saved_adapter_goes_on_being_trained(rows, tmp_path):
