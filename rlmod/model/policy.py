@@ -76,9 +76,11 @@ class HFPolicy:
         Without a pad token the EOS token is used for padding; masks are explicit, so the two are not confused.
         """
         from transformers import AutoTokenizer
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.location)
+            tokenizer.rlmod_source_class = get_tokenizer_config(self.location).get("tokenizer_class")
         except (OSError, ValueError) as error:
             raise ValueError(self._load_error("tokenizer", error)) from error
         if tokenizer.eos_token_id is None:
@@ -277,6 +279,7 @@ def save_policy(
     cast(Any, policy).save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
     _add_rope_keys(folder / "config.json")
+    _use_older_tokenizer_keys(folder, getattr(tokenizer, "rlmod_source_class", None))
     for file in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner only
         shutil.copymode(folder / "tokenizer_config.json", file)
 
@@ -299,6 +302,22 @@ def _add_rope_keys(path: Path) -> None:
         if rope.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _use_older_tokenizer_keys(folder: Path, source_class: str | None) -> None:
+    """Write the tokenizer's settings under names that transformers 4 reads too, where it cannot load those that transformers 5 writes.
+
+    transformers 5 chooses the class by the name in this file and the model's type. So the name that the source had gives the same class
+    again; without a model beside it, only the general one does.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    same_choice = source_class == "PreTrainedTokenizerFast" or (folder / "config.json").is_file()
+    if config.get("tokenizer_class") == "TokenizersBackend" and source_class is not None and same_choice:
+        config["tokenizer_class"] = source_class
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -238,6 +238,33 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp
         policy.model(policy.tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("kind", "written", "kept"),
+    [
+        (tf.LlamaConfig, "PreTrainedTokenizerFast", "PreTrainedTokenizerFast"),
+        (tf.LlamaConfig, "TokenizersBackend", "TokenizersBackend"),
+        (tf.Qwen2Config, "PreTrainedTokenizerFast", "Qwen2Tokenizer"),
+        (tf.Qwen2Config, "Qwen2Tokenizer", "Qwen2Tokenizer"),
+    ],
+)
+def test_a_saved_tokenizer_has_the_names_of_its_source_that_older_readers_know(kind, written, kept, tmp_path):
+    tokenizer = byte_tokenizer("<think>")
+    config = kind(**SIZES | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    specification = HFPolicy(path=saved(config, tokenizer, tmp_path / "source"))
+    file = tmp_path / "source" / "tokenizer_config.json"
+    given = {"tokenizer_class": written, "extra_special_tokens": ["<think>"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    source: Any = specification.tokenizer()
+    save_policy(random_model(config), source, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == kept
+    assert found["additional_special_tokens"] == ["<think>"]
+    assert "extra_special_tokens" not in found
+    again: Any = HFPolicy(path=str(tmp_path / "out")).tokenizer()
+    assert (type(again), again.all_special_tokens) == (type(source), source.all_special_tokens)
+    assert again.backend_tokenizer.to_str() == source.backend_tokenizer.to_str()
+
+
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])
 def test_a_saved_policy_keeps_its_rotary_base_where_older_readers_look(tmp_path, scaling):
     def change(config):
