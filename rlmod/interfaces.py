@@ -218,6 +218,15 @@ class PointwiseReward(Reward, Protocol):
 
 
 @runtime_checkable
+class AnswerReader(Protocol):
+    """A reward that may be unable to read a problem's answer, such as one that parses it as mathematics."""
+
+    def find_unreadable(self, problems: Sequence[Problem]) -> Mapping[int, str]:
+        """Return the answer that cannot be read, with the reason, by the index of its problem. Called before anything is sampled."""
+        ...
+
+
+@runtime_checkable
 class Filter(Protocol):
     """Selects the groups to train on. Declares ``max_generation_batches``."""
 

@@ -103,6 +103,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     tokenizer = components.policy.tokenizer()
     problems = components.encoder.encode(train_set, tokenizer)
     held_out = components.encoder.encode(held_out_set, tokenizer) if held_out_set is not None else None
+    problems, held_out = _with_readable_answers(problems, held_out, components, cfg, folder)
 
     import lightning as L
 
@@ -117,6 +118,23 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     module.own_checkpoint = checkpoint is not None and checkpoints.is_from_same_run(folder, checkpoint, cfg)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
         return _fit(trainer, module, data, checkpoint, folder, started)
+
+
+def _with_readable_answers(
+    problems: Any, held_out: Any, components: "Components", cfg: DictConfig, folder: Path
+) -> tuple[Any, Any]:
+    """Return both sets without the problems whose answers the rewards cannot read, or raise ValueError."""
+    from rlmod.training.answers import readable_problems
+
+    def readable(encoded: Any, reward: Any, node: Any, name: str) -> Any:
+        settings = OmegaConf.to_container(node, resolve=True)
+        file = folder / f"answers_{name}.json"
+        return readable_problems(encoded, reward, components.unreadable_answer, file, settings, cfg.guard.rank_timeout)
+
+    problems = readable(problems, components.reward, cfg.reward, "train")
+    if held_out is not None:
+        held_out = readable(held_out, components.validation.reward, cfg.validation.reward, "validation")
+    return problems, held_out
 
 
 def _count_ranks(trainer: DictConfig) -> int:

@@ -150,7 +150,7 @@ def _answer_text(answer: str | int | float) -> str:
 
 
 def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
-    from rlmod.config.build import check_completion_prefix
+    from rlmod.config.build import check_completion_prefix, find_unreadable, unreadable_answer
     from rlmod.config.sizes import check_seed
     from rlmod.config.validation import check_types, check_value
     from rlmod.interfaces import prepare
@@ -164,7 +164,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
     if cfg.prompts_per_batch < 1:
         raise ValueError(f"prompts_per_batch must be at least 1, got {cfg.prompts_per_batch}")
-    device = _resolve_device(cfg.device)
+    device, unreadable = _resolve_device(cfg.device), unreadable_answer(cfg)
     for k in cfg.pass_at:
         if not 1 <= k <= n:
             raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
@@ -183,6 +183,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder, _convert_="all").encode(problems, tokenizer)
+    encoded = encoded.without_unreadable(find_unreadable(encoded, reward), unreadable)
     prepare([sampler, reward], encoded.problems, tokenizer)
     check_completion_prefix(reward, encoded, tokenizer)
     encoded.check_max_model_len(sampler, "sampler")

@@ -18,6 +18,7 @@ from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.config.validation import check_arguments, check_takes_texts, check_types, check_value
 from rlmod.interfaces import (
     Aggregation,
+    AnswerReader,
     Correction,
     Filter,
     Guide,
@@ -34,7 +35,7 @@ from rlmod.interfaces import (
 from rlmod.model.policy import HFPolicy
 from rlmod.reward._failures import RewardSettings
 from rlmod.reward._supervised import Supervised
-from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
+from rlmod.rollout.prompts import EncodedProblems, PromptEncoder, UnreadableAnswer
 from rlmod.rollout.zero_reward import ZeroReward
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Components:
     train: Problems
     held_out: Problems | None
     encoder: PromptEncoder
+    unreadable_answer: UnreadableAnswer
     sampler: Sampler
     guide: Guide | None
     reward: Reward
@@ -83,6 +85,7 @@ class Components:
             train=build("data.train"),
             held_out=build("data.validation"),
             encoder=build("data.encoder"),
+            unreadable_answer=unreadable_answer(cfg),
             sampler=build("sampler"),
             guide=build("guide"),
             reward=build_reward(cfg.reward),
@@ -236,6 +239,26 @@ def build_reward(config: Any, key: str = "reward") -> Reward:
         check_takes_texts(each, place)
         check_declarations(each, place)
     return reward
+
+
+def find_unreadable(problems: EncodedProblems, reward: Reward) -> dict[int, str]:
+    """Return the answers that the reward, or one inside it, cannot read, with the reason, by the index of the problem."""
+    unreadable: dict[int, str] = {}
+    for each in answer_readers(reward):
+        unreadable = {**each.find_unreadable(problems.problems), **unreadable}
+    return unreadable
+
+
+def answer_readers(reward: Reward) -> list[AnswerReader]:
+    """Return the reward and those inside it that may be unable to read an answer."""
+    return [each for _, each in _iter_rewards(reward, "reward") if isinstance(each, AnswerReader)]
+
+
+def unreadable_answer(cfg: DictConfig) -> UnreadableAnswer:
+    """Return ``data.unreadable_answer``; ``error`` if the data's own YAML does not have it."""
+    treatment = OmegaConf.select(cfg, "data.unreadable_answer", default="error")
+    check_value(treatment, UnreadableAnswer, "data.unreadable_answer")
+    return treatment
 
 
 def check_completion_prefix(reward: Reward, problems: EncodedProblems, tokenizer: "PreTrainedTokenizerBase") -> None:

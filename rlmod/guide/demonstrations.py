@@ -68,7 +68,7 @@ class Demonstrations:
             prompt = _parse_prompt(record, where)
             if prompt not in known:
                 raise ValueError(
-                    f"{where}: no problem of data.train has this prompt, or it is too long for data.encoder: {_shorten(prompt)}"
+                    f"{where}: no problem of data.train has this prompt, or it was dropped (see the log): {_shorten(prompt)}"
                 )
             self.recorded.setdefault(prompt, []).append(_parse_demonstration(record, where, self, tokenizer))
         wanted = max(self.completions_per_prompt, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlmod.reward._failures import Row
+from rlmod.reward._math_text import gold_text, is_number
 from rlmod.reward._pool import Reply
 from rlmod.reward._pooled import PooledScorer
 from rlmod.types import Problem, Texts, accepted_answers
@@ -32,7 +33,8 @@ class MathVerify(PooledScorer):
     Differs: math-verify alone prefers the text after the word "answer" to the last number, and reads expressions across line ends.
     Degenerate: a completion without a readable answer is incorrect. Completions that time out or fail also get reward 0 (``on_error``),
     with a warning, and are counted: failures/timeouts, failures/errors. A problem's answer that cannot be parsed is an error before
-    anything is sampled: nothing could ever match it. A recorded completion with such an answer has no reward (the reward abstains).
+    anything is sampled, because nothing could ever match it; with data.unreadable_answer=drop the problem is left out. A recorded
+    completion with such an answer has no reward (the reward abstains).
     Reads: completions, answers.
     """
 
@@ -43,15 +45,21 @@ class MathVerify(PooledScorer):
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward: MathVerify needs the package math-verify: pip install 'math-verify[antlr4_9_3]'")
 
-    def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
-        """Raise ValueError for the first answer that cannot be parsed, before anything is sampled."""
-        gold = {answer: problem for problem in reversed(problems) for answer in accepted_answers(problem.answer)}
-        replies = self._score([("", (answer,)) for answer in gold])
-        for (answer, problem), reply in zip(reversed(gold.items()), reversed(replies), strict=True):
-            verdict, detail = reply.value if reply.status == "ok" else (reply.status, str(reply.value))
-            if verdict in ("gold", "timeout"):
-                what = detail if verdict == "gold" else f"{answer!r}: {detail}"
-                raise ValueError(f"MathVerify cannot parse the answer {what} ({problem.source})")
+    def find_unreadable(self, problems: Sequence[Problem]) -> dict[int, str]:
+        """Parse the answers in the worker processes, except plain numbers, and return those that cannot be parsed."""
+        answers = dict.fromkeys(answer for problem in problems for answer in accepted_answers(problem.answer))
+        checked = [answer for answer in answers if not is_number(gold_text(answer))]
+        unreadable: dict[str, str] = {}
+        for answer, reply in zip(checked, self._score([("", (answer,)) for answer in checked]), strict=True):
+            verdict, detail = reply.value if reply.status == "ok" else ("gold", f"{answer!r} {reply.value}")
+            if verdict == "gold":
+                unreadable[answer] = detail
+        found: dict[int, str] = {}
+        for index, problem in enumerate(problems) if unreadable else ():
+            wrong = [unreadable[answer] for answer in accepted_answers(problem.answer) if answer in unreadable]
+            if wrong:
+                found[index] = wrong[0]
+        return found
 
     def _arguments(self, texts: Texts, row: int) -> tuple[Any, ...]:
         return texts.completions[row], accepted_answers(texts.answers[row])

@@ -4,7 +4,7 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+UnreadableAnswer = Literal["error", "drop"]
 
 FUNCTION_ARGUMENTS = ("tools", "documents", "chat_template")
 """Arguments of transformers' apply_chat_template itself that may be given."""
@@ -38,7 +40,7 @@ class EncodedProblems:
     """Token ids of each problem's prompt, without padding."""
     pad_id: int
     dropped: int
-    """Number of problems that were dropped because their prompt was too long."""
+    """Number of problems that were dropped because their prompt was too long or their answer could not be read."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -68,6 +70,27 @@ class EncodedProblems:
                     f"{problem.source}: the prompt has the token id {highest}, but the policy has only {embeddings} embeddings: its "
                     "tokenizer and its weights do not belong together, or the prompt names a token that the model does not have"
                 )
+
+    def without_unreadable(self, unreadable: Mapping[int, str], treatment: UnreadableAnswer) -> "EncodedProblems":
+        """Drop the problems with an unreadable answer (by index, with the reason), or raise ValueError that names the first ones."""
+        if not unreadable:
+            return self
+        named = [f"{self.problems[index].source}: {unreadable[index]}" for index in sorted(unreadable)[:3]]
+        more = "; ..." if len(unreadable) > 3 else ""
+        what = f"{len(unreadable)} of {len(self)} answers cannot be read by the reward ({'; '.join(named)}{more})"
+        if treatment == "error" or len(unreadable) == len(self):
+            raise ValueError(
+                f"{what}, so no completion could ever be correct: correct them, choose another reward, or leave such problems out with "
+                "data.unreadable_answer=drop"
+            )
+        log.warning("%s; these problems are dropped (data.unreadable_answer=drop)", what)
+        kept = [index for index in range(len(self)) if index not in unreadable]
+        return replace(
+            self,
+            problems=tuple(self.problems[index] for index in kept),
+            ids=tuple(self.ids[index] for index in kept),
+            dropped=self.dropped + len(unreadable),
+        )
 
     def check_endings(self, text: str, tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
         """Raise ValueError if a prompt does not end in ``text``, which is the value of ``key``. White space after it does not count."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer decodes to in place of a character of which only some bytes are there."""
+"""The text that a tokenizer returns for a character of which only some bytes are there."""
 
 
 class StopStrings:

@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
 from rlmod.config import compatibility
-from rlmod.config.build import check_completion_prefix
+from rlmod.config.build import check_completion_prefix, find_unreadable
 from rlmod.config.compatibility import Algorithm
 from rlmod.config.sizes import Batch
 from rlmod.contracts import check_per_token, name_component_on_error
@@ -169,8 +170,10 @@ class RLData(L.LightningDataModule):
         assert trainer is not None
         for problems in filter(None, (self.train, self.held_out)):
             problems.check_token_ids(embedding_rows(module.policy))
+            _check_same_on_all_ranks(problems)
         if not self.components_ready:
             compatibility.check(module, trainer.world_size)
+            self.train.without_unreadable(find_unreadable(self.train, module.reward), "error")
             self.prepare_components(module, module.tokenizer)
         if self.held_out is None:
             self._change(trainer, "limit_val_batches", 0)
@@ -305,6 +308,20 @@ def check_trainer(trainer: L.Trainer, micro_batches: int) -> None:
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ValueError(
             "trainer.max_epochs=-1: give the number of iterations, also with trainer.max_time, which may end the run earlier"
+        )
+
+
+def _check_same_on_all_ranks(problems: EncodedProblems) -> None:
+    """Raise ValueError if the ranks have different problems: they would not divide them, but train on some twice and on others never."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    mine = len(problems), zlib.crc32("\n".join(problem.source for problem in problems.problems).encode())
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    if len(set(ranks)) > 1:
+        raise ValueError(
+            f"the ranks have different problems ({', '.join(str(number) for number, _ in ranks)} of them): their files differ, or "
+            "an answer could be read on some ranks only, because of reward.timeout_seconds"
         )
 
 

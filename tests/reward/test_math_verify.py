@@ -6,13 +6,16 @@ import sys
 import textwrap
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlmod.reward import _pool
+from rlmod.reward._math_grader import _parse_gold
 from rlmod.reward.math_verify import MathVerify
 from rlmod.types import Problem, Texts
+from tests.command_line import SHORT, refused, refused_eval, run_eval
 from tests.real import real
 
 REPOSITORY = Path(__file__).parents[2]
@@ -187,10 +190,61 @@ def test_an_answer_that_cannot_be_read_is_named_with_its_source(answer, caplog):
     assert result.rewards.tolist() == [1.0, 0.0]
     assert repr(answer) in caplog.text
     assert "train.jsonl:12" in caplog.text
-    with pytest.raises(ValueError, match=r"cannot parse the answer .*\(train\.jsonl:12\)") as caught:
-        MathVerify().prepare([good, bad], None)
-    assert repr(answer) in str(caught.value)
-    MathVerify().prepare([good], None)
+    assert list(MathVerify().find_unreadable([good, bad, good, replace(bad, answer=("2", answer))])) == [1, 3]
+    assert repr(answer) in MathVerify().find_unreadable([good, bad])[1]
+    assert MathVerify().find_unreadable([good]) == {}
+
+
+NUMBERS = [
+    "7",
+    "-1,234",
+    "$5",
+    "-$5.50",
+    "+.5",
+    "5.",
+    "50%",
+    "50 %",
+    "1e-7",
+    "1.5E+300",
+    "9" * 400,
+    "so\n#### 18",
+    r"\boxed{1\,234}",
+]
+
+
+def test_plain_numbers_are_readable_without_a_worker(monkeypatch):
+    assert all(_parse_gold(number) for number in NUMBERS)
+    problems = [Problem(prompt="?", answer=number, source="a:1") for number in [*NUMBERS, ("1", "2")]]
+    monkeypatch.setattr(MathVerify, "_score", lambda self, items: [] if not items else pytest.fail(str(items)))
+    assert MathVerify().find_unreadable(problems) == {}
+
+
+def write_problems(folder: Path, *answers: str) -> list[str]:
+    file = folder / "problems.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"{i}+1:", "answer": each}) + "\n" for i, each in enumerate(answers, 1))
+    )
+    return [f"data.path={file}", f"data.validation_path={file}", "data=problem_file"]
+
+
+def test_unreadable_answers_end_a_run_that_names_them(tmp_path, monkeypatch):
+    words = write_problems(tmp_path, "1", "3", r"\frac{", "$$", r"\frac{", r"\frac{", "2")
+    message = refused(monkeypatch, tmp_path, *SHORT[::2], *words, "reward=weighted")
+    assert "4 of 7 answers cannot be read by the reward" in message
+    assert f"{tmp_path}/problems.jsonl:3: '\\\\frac{{'" in message
+    assert "data.unreadable_answer=drop" in message
+
+
+def test_unreadable_answers_are_dropped_counted_and_said_once(tmp_path, monkeypatch, capsys):
+    words = write_problems(tmp_path, "1", r"\frac{", "$$", "2")
+    out = tmp_path / "out"
+    given = ("policy=tiny", f"output={out}", "data.unreadable_answer=drop", "sampler.max_new_tokens=32")
+    run_eval(monkeypatch, *given, *words, "reward=weighted")
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["problems"], summary["dropped_problems"]) == (2, 2)
+    assert capsys.readouterr().out.count("2 of 4 answers cannot be read by the reward") == 1
+    message = refused_eval(monkeypatch, *given, *words, "reward=weighted", "data.unreadable_answer=skip")
+    assert "data.unreadable_answer must be one of error, drop" in message
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])

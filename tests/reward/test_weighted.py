@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 from rlmod.config.build import build_reward
 from rlmod.reward._compute import RewardError, compute_rewards
 from rlmod.reward.exact_match import ExactMatch
-from rlmod.reward.math_verify import MathVerify
 from rlmod.reward.overlong import Overlong
 from rlmod.reward.weighted import Weighted
 from rlmod.types import Problem, Texts
@@ -44,10 +43,13 @@ def test_a_reward_of_nothing_but_penalties_judges_nothing_right():
 
 
 def test_what_a_term_finds_wrong_with_the_problems_is_told_by_its_name():
-    reward = Weighted(
-        terms={"right": {"weight": 1, "reward": MathVerify()}, "same": {"weight": 1, "reward": ExactMatch()}}
-    )
-    with pytest.raises(ValueError, match=r"reward\.terms\.right: MathVerify cannot parse the answer '' \(a\.csv:3\)"):
+    class Refusing(Overlong):
+        def prepare(self, problems, tokenizer):
+            raise ValueError(f"{problems[0].source} is refused")
+
+    terms = {"right": {"weight": 1, "reward": Refusing(max_tokens=10, buffer=4)}}
+    reward = Weighted(terms={**terms, "same": {"weight": 1, "reward": ExactMatch()}})
+    with pytest.raises(ValueError, match=r"reward\.terms\.right: a\.csv:3 is refused"):
         reward.prepare([Problem(prompt="?", answer="", source="a.csv:3")], None)
 
 

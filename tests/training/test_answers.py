@@ -1,0 +1,71 @@
+"""The check of the answers is done by rank 0, once, and is the same for all ranks and after a resume."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from rlmod.reward.exact_match import ExactMatch
+from rlmod.rollout.prompts import EncodedProblems
+from rlmod.training.answers import readable_problems
+from rlmod.types import Problem
+
+PROBLEMS = EncodedProblems(
+    problems=tuple(Problem(prompt="?", answer=answer, source=f"a:{answer}") for answer in "123"),
+    ids=((5,), (6,), (7,)),
+    pad_id=0,
+    dropped=1,
+)
+
+
+@dataclass
+class Reader:
+    """Cannot read the answer 2."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, texts):
+        return [0.0] * len(texts)
+
+    def find_unreadable(self, problems):
+        self.calls.append(len(problems))
+        return {i: "not a 2" for i, problem in enumerate(problems) if problem.answer == "2"}
+
+
+def checked(folder: Path, reward, problems=PROBLEMS, settings: object = 5, seconds: float = 0.3):
+    return readable_problems(problems, reward, "drop", folder / "answers.json", settings, seconds)
+
+
+def test_rank_0_checks_once_and_the_other_ranks_and_a_resumed_run_read_the_result(tmp_path, monkeypatch, caplog):
+    reader = Reader()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=r"rank 0 has not written .*answers\.json within guard\.rank_timeout=0 s"):
+        checked(tmp_path, reader)
+    monkeypatch.setenv("RANK", "0")
+    first = checked(tmp_path, reader)
+    monkeypatch.setenv("RANK", "1")
+    assert first == checked(tmp_path, reader)
+    assert ([p.answer for p in first.problems], first.ids, first.dropped) == (["1", "3"], ((5,), (7,)), 2)
+    assert reader.calls == [3]
+    assert "1 of 3 answers cannot be read by the reward (a:2: not a 2)" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 3 answers .*data\.unreadable_answer=drop"):
+        readable_problems(PROBLEMS, reader, "error", tmp_path / "answers.json", 5, 0.3)
+    monkeypatch.setenv("RANK", "0")
+    checked(tmp_path, reader, settings=6)
+    changed = replace(PROBLEMS.problems[0], answer="4")
+    checked(tmp_path, reader, replace(PROBLEMS, problems=(changed, *PROBLEMS.problems[1:])))
+    assert reader.calls == [3, 3, 3]
+    assert set(json.loads((tmp_path / "answers.json").read_text())["unreadable"]) == {"1"}
+
+
+def test_a_reward_that_reads_every_answer_needs_no_check(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert checked(tmp_path, ExactMatch()) is PROBLEMS
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_problem_is_left(tmp_path):
+    alone = replace(PROBLEMS, problems=PROBLEMS.problems[1:2], ids=((6,),))
+    with pytest.raises(ValueError, match=r"1 of 1 answers cannot be read"):
+        checked(tmp_path, Reader(), alone)
