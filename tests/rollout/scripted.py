@@ -45,6 +45,7 @@ def run(
     reward=exact,
     guide=None,
     dynamic_sampling=False,
+    filter=None,
     **settings,
 ):
     drawn: list[int] = []
@@ -63,6 +64,7 @@ def run(
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
         logprob_pass=lambda rollouts: rollouts, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
         reward=reward,
-        filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(), zero_reward=ZeroReward(), seed=lambda *place: sum(place),
+        filter=DynamicSampling(**settings) if dynamic_sampling else filter or KeepAll(),
+        zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip
     return collect(stages, num_groups=prompts), drawn

@@ -85,6 +85,22 @@ def test_the_rewards_are_those_of_all_rows_at_once_whoever_is_done_first():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_thread_computes_rewards_without_gradients():
+    enabled: list[bool] = []
+
+    def noting(texts: Texts) -> list[float]:
+        enabled.append(torch.is_grad_enabled())
+        return [0.0] * len(texts)
+
+    rows = rollouts()
+    early = AsyncRewards(noting, PROBLEMS, decode)
+    with torch.enable_grad():
+        early.submit(rows, torch.arange(len(rows)))
+        early.result(rows, texts(rows))
+    early.close()
+    assert enabled == [False]
+
+
 def test_a_guides_rows_stand_between_those_that_were_sampled():
     reward, whole = Lengths(), rollouts(groups=2, g=3)  # of each three rows the last is the guide's
     whole = replace(whole, from_guide=torch.tensor([False, False, True] * 2))

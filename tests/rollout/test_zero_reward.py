@@ -10,6 +10,7 @@ from rlmod.filter.keep_all import KeepAll
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.types import Problem, Prompts, Rollouts, build_rollouts
+from tests.rollout.scripted import exact
 
 G = 3
 
@@ -64,6 +65,8 @@ def run(
     sampler=None,
     room: int | None = None,
     dynamic_sampling=False,
+    reward=exact,
+    filter=None,
     **settings,
 ) -> RolloutBatch:
     drawn = 0
@@ -79,8 +82,8 @@ def run(
     stages = Stages(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
         logprob_pass=scored, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
-        reward=lambda texts: [float(c == a) for c, a in zip(texts.completions, texts.answers, strict=True)],
-        filter=DynamicSampling(**settings) if dynamic_sampling else KeepAll(),
+        reward=reward,
+        filter=DynamicSampling(**settings) if dynamic_sampling else filter or KeepAll(),
         zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
     )  # fmt: skip
     return collect(stages, num_groups=prompts, max_guided_groups=prompts if room is None else room)
@@ -95,9 +98,33 @@ def test_the_guides_rows_join_each_prompts_own():
     assert rows.entropy[:, 0].tolist() == [1, 1, 1, 0.5, 0.5] * 2  # the policy's, everywhere
 
 
+class Bare(Scripted):
+    """A sampler that records neither log-probabilities nor entropies."""
+
+    def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
+        return replace(super().__call__(policy, prompts, seed), logprobs=None, entropy=None)
+
+
+def test_the_guides_rows_join_those_of_a_sampler_that_records_nothing():
+    rows = run(["1/2"], 1, ScriptedGuide(), sampler=Bare()).rollouts
+    assert rows.logprobs[:, 0].tolist() == [-0.5, -0.5, -0.5, -2, -2]
+    assert rows.entropy[:, 0].tolist() == [0.5] * 5
+
+
+def with_terms(texts):
+    """The exact reward, None for the completions of prompt 2/2, and a term that is 0."""
+    values = [None if p.prompt == "2/2" else v for p, v in zip(texts.problems, exact(texts), strict=True)]
+    return {"exact": values, "none": [0.0] * len(values)}
+
+
+def test_metrics_without_guide_in_their_name_cover_scored_on_policy_completions_only():
+    metrics = run(["1/2", "2/2"], 2, ScriptedGuide(), reward=with_terms).metrics
+    assert metrics["reward/exact"] == metrics["reward/mean"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize(("over", "trained"), [("union", ["1/2", "0/1", "3/0"]), ("own", ["1/2"])])
 def test_what_the_filter_looks_at(over, trained):
-    """Of 1/2, 0/1, 3/0, 0/0, 3/2 the union has signal in three, the on-policy completions in one."""
+    """The union has signal in three of 1/2, 0/1, 3/0, 0/0, 3/2, the on-policy completions in one."""
     collected = run(["1/2", "0/1", "3/0", "0/0", "3/2"], 5, ScriptedGuide(), dynamic_sampling=True, over=over,
                     max_generation_batches=1)  # fmt: skip
     counted = {p.prompt for p, m in zip(collected.texts.problems, collected.rollouts.mask, strict=True) if m.any()}
@@ -197,7 +224,7 @@ def test_room_is_shared_among_ranks():
 
 
 def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
-    """With one seed for both, a guide that is much like the policy would repeat the policy's on-policy completions."""
+    """A guide that is much like the policy would repeat the policy's completions if it had the same seed."""
     seeds: list[int] = []
 
     class Noting(ScriptedGuide):
@@ -218,11 +245,48 @@ def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
 
 
 def test_the_guides_log_probabilities_survive_a_sampler_that_hands_over_none():
-    class Bare(Scripted):
-        def __call__(self, policy: object, prompts: Prompts, seed: int) -> Rollouts:
-            return replace(super().__call__(policy, prompts, seed), logprobs=None, entropy=None)
-
     zero = ZeroReward(weight=1.0)
     settings = {"dynamic_sampling": True, "max_generation_batches": 1}
     rows = run(["1/0", "0/1"], 2, ScriptedGuide(completions_per_prompt=0), zero, Bare(), **settings).rollouts
     assert rows.logprobs[:, 0].tolist() == [-0.5] * 9 + [-2.0] * 2
+
+
+def abstaining_from(*completions: int):
+    """The exact reward, None for these completions of every prompt; on-policy ones come first."""
+
+    def reward(texts):
+        seen: dict[int, int] = {}
+        places = [seen.update({g: seen.get(g, -1) + 1}) or seen[g] for g in texts.group]
+        return [None if p in completions else value for p, value in zip(places, exact(texts), strict=True)]
+
+    return reward
+
+
+def test_a_group_is_judged_by_its_scored_on_policy_completions():
+    # 3/0 without the third: all correct. 1/2 without the first: all incorrect.
+    for prompt, missing, kind in (("3/0", 2, "all_correct"), ("1/2", 0, "all_incorrect")):
+        metrics = run([prompt], 1, ScriptedGuide(), reward=abstaining_from(missing)).metrics
+        assert metrics[f"prompts/{kind}"] == 1
+
+
+def test_the_zero_reward_batch_leaves_out_what_the_reward_abstains_from():
+    """The first of the guide's completions, which is the correct one, has no reward: the guide rescued nothing."""
+    settings = {"dynamic_sampling": True, "max_generation_batches": 1}
+    guide = ScriptedGuide(completions_per_prompt=0)
+    collected = run(["0/1", "1/0"], 2, guide, ZeroReward(weight=1.0), reward=abstaining_from(3), **settings)
+    assert collected.metrics["prompts/rescued"] == 0
+    collected = run(["0/2", "1/0"], 2, guide, ZeroReward(weight=1.0), reward=abstaining_from(1, 3), **settings)
+    extra = collected.rollouts.rows(collected.rollouts.sub_batch == 1)
+    assert extra.abstained.tolist() == [False, True, False, True, False]
+    assert extra.mask.any(1).tolist() == [True, False, True, False, True]
+    assert collected.metrics["failures/abstained"] == 2  # one of each sampled group
+
+
+def test_a_group_that_the_filter_keeps_is_not_in_the_zero_reward_batch():
+    def keep_first(rollouts):
+        return torch.arange(int(rollouts.group.max()) + 1) == 0
+
+    zero = ZeroReward(weight=1.0, keep_if_guide_fails=True)
+    collected = run(["0/1", "0/0"], 2, ScriptedGuide(completions_per_prompt=0), zero, filter=keep_first)
+    extra = collected.rollouts.sub_batch == 1
+    assert {p.prompt for p, e in zip(collected.texts.problems, extra.tolist(), strict=True) if e} == {"0/0"}
