@@ -32,7 +32,7 @@ class SequenceEntropy:
     has ddof 1 and eps 1e-6.
     Degenerate: b2 = 0 gives GRPO's z-score (shaper=uniform) for rewards of 0 and 1; so do equal entropies. A group of one class
     has no signal: advantage 0.
-    Reads: rewards, group, mask, entropy.
+    Reads: rewards, outcomes, group, mask, entropy.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})

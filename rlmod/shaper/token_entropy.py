@@ -37,7 +37,7 @@ class TokenEntropy:
     Degenerate: a2 = 0 gives token-mean GRPO with the baseline sum |o| r / sum |o|. Equal entropies shape uniformly. The only class
     member left at t has r+ = a1 r + a2. A group of one class has no signal: its advantage is 0, and it is excluded from the
     statistics of the batch, so that dropping it changes nothing [D].
-    Reads: rewards, group, mask, entropy.
+    Reads: rewards, outcomes, group, mask, entropy.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask", "entropy"})

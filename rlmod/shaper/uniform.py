@@ -24,7 +24,7 @@ class Uniform:
     Differs: the std has ddof 1 and eps 1e-6, as in verl and NeMo-RL (TRL: 1e-4). [D] If all on-policy rewards are equal, the
     guide's are centred by them and not divided.
     Degenerate: equal rewards give exactly 0; so does a group of one completion.
-    Reads: rewards, group, mask.
+    Reads: rewards, group, mask; from_guide, with ``pool=own``.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "mask", "from_guide"})
