@@ -1,4 +1,4 @@
-"""What checks types and shapes at run time under pytest (see addopts in pyproject.toml)."""
+"""The checker of types and shapes at run time under pytest (see addopts in pyproject.toml)."""
 
 from beartype import BeartypeConf, beartype
 

@@ -32,7 +32,7 @@ def run_command(
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: str) -> str:
-    """What a command line of rlmod-train that must not run is answered with."""
+    """Return the answer to a command line of rlmod-train that must not run."""
     return answer(lambda: run_train(monkeypatch, f"output={tmp_path / 'refused'}", *overrides))
 
 

@@ -1,4 +1,4 @@
-"""What several files of tests look at."""
+"""Fixtures that several files of tests use."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ def started(
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """With all the ranks that it has started."""
+    """Kill the process and all the ranks that it has started."""
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)  # torchrun's are not of its session
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -36,7 +36,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 
 def ended(process: "subprocess.Popen[str]", status: int = 0, seconds: float = 300) -> str:
-    """What it printed, once it has ended as it should."""
+    """Wait for the process to end with this status, and return its output."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

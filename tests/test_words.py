@@ -60,7 +60,8 @@ def docstrings(file: Path) -> list[tuple[int, str]]:
 def test_every_docstring_begins_with_a_verb_or_a_noun_phrase():
     found = [
         f"{file.relative_to(ROOT)}:{line}: {text.strip().splitlines()[0][:100]}"
-        for file in sorted((ROOT / "rlmod").rglob("*.py"))
+        for place in ("rlmod", "tests", "tools", "examples")
+        for file in sorted((ROOT / place).rglob("*.py"))
         for line, text in docstrings(file)
         if text.split() and text.split()[0].strip(",.:;") in NOT_A_START
     ]

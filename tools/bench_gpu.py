@@ -54,7 +54,7 @@ class Size:
         return policy.train()
 
     def training_flops(self, parameters: int) -> float:
-        """Of forward and backward: 6 for each parameter and token, 12 x layers x width for each token and token it attends to.
+        """Return the operations of forward and backward: 6 per parameter and token, 12 x layers x width per token and attended token.
 
         Source: PaLM, arXiv:2204.02311, appendix B. Differs: causal attention counts half, since the other half is not needed; the head
         (tied to the embeddings) counts at completion tokens alone, where alone it is used.

@@ -1,4 +1,4 @@
-"""What rlmod-plan foretells against what training takes: ``python tools/bench_plan.py`` prints the table of docs/scaling.md.
+"""The forecast of rlmod-plan compared with what training takes: ``python tools/bench_plan.py`` prints the table of docs/scaling.md.
 
 Each row is a run of rlmod-train in a process of its own, with a policy of random weights and rows of full length. Measured is the peak of
 two optimizer steps: the tensors that are alive before them, and what torch's allocator hands out and takes back meanwhile, as its

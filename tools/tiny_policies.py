@@ -75,7 +75,7 @@ def tiny_model(tokenizer: Any, heads: int = 3) -> Qwen2ForCausalLM:
 class Lesson:
     completion: str
     first_token: bool = True
-    """Whether the first token counts: a way can be taught without teaching to choose it."""
+    """True if the first token counts. Without it, a way is taught without teaching to choose it."""
 
 
 def solution(text: str, draw: random.Random, worked: float, wrong: float, modulus: int = 10) -> Lesson:

@@ -32,7 +32,7 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_that_submitit_interrupts_writes_a_checkpoint_and_is_gone_on_with(tmp_path):
-    """What SLURM does shortly before a job's time is over: SIGUSR2, and the job starts again."""
+    """SLURM sends SIGUSR2 shortly before a job's time is over, and starts the job again."""
     sweep = tmp_path / "sweep"
     process = started(
         "-m", *SHORT, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60", f"hydra.sweep.dir={sweep}",

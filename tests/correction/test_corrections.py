@@ -1,4 +1,4 @@
-"""What changes the shaped rollouts before they are weighed."""
+"""Corrections: they change the shaped rollouts before the aggregation."""
 
 from dataclasses import replace
 

@@ -21,7 +21,7 @@ def rows() -> Rollouts:
 
 
 def gradients(rows: Rollouts, checkpointed: bool, adapter: LoRA | None) -> tuple[dict[str, torch.Tensor], int]:
-    """Of a loss with log-probabilities and entropies in it; and the bytes that are kept for the backward pass, weights apart."""
+    """Return the gradients of a loss on log-probabilities and entropies, and the bytes kept for the backward pass, without weights."""
     torch.manual_seed(0)
     specification = HFPolicy(path="tiny", gradient_checkpointing=checkpointed, adapter=adapter)
     policy = specification.model(specification.tokenizer())

@@ -70,7 +70,7 @@ def test_bad_dtype_is_named():
 
 
 def test_padding_on_the_left_moves_no_position():
-    """With absolute positions, where a shift shows: rotary ones only see distances."""
+    """Absolute positions show a shift; rotary ones depend on distances only."""
     torch.manual_seed(0)
     settings = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=0)
     policy = GPT2LMHeadModel(settings).eval()

@@ -1,4 +1,4 @@
-"""What happens to a completion on which a reward fails."""
+"""Completions on which a reward fails: the settings, the pool of workers, and the metrics."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What samplers with an engine of their own have in common, without one: weights on their way, records, and what is refused."""
+"""Samplers with an engine, without an engine: the transport of weights, the records, and the settings that are refused."""
 
 import sys
 from dataclasses import replace

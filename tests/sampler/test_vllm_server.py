@@ -1,4 +1,4 @@
-"""What the trainer does about a server that fails it: a stand-in that fails on command. The real one is in test_vllm.py."""
+"""The trainer and a server that fails on command, which stands in for vLLM's. The real one is in test_vllm.py."""
 
 import asyncio
 import json

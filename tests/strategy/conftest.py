@@ -1,4 +1,4 @@
-"""What the tests of the strategies are compared with."""
+"""The run of one process with which the strategies are compared."""
 
 from pathlib import Path
 

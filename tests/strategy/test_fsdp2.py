@@ -1,4 +1,4 @@
-"""What a GPU showed of ``strategy=fsdp2``, held fast on a CPU: one process, over gloo."""
+"""Errors of ``strategy=fsdp2`` that showed on a GPU, reproduced on a CPU: one process, over gloo."""
 
 import lightning as L
 import pytest

@@ -41,7 +41,7 @@ def torchrun(folder: Path, *overrides: str):
 
 
 def srun(folder: Path, *overrides: str):
-    """What SLURM's srun does: a task a node, told apart by these variables."""
+    """Start one process per node with the variables by which SLURM's srun tells them apart."""
     shared = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"}
     own = [{"SLURM_PROCID": str(node), "SLURM_NODEID": str(node)} for node in range(2)]

@@ -131,7 +131,7 @@ def test_a_sharded_checkpoint_is_no_checkpoint_of_one_whole_policy(tmp_path):
 
 @pytest.fixture(scope="module")
 def other_policies(tmp_path_factory) -> Path:
-    """As the shipped one, but narrower, or with a larger vocabulary."""
+    """Policies like the shipped one, but narrower, or with a larger vocabulary."""
     folder = tmp_path_factory.mktemp("policies")
     changes = {
         "narrower": {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2},

@@ -1,4 +1,4 @@
-"""Going on: from which checkpoint, with which files, and what becomes of those that are broken or abandoned."""
+"""Resuming: the checkpoint that is chosen, the files of the run, and checkpoints that are damaged or set aside."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """As if it had been killed at its end, and moved."""
+    """A copy of the run without its result, as if it had been killed at its end, and moved."""
     folder = tmp_path / "a"
     shutil.copytree(finished, folder)
     (folder / "result.json").unlink()
@@ -145,7 +145,7 @@ def test_config_yaml_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [bytes, os.urandom], ids=["zeros", "noise"])
 def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, monkeypatch, caplog, content):
-    """As a power cut may leave it."""
+    """A power cut may leave such a file."""
     state = run / "checkpoints" / "step-000004" / "trainer.ckpt"
     state.write_bytes(content(state.stat().st_size))
     assert checkpoints.find_newest_checkpoint(run) == run / "checkpoints" / "step-000003"

@@ -41,7 +41,7 @@ def test_micro_batches_by_hand():
 
 
 def shaped(rows: Rollouts) -> Rollouts:
-    """As the module hands them over."""
+    """Return the rows with prompts and advantages, as the module passes them on."""
     prompts = torch.ones(len(rows), 2).bool()
     return replace(rows, prompt_ids=prompts.long(), prompt_mask=prompts, advantages=rows.mask.double())
 
@@ -170,7 +170,7 @@ def test_the_position_survives_a_checkpoint():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_another_number_of_ranks_goes_on_behind_the_furthest(ranks):
-    """Of two ranks one has drawn 2 prompts, as others were dropped, and one 1: the first 4 places are passed, whoever had them."""
+    """One of two ranks has seen 2 prompts, the other 1: the first 4 positions are skipped, whichever rank had them."""
     first, second = data(0, 2), data(1, 2)
     first.next_prompts(2)
     second.next_prompts(1)

@@ -25,7 +25,7 @@ class Spiked(ClippedSurrogate):
     steps: tuple[int, ...] = ()
     infinite: bool = False
     rank: int = 0
-    """Where it happens."""
+    """The rank on which it happens."""
 
     def __call__(self, logprobs, rollouts) -> Any:
         per_token, metrics = super().__call__(logprobs, rollouts)

@@ -16,7 +16,7 @@ from tests.runs import QUICK, weights
 
 
 def state(run: Path, step: int) -> tuple[dict, list[dict]]:
-    """Of a checkpoint: the settings of its one group of weights, and where its schedule stands."""
+    """Return the settings of a checkpoint's one group of weights, and the state of its schedule."""
     saved = torch.load(run / "checkpoints" / f"step-{step:06d}" / "trainer.ckpt", weights_only=False)
     return saved["optimizer_states"][0]["param_groups"][0], saved["lr_schedulers"]
 
@@ -51,7 +51,7 @@ def test_by_hand():
 
 
 def test_a_run_that_goes_on_takes_the_new_learning_rate(run, tmp_path, monkeypatch):
-    """Of 0 here: nothing moves any more, and it did before."""
+    """The new rate is 0: no weight changes any more."""
     changes = ("optimizer.lr=0.0", "optimizer.weight_decay=0.3", "trainer.max_epochs=6")
     run_train(monkeypatch, *QUICK, *changes, f"resume={run}", f"output={tmp_path / 'b'}")
     group, _ = state(tmp_path / "b", 6)

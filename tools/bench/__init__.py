@@ -1,1 +1,1 @@
-"""What rlmod costs: ``python -m tools.bench`` measures and writes the tables of docs/benchmarks.md."""
+"""The cost of rlmod: ``python -m tools.bench`` measures and writes the tables of docs/benchmarks.md."""

@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def tables(trl: str | None, repetitions: int) -> dict[str, Callable[[], list[str]]]:
-    """By the name that stands in the page's markers."""
+    """Return the functions that measure the tables, by the names in the page's markers."""
     return {
         **({} if trl is None else {"trl": lambda: against_trl.table(trl, repetitions)}),
         "frame": lambda: frame.table(repetitions),

@@ -1,4 +1,4 @@
-"""What each shaper, aggregation, correction, loss and regularizer costs at one size: CPU time of a call, and the most memory it holds."""
+"""The cost of each shaper, aggregation, correction, loss and regularizer at one size: CPU time of a call, and the most memory it holds."""
 
 import statistics
 import time
@@ -47,7 +47,7 @@ def component(stage: str, option: str) -> Any:
 
 
 def call(stage: str, made: Any, rollouts: Rollouts) -> Callable[[], object]:
-    """What a step asks of it; of a loss or a regularizer the backward pass too."""
+    """Return a function that calls the component as a step does, for a loss or a regularizer with the backward pass."""
     if stage in ("shaper", "aggregation", "correction"):
         return lambda: made(rollouts)
     assert rollouts.logprobs is not None and rollouts.weights is not None

@@ -1,4 +1,4 @@
-"""What the frame costs against a bare loop, in turn with it in one process."""
+"""The cost of the framework compared with a bare loop; both run in turn in one process."""
 
 import copy
 import statistics

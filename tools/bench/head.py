@@ -1,4 +1,4 @@
-"""What log-probabilities and entropies from hidden states cost and save, against whole logits, as the vocabulary grows.
+"""Time and memory of log-probabilities and entropies from hidden states, compared with whole logits, as the vocabulary grows.
 
 Forward and backward to hidden states and head, in turn. Memory is without the head's own gradient, which both hand over.
 """

@@ -17,7 +17,7 @@ def own_pages() -> None:
 
 
 def recycled_pages() -> None:
-    """As glibc has it after a while: what is below 32 MiB is kept for the next tensor."""
+    """Keep freed memory below 32 MiB for the next tensor, as glibc does after a while."""
     LIBC.mallopt(M_MMAP_MAX, 2**16)
     LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
 
@@ -42,7 +42,7 @@ def since(resident: int) -> int:
 
 
 def of(function: Callable[[], T]) -> tuple[T, int]:
-    """What the function returns, and the most it held at once, its result included."""
+    """Call the function; return its result, and the most memory it held at once, the result included."""
     resident = start()
     result = function()
     return result, since(resident)

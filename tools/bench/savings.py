@@ -1,4 +1,4 @@
-"""What each saving of a step gains: the same work with and without it, in turn, on random tokens; both must give the same numbers."""
+"""The gain of each saving of a step: the same work with and without it, in turn, on random tokens; both must give the same numbers."""
 
 import copy
 import time
@@ -202,7 +202,7 @@ class Judge(Verified):
 
 
 def sampling(model: str, prompts: int, longest: int, prompt: int) -> Iterator[Saving]:
-    """Of the first only the rows' lengths are the same on both sides: with other rows beside it a row draws other tokens."""
+    """Yield the savings of sampling. In the first, only lengths are the same on both sides: a row's tokens depend on the other rows."""
     workload = Workload.of("ragged", prompts, G, longest)
     module, _ = built(model, 1)
     policy: Any = module.policy.eval()

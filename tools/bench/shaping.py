@@ -47,7 +47,7 @@ def turns(model: str, pairs: int, prompts: int) -> Turns:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the median: 95 % of what the median is of samples drawn from these values."""
+    """Return a 95 % interval for the median, from the medians of samples drawn from these values."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
     return medians[50], medians[-51]

@@ -1,4 +1,4 @@
-"""What both sides of the comparison with TRL share: the completions' lengths, the rewards, and steps taken when told.
+"""The part that both sides of the comparison with TRL share: the completions' lengths, the rewards, and steps taken on request.
 
 Nothing of rlmod is imported here: TRL's side runs in an environment of its own.
 """
@@ -24,7 +24,7 @@ LONGEST = 256
 class Workload:
     name: str
     lengths: tuple[int, ...]
-    """Of each row's completion, EOS included; the rows of a prompt stand together."""
+    """Length of each row's completion, EOS included; the rows of a prompt are consecutive."""
     rewards: tuple[float, ...]
     micro_batch: int
     """Rows of a forward and backward pass."""

@@ -43,7 +43,7 @@ DIFFERENCES = {
         "TRL",
     ): "TRL counts such a row in the mean; verl and we do not",
 }
-"""Where a peer is known to differ, and why. Everything else must agree."""
+"""Known differences of a peer, with the reason. Everything else must agree."""
 NOT_COMPARED = """
 ## Known differences
 
@@ -116,7 +116,7 @@ def ours(
 
 
 def exact_sum(aggregation: Aggregation, mask: torch.Tensor) -> float:
-    """What the weights sum to: 1, but for the constant length."""
+    """Return the sum of the weights: 1, except for the constant length."""
     if isinstance(aggregation, Constant):
         return float(mask.sum()) / (int(mask.any(1).sum()) * aggregation.length)
     return 1.0

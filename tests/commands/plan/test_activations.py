@@ -1,4 +1,4 @@
-"""What is said to be kept for the backward pass is what autograd keeps."""
+"""The activations that the plan counts for the backward pass are those that autograd keeps."""
 
 from dataclasses import replace
 

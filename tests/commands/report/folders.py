@@ -79,6 +79,6 @@ def page_of(folder: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, without tags, on one line."""
+    """Return the text that a reader sees, without tags, on one line."""
     body = page.split("</style>")[1]
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body)).replace("&#39;", "'")

@@ -1,4 +1,4 @@
-"""What the comparison of several runs says."""
+"""The page that compares several runs."""
 
 from rlmod.commands import report
 from rlmod.commands.report import comparison, pictures, plots, runs

@@ -1,4 +1,4 @@
-"""What the page of a run says, for whole, killed and broken runs."""
+"""The page of a run, for whole, killed and broken runs."""
 
 import re
 import subprocess
