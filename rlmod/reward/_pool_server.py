@@ -37,6 +37,8 @@ class PoolSettings:
     """Memory that a worker may add to what it starts with."""
     sandboxed: bool
     """True for third-party code that sees a model's text (_sandbox.py)."""
+    imports: str | None = None
+    """A module that the items need. It is imported before workers are forked, so that no item's time limit includes it."""
 
 
 @dataclass(eq=False)
@@ -62,6 +64,8 @@ class Server:
     def __init__(self, settings: PoolSettings, trainer: Connection) -> None:
         self.settings, self.trainer = settings, trainer
         self.function = load(settings.function)
+        if settings.imports is not None:
+            importlib.import_module(settings.imports)
         warm_up = getattr(sys.modules[self.function.__module__], "warm_up", None)
         if warm_up is not None:
             warm_up()

@@ -112,6 +112,7 @@ class Supervised(RewardSettings):
             seconds=self.timeout_seconds,
             memory_gib=WORKER_MEMORY_GIB,
             sandboxed=False,
+            imports=getattr(unwrap(self.supervised), "__module__", None),
         )
         try:
             replies = run_in_pool(

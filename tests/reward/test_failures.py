@@ -1,5 +1,6 @@
 """Completions on which a reward fails: the settings, the pool of workers, and the metrics."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from rlmod.config.build import build_reward
 from rlmod.reward._compute import RewardError, compute_rewards
-from rlmod.reward._failures import check_failure_shares, failure_metrics
+from rlmod.reward._failures import agree_on_reward_errors, check_failure_shares, failure_metrics, has_value
 from rlmod.reward._pool import Pool, default_workers
 from rlmod.reward._pool_server import PoolSettings
 from rlmod.reward._supervised import Supervised
@@ -26,6 +27,7 @@ from rlmod.reward.grop import Grop
 from rlmod.reward.weighted import Weighted
 from rlmod.types import Texts
 from tests.config.composing import composed
+from tests.ranks import on_ranks
 from tests.reward import faulty
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,6 +39,21 @@ def texts(*completions: str) -> Texts:
 
 def supervised(**settings):
     return Supervised(supervised=faulty.by_text, **settings)
+
+
+def test_ranks_raise_the_error_of_one_of_them_together():
+    def stage(rank: int) -> str:
+        with agree_on_reward_errors():
+            if rank == 1:
+                raise RewardError("503")
+        return "went on"
+
+    first, second = on_ranks(stage)
+    assert (type(first), str(first)) == (RewardError, "rank 1: 503")
+    assert (type(second), str(second)) == (RewardError, "503")
+    assert on_ranks(lambda rank: stage(0)) == ["went on", "went on"]
+    with pytest.raises(RewardError, match=r"^503$"):
+        stage(1)
 
 
 @pytest.mark.parametrize("workers", [None, 2])
@@ -99,7 +116,7 @@ def test_retry_repeats_only_what_failed(monkeypatch):
             raise ConnectionError("503")
         return [1.0] * len(rows)
 
-    flaky.pointwise = True  # type: ignore[attr-defined]
+    vars(flaky)["pointwise"] = True
     monkeypatch.setattr("rlmod.reward._failures.time.sleep", waits.append)
     with pytest.warns(UserWarning, match=r"1 of 2 completions failed .*503.*attempt 2 in 1 s"):
         result = compute_rewards(Supervised(supervised=flaky, on_error="retry"), texts("fine", "judge"))
@@ -140,6 +157,15 @@ def test_a_call_that_takes_too_long_is_left_behind_and_the_run_goes_on():
         result = compute_rewards(supervised(on_error="abstain", timeout_seconds=0.2), texts("hang", "1"))
     assert result.failed[""].timeouts.tolist() == [True, True]
     assert result.abstained.tolist() == [True, True]
+
+
+def test_a_completion_whose_time_is_up_has_no_value():
+    with pytest.warns(UserWarning, match="2 of 2"):
+        result = compute_rewards(supervised(on_error="zero", timeout_seconds=0.2), texts("hang", "1"))
+    assert has_value(result).tolist() == [False, False]
+    assert result.abstained.tolist() == [False, False]
+    with pytest.raises(RewardError, match=r"failed on 2 of 2 completions of a batch \(2 time-outs\)"):
+        check_failure_shares(result._replace(failed={"": result.failed[""]._replace(max_share=0.5)}))
 
 
 def test_none_is_no_failure():
@@ -236,6 +262,15 @@ def test_a_users_function_in_a_worker_keeps_the_environment(monkeypatch):
     assert compute_rewards(reward, texts("RLMOD_TEST_NUMBER")).rewards.tolist() == [4.0]
 
 
+def test_the_time_limit_of_a_completion_does_not_include_the_import_of_the_reward(tmp_path, monkeypatch):
+    (tmp_path / "slow_import.py").write_text(
+        "import time\ntime.sleep(4)\ndef reward(texts):\n    return [float(text) for text in texts.completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = Supervised(supervised=importlib.import_module("slow_import").reward, workers=1, timeout_seconds=3.5)
+    assert compute_rewards(reward, texts("1", "2")).rewards.tolist() == [1.0, 2.0]
+
+
 def test_named_terms_come_back_from_workers():
     result = compute_rewards(Supervised(supervised=faulty.terms, workers=2), texts("1", "3"))
     assert result.rewards.tolist() == [1.5, 3.5]
@@ -269,7 +304,8 @@ def test_too_many_calls_that_never_return_stop_the_run():
         from rlmod.reward._compute import RewardError, compute_rewards
         from rlmod.reward._supervised import Supervised
         from rlmod.types import Texts
-        from tests.reward import faulty
+        from tests.ranks import on_ranks
+from tests.reward import faulty
         warnings.simplefilter("ignore")
         reward = Supervised(supervised=faulty.by_text, on_error="zero", timeout_seconds=0.01)
         for number in range(8):
