@@ -31,7 +31,8 @@ RECORDS = ("metrics.csv", "samples.jsonl")
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest, the last file of a checkpoint, and flush all files to the disk."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    files = {str(path.relative_to(folder)): path for path in found}
     entries = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
     for path in (*folder.rglob("*"), folder):  # otherwise a power cut could keep a file's name and lose its content

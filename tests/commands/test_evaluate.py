@@ -1,9 +1,10 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from rlmod.commands.evaluate import interval
+from rlmod.commands.evaluate import _check_columns, interval
 from tests.command_line import SHORT, refused_eval, run_eval, run_train
 from tests.real import real
 
@@ -170,6 +171,23 @@ def test_an_answer_that_cannot_be_read_gets_no_reward_and_is_counted(tmp_path, m
     run_eval(monkeypatch, f"completions={source}", "reward=math_verify", f"output={target}")
     assert [json.loads(line)["reward"] for line in target.read_text().splitlines()] == [1.0, None, 0.0]
     assert "mean reward 0.5000 of 2 completions, 1 abstained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "field", "refused"),
+    [
+        ("mine", "mine", True),
+        ("mine", "mine_terms", True),
+        ("mine", "terms", False),
+        ("mine", "reward", False),
+        ("reward", "terms", True),
+        ("reward", "reward_terms", False),
+    ],
+)
+def test_the_column_and_that_of_its_terms_must_be_free_on_every_line(column, field, refused):
+    lines = [("a:1", {"completion": ""}), ("a:2", {field: 0})]
+    with pytest.raises(ValueError, match=rf"^a:2: there is a field {field} already") if refused else nullcontext():
+        _check_columns(lines, column)
 
 
 @pytest.mark.parametrize("column", ["reward", "terms"])

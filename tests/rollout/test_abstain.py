@@ -8,6 +8,7 @@ import torch
 from rlmod.aggregation.rollout_mean import RolloutMean
 from rlmod.aggregation.token_mean import TokenMean
 from rlmod.filter.dynamic_sampling import DynamicSampling
+from rlmod.reward._failures import RewardResult
 from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.leave_one_out import LeaveOneOut
 from rlmod.shaper.sequence_entropy import SequenceEntropy
@@ -46,8 +47,35 @@ def test_a_group_is_judged_by_its_scored_completions():
     collected, _ = run([1, 2], 2, reward=abstaining(0, 3, 4, 5))
     shares = [collected.metrics[f"prompts/{kind}"] for kind in ("all_correct", "mixed", "all_incorrect")]
     assert shares == [0, 0.5, 0.5]
+    assert collected.rollouts.rewards.tolist() == [0] * 6
     filtered, _ = run([1, 2, 1], 1, reward=abstaining(0), dynamic_sampling=True, max_generation_batches=1)
     assert not filtered.rollouts.mask.any()
+
+
+def test_a_batch_without_any_value_has_no_terms_and_does_not_count():
+    """The first batch has no signal, so a second one is sampled, of which the reward has no value at all."""
+
+    def reward(texts):
+        values = torch.tensor(exact(texts))
+        called.append(1)
+        if len(called) == 1:
+            return {"answer": values}
+        return RewardResult(torch.zeros(len(texts)), {}, values, torch.ones(len(texts), dtype=torch.bool), {})
+
+    called: list[int] = []
+    collected, _ = run([3, 1], 1, reward=reward, dynamic_sampling=True, max_generation_batches=2)
+    assert len(called) == 2
+    assert collected.metrics["reward/answer"] == collected.metrics["reward/mean"] == 1
+
+
+def test_a_filter_sees_no_row_from_which_the_reward_abstains():
+    def noting(rollouts):
+        seen.append(rollouts.mask.any(1).tolist())
+        return torch.ones(2, dtype=torch.bool)
+
+    seen: list[list[bool]] = []
+    run([1, 2], 2, reward=abstaining(1, 3), filter=noting)
+    assert seen == [[True, False, True, False, True, True]]
 
 
 def record(seed: int = 0):

@@ -1,3 +1,5 @@
+"""mean@k and pass@k, by hand and over batches."""
+
 from itertools import combinations
 
 import pytest
@@ -24,6 +26,20 @@ def test_over_batches():
         mean.update(batch)
     assert passed.compute().item() == pytest.approx(0.5)
     assert mean.compute().item() == pytest.approx(5 / 12)
+
+
+def test_completions_without_a_reward_count_neither_as_correct_nor_as_completions():
+    correct = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    counted = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    # 1 of 3: 1 - C(2,2)/C(3,2) = 2/3; 2 of 2: 1; one completion is too few for k = 2.
+    passed = pass_at_k(correct, 2, counted)
+    assert passed[:2].tolist() == pytest.approx([2 / 3, 1])
+    assert passed[2].isnan()
+    metric, mean = PassAtK(2), MeanAtK()
+    metric.update(correct, counted=counted)
+    mean.update(correct, counted=counted)
+    assert metric.compute().item() == pytest.approx(5 / 6)
+    assert mean.compute().item() == pytest.approx(4 / 6)
 
 
 def test_more_than_were_sampled_is_refused():

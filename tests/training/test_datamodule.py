@@ -1,3 +1,5 @@
+"""RLData: the sizes of an iteration, its micro-batches, the order of the prompts, and resuming in it."""
+
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -195,6 +197,16 @@ def test_held_out_problems_come_whole_in_order_over_ranks():
     assert len(loader) == 2
     shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader() for name in names(batch)]
     assert sorted(shared) == [str(i) for i in range(6)]
+
+
+def test_every_rank_has_as_many_validation_batches_and_fills_them_with_padding():
+    """Five problems in batches of one: rank 1 of two has two, and a batch of padding."""
+    loaders = [PromptLoader(data(size=5).held_out, rank, 2, 1) for rank in range(2)]
+    assert [[names(batch) for batch in loader] for loader in loaders] == [[["0"], ["2"], ["4"]], [["1"], ["3"], ["0"]]]
+    assert [[batch.padding for batch in loader] for loader in loaders] == [[False] * 3, [False, False, True]]
+    assert [len(loader) for loader in loaders] == [3, 3]
+    short = list(PromptLoader(data(size=3).held_out, 1, 2, 2))
+    assert [(names(batch), batch.padding) for batch in short] == [(["1"], False)]
 
 
 @pytest.mark.parametrize("two", [("trainer.devices=2",), ("trainer.devices=[0,1]",), ("trainer.num_nodes=2",)])
