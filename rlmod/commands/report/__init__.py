@@ -1,6 +1,6 @@
 """Report runs as one HTML page that needs no other file: ``rlmod-report RUN [RUN ...]``.
 
-run folder -> Run (runs) -> pictures (plots, panels) and a page (page, templates): RUN/report.html
+run folder -> RecordedRun (runs) -> pictures (plots, panels) and a page (page, templates): RUN/report.html
 several runs, or the folder of a multirun -> curves in common plots (comparison): comparison.html in the first folder
 """
 

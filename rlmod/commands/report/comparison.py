@@ -11,7 +11,7 @@ from rlmod.commands.report import plots
 from rlmod.commands.report.curves import short_name, window
 from rlmod.commands.report.html import format_duration, render_page
 from rlmod.commands.report.pictures import Theme, save_picture
-from rlmod.commands.report.runs import Run, read_run
+from rlmod.commands.report.runs import RecordedRun, read_run
 
 COMPARED_COLUMNS = (
     ("reward/mean", "Mean training reward"),
@@ -34,7 +34,7 @@ def _natural_order(path: Path) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
+def labels(runs: Sequence[RecordedRun]) -> list[str]:
     """Return a label per run: the overrides that not all runs share, otherwise the folder's name."""
     common = set.intersection(*(set(run.overrides) for run in runs))
     names = [", ".join(o for o in run.overrides if o not in common) or run.folder.resolve().name for run in runs]
@@ -42,7 +42,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [f"{n} [{run.folder.resolve().name}]" if n in duplicates else n for n, run in zip(names, runs, strict=True)]
 
 
-def seed_groups(runs: Sequence[Run]) -> list[str]:
+def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
     """Return the group label of each run. Runs that differ only in the seed form one group."""
     common = set.intersection(*(set(run.overrides) for run in runs))
     kept = [", ".join(o for o in run.overrides if o not in common and not o.startswith("seed=")) for run in runs]
@@ -50,10 +50,10 @@ def seed_groups(runs: Sequence[Run]) -> list[str]:
     return [group if group and seed else name for group, seed, name in zip(kept, seeded, labels(runs), strict=True)]
 
 
-def comparison_page(folder: Path, runs: Sequence[Run]) -> str:
+def comparison_page(folder: Path, runs: Sequence[RecordedRun]) -> str:
     """Draw the pictures into folder/report, and return the page as HTML."""
     names, group_of = labels(runs), seed_groups(runs)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RecordedRun]] = {}
     for run, group in zip(runs, group_of, strict=True):
         groups.setdefault(group, []).append(run)
     metric = next((run.metric for run in runs if run.metric), None)
@@ -95,7 +95,7 @@ def _draw_overlaid(curves: Mapping[str, Sequence[Mapping[int, float]]], is_accur
     return plots.draw_overlay(curves, is_accuracy=is_accuracy, points=is_accuracy, theme=theme)
 
 
-def _table_row(folder: Path, run: Run, name: str, metric: str | None) -> dict[str, Any]:
+def _table_row(folder: Path, run: RecordedRun, name: str, metric: str | None) -> dict[str, Any]:
     page = run.folder / "report.html"
     near = page.is_file() and page.resolve().is_relative_to(folder.resolve())
     curve = run.curves.get(metric or "", {})
@@ -114,7 +114,7 @@ def _table_row(folder: Path, run: Run, name: str, metric: str | None) -> dict[st
     }
 
 
-def _seed_statistics(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _seed_statistics(name: str, runs: Sequence[RecordedRun]) -> dict[str, Any]:
     finals = [run.after for run in runs if run.after is not None]
     if not finals:
         return {"name": name, "runs": 0, "mean": None, "low": None, "high": None}

@@ -11,7 +11,7 @@ from typing import Any
 from rlmod.commands.report import panels, pictures, plots
 from rlmod.commands.report.curves import reward_terms, short_name, smoothing_note
 from rlmod.commands.report.html import format_duration, render_page
-from rlmod.commands.report.runs import Run, Sample
+from rlmod.commands.report.runs import RecordedRun, Sample
 
 MOST_PAIRS = 60
 """Most before-and-after samples on the page."""
@@ -23,7 +23,7 @@ MOST_TOKENS = 500
 """Most tokens of one sample in the token view. A page with 100,000 coloured spans cannot be scrolled."""
 
 
-def run_page(run: Run) -> str:
+def run_page(run: RecordedRun) -> str:
     """Draw the pictures into RUN/report, and return the page as HTML."""
     folder = run.folder / "report"
     main = None
@@ -57,7 +57,7 @@ def run_page(run: Run) -> str:
     )
 
 
-def _standard_errors(run: Run) -> tuple[float, float] | None:
+def _standard_errors(run: RecordedRun) -> tuple[float, float] | None:
     """Return an upper bound of both standard errors, which is exact for mean@1.
 
     The score of a problem lies in [0, 1], so its variance is at most p (1 - p).
@@ -91,7 +91,7 @@ def _metric_row(name: str, curve: Mapping[int, float]) -> dict[str, Any]:
     return {"name": name, "points": len(values), **ends}
 
 
-def _sample_pairs(run: Run) -> dict[str, Any]:
+def _sample_pairs(run: RecordedRun) -> dict[str, Any]:
     """Return the samples of the first validation, each with the sample of the same problem in the last validation."""
     validation = [sample for sample in run.samples if sample.when == "validation"]
     steps = sorted({sample.step for sample in validation})
@@ -121,7 +121,7 @@ def _sample_pairs(run: Run) -> dict[str, Any]:
     }
 
 
-def _token_credit(run: Run) -> dict[str, Any] | None:
+def _token_credit(run: RecordedRun) -> dict[str, Any] | None:
     """Return the samples with values per token of the first and the last recorded step, on one scale for all.
 
     Completions with positive and with negative advantages alternate.
@@ -173,12 +173,12 @@ def _spans(sample: Sample, most: float, spread: float, entropy: float) -> Iterat
         }
 
 
-def has_headline(run: Run) -> bool:
+def has_headline(run: RecordedRun) -> bool:
     """Return True if the run logged what the main picture shows."""
     return run.metric is not None or "reward/mean" in run.curves
 
 
-def draw_headline(run: Run) -> Any:
+def draw_headline(run: RecordedRun) -> Any:
     """Return the function that draws the main picture in a theme."""
     # Besides the main metric, show pass@K with the largest K: it says if any sample is correct.
     passes = [name for name in run.held_out if name.startswith("val/pass@") and name not in (run.metric, "val/pass@1")]
@@ -189,7 +189,7 @@ def draw_headline(run: Run) -> Any:
     return partial(plots.draw_headline, run.curves, run.metric, passes[-1:], title)
 
 
-def composition(run: Run) -> dict[str, str]:
+def composition(run: RecordedRun) -> dict[str, str]:
     """Return the name of each stage's component as on the command line. Stages that the config does not have are omitted."""
     named = {stage: _component_name(run.config.get(stage)) for stage in ("policy", "shaper", "loss", "aggregation")}
     terms = [term.removeprefix("reward/") for term in reward_terms(run.curves)]

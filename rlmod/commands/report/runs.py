@@ -43,7 +43,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RecordedRun:
     """The contents of a run folder. Missing files leave empty fields and a sentence in ``notes``."""
 
     folder: Path
@@ -117,7 +117,7 @@ class Run:
         return self.result.get("completed") is True
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Read a run folder. Raise ValueError if it has no metrics.csv."""
     if not (folder / "metrics.csv").is_file():
         raise ValueError(
@@ -129,7 +129,7 @@ def read_run(folder: Path) -> Run:
     config_text = _read_text(folder / "config.yaml", "the composition is not known", notes)
     samples = _read_samples(folder / "samples.jsonl", notes)
     result = _read_result(folder / "result.json", notes)
-    return Run(
+    return RecordedRun(
         folder=folder,
         curves=curves,
         result=result,

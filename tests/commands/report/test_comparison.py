@@ -49,7 +49,7 @@ def test_runs_of_a_multirun_are_in_natural_order(tmp_path):
 
 
 def test_labels_say_what_differs_and_are_distinct(tmp_path):
-    def read(name: str, overrides: list[str] | None) -> runs.Run:
+    def read(name: str, overrides: list[str] | None) -> runs.RecordedRun:
         return runs.read_run(write_run(tmp_path / name, overrides=overrides))
 
     same = [read("a", ["x=1"]), read("b", ["x=1"])]
