@@ -21,10 +21,10 @@ def example(name: str):
 
 
 def test_training_from_python_learns_something(capsys):
-    before, after = example("train_from_python").main(2)
-    assert 0 <= before <= 1
-    assert 0 <= after <= 1
-    assert "held-out accuracy" in capsys.readouterr().out
+    """Six steps raise the accuracy from 0.46 to 0.56."""
+    before, after = example("train_from_python").main(6)
+    assert 0.4 < before < after - 0.05 < 0.6
+    assert f"held-out accuracy: {before:.3f} -> {after:.3f} after 6 steps" in capsys.readouterr().out
 
 
 def test_one_file_grpo_trains_what_the_framework_trains():
