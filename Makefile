@@ -40,9 +40,9 @@ test: $(READY)
 
 # Formulas, contracts and words: the first tests to run after changing a component.
 FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regularizer tests/filter tests/rollout/test_collect.py \
-	tests/rollout/test_zero_reward.py tests/reward/test_weighted.py tests/reward/test_grop.py tests/reward/test_overlong.py \
-	tests/reward/test_exact_match.py tests/reward/test_format.py tests/test_ops.py tests/test_types.py tests/test_words.py \
-	tests/test_contracts.py
+	tests/rollout/test_zero_reward.py tests/rollout/test_abstain.py tests/rollout/test_validation.py tests/reward/test_weighted.py \
+	tests/reward/test_grop.py tests/reward/test_overlong.py tests/reward/test_exact_match.py tests/reward/test_format.py \
+	tests/test_ops.py tests/test_types.py tests/test_words.py tests/test_contracts.py
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
