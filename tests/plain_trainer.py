@@ -15,7 +15,7 @@ SETTINGS = (
 """16 rows per optimizer step in 4 micro-batches, 2 optimizer steps per iteration."""
 
 
-def parts(*overrides: str):
+def build_components(*overrides: str):
     cfg = composed(*SETTINGS, *overrides)
     cfg.output = "unused"
     return Components.from_config(cfg)

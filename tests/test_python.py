@@ -20,7 +20,7 @@ from rlmod.reward.exact_match import ExactMatch
 from rlmod.rollout.zero_reward import ZeroReward
 from tests.command_line import SHORT, run_eval, run_train
 from tests.config.composing import composed
-from tests.plain_trainer import SETTINGS, module_and_data, parts, plain_trainer
+from tests.plain_trainer import SETTINGS, module_and_data, build_components, plain_trainer
 
 
 def test_importing_it_is_light():
@@ -46,7 +46,7 @@ def command_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_plain_trainer_trains_what_the_command_trains_bit_for_bit(tmp_path, monkeypatch):
     run_train(monkeypatch, *SETTINGS, f"output={tmp_path / 'run'}")
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     trainer = plain_trainer()
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4  # two iterations of two optimizer steps, not one per micro-batch
@@ -56,7 +56,7 @@ def test_a_plain_trainer_trains_what_the_command_trains_bit_for_bit(tmp_path, mo
 
 
 def test_sanity_validation_changes_no_weight():
-    components = parts()
+    components = build_components()
     weights = []
     for sanity in (0, 2):
         module, data = module_and_data(components)
@@ -77,7 +77,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_settings_of_a_trainer_that_cannot_be_right_are_refused(name):
     value, message = WRONG[name]
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     with pytest.raises(ValueError, match=rf"trainer\.{name}={value}.*{message}"):
         plain_trainer(**{name: value}).fit(module, datamodule=data)
 
@@ -91,13 +91,13 @@ def test_so_are_they_on_the_command_line(name, tmp_path, monkeypatch):
 
 
 def test_a_schedule_of_accumulation_is_refused():
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     with pytest.raises(ValueError, match="GradientAccumulationScheduler"):
         plain_trainer(callbacks=[GradientAccumulationScheduler({0: 1, 1: 2})]).fit(module, datamodule=data)
 
 
 def test_a_run_without_an_end_is_refused():
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     with pytest.raises(ValueError, match=r"trainer\.max_epochs=-1: give the number of iterations"):
         plain_trainer(max_epochs=-1, max_time={"seconds": 1}).fit(module, datamodule=data)
 
@@ -105,21 +105,21 @@ def test_a_run_without_an_end_is_refused():
 def test_a_trainer_can_train_another_module_afterwards():
     trainer = plain_trainer(max_epochs=1)
     for override, micro_batches in (("batch.micro_batch=4", 4), ("batch.micro_batch=8", 2)):
-        module, data = module_and_data(parts(override))
+        module, data = module_and_data(build_components(override))
         trainer.fit(module, datamodule=data)
         assert data.micro_batches(1) == micro_batches
         assert (trainer.accumulate_grad_batches, trainer.limit_val_batches) == (1, 1.0)
 
 
 def test_components_that_do_not_fit_are_refused_without_the_command_too():
-    module, data = module_and_data(parts("sampler.completions_per_prompt=1", "batch.prompts=16", "shaper=uniform"))
+    module, data = module_and_data(build_components("sampler.completions_per_prompt=1", "batch.prompts=16", "shaper=uniform"))
     with pytest.raises(ValueError, match="compares the completions of a prompt with each other"):
         plain_trainer().fit(module, datamodule=data)
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     module.regularizer = {"kl": KL(weight=0.1)}
     with pytest.raises(ValueError, match=r"regularizer\.kl reads reference_logprobs, and there is no reference"):
         plain_trainer().fit(module, datamodule=data)
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     module.zero_reward = ZeroReward(weight=0.5)
     with pytest.raises(ValueError, match="without a guide"):
         plain_trainer().fit(module, datamodule=data)
@@ -132,7 +132,7 @@ def test_components_are_prepared_without_the_command_too():
         def prepare(self, problems, tokenizer):
             seen.append(len(problems))
 
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     module.reward = Preparing(pattern="(.)$")
     module.validation = replace(module.validation, reward=module.reward)
     plain_trainer(max_epochs=1).fit(module, datamodule=data)
@@ -142,9 +142,9 @@ def test_components_are_prepared_without_the_command_too():
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_plain_trainer_resumes_only_from_the_end_of_an_iteration(step, tmp_path):
     checkpoints = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    module, data = module_and_data(parts())
+    module, data = module_and_data(build_components())
     plain_trainer(enable_checkpointing=True, callbacks=[checkpoints]).fit(module, datamodule=data)
-    again, data = module_and_data(parts())
+    again, data = module_and_data(build_components())
     resume = partial(plain_trainer().fit, again, datamodule=data, ckpt_path=tmp_path / f"step={step}.ckpt")
     if step == 1:
         with pytest.raises(ValueError, match="step 1 is from the middle of an iteration"):
@@ -156,7 +156,7 @@ def test_a_plain_trainer_resumes_only_from_the_end_of_an_iteration(step, tmp_pat
 
 
 def test_only_four_arguments_of_the_module_and_one_of_the_data_are_required():
-    components = parts()
+    components = build_components()
     tokenizer = components.policy.tokenizer()
     module = rlmod.RLModule(
         policy=components.policy.model(tokenizer),
@@ -223,9 +223,8 @@ def test_a_composed_config_writes_into_its_own_folder(tmp_path):
 TWO_RANKS = """
 import sys, torch
 from lightning.pytorch.strategies import DDPStrategy
-from tests.config.composing import composed
-from tests.plain_trainer import module_and_data, parts, plain_trainer
-module, data = module_and_data(parts())
+from tests.plain_trainer import module_and_data, build_components, plain_trainer
+module, data = module_and_data(build_components())
 trainer = plain_trainer(devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
 trainer.fit(module, datamodule=data)
 if trainer.is_global_zero:

@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(run, tmp_p
     assert metrics(tmp_path / "c") != metrics(run)
 
 
-def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypatch):
+def test_the_first_update_of_every_rollout_batch_is_on_policy(tmp_path, monkeypatch):
     differences: dict[int, float] = {}
     plain = ClippedSurrogate.__call__
     module: list[RLModule] = []
@@ -82,7 +82,7 @@ def test_the_first_update_after_every_collection_is_on_policy(tmp_path, monkeypa
     assert min(differences[step] for step in (1, 3, 5, 7)) > 1e-3, differences
 
 
-def test_a_collection_without_signal_leaves_the_policy_alone_and_says_so(tmp_path, monkeypatch, caplog):
+def test_a_rollout_batch_without_signal_leaves_the_policy_alone_and_says_so(tmp_path, monkeypatch, caplog):
     run_train(
         monkeypatch,
         *QUICK,
@@ -101,8 +101,8 @@ def test_dynamic_sampling_trains_on_groups_with_signal_only(tmp_path, monkeypatc
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert any(float(row["prompts/seen"]) > 8 for row in rows)
     for row in rows:
-        drawn, dropped = float(row["prompts/seen"]), float(row["prompts/dropped"])
-        assert drawn * (1 - dropped) + float(row["prompts/unfilled"]) == pytest.approx(8)
+        seen, dropped = float(row["prompts/seen"]), float(row["prompts/dropped"])
+        assert seen * (1 - dropped) + float(row["prompts/unfilled"]) == pytest.approx(8)
 
 
 def test_all_completions_truncated_is_loud(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
             assert float(row["objective"]) == pytest.approx(held_out["after"])
 
 
-def test_the_lines_show_the_collection_that_they_name(tmp_path, monkeypatch, capsys):
+def test_the_lines_show_the_rollout_batch_that_they_name(tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "callbacks.progress_bar.lines=4")
     shown = [
         line.split("reward ")[1][:5] for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")

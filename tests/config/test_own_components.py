@@ -1,4 +1,4 @@
-"""A user's own parts, outside the tree and as a package; and the wheel outside the checkout."""
+"""A user's own components, outside the tree and as a package; and the wheel outside the checkout."""
 
 import csv
 import json

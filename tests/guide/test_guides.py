@@ -128,12 +128,12 @@ def test_an_end_is_written_once_and_without_one_a_completion_counts_as_truncated
     assert guide(prompts, 1, 0).truncated.all()
 
 
-def test_of_more_than_are_needed_some_are_drawn_by_the_seed(sampled, prompts, tokenizer, tmp_path):
+def test_of_more_than_are_needed_some_are_chosen_by_the_seed(sampled, prompts, tokenizer, tmp_path):
     several = Policy(policy=STRONG, sampler=HF(temperature=2.0, max_new_tokens=48))(prompts, 5, 0)
     guide = Demonstrations(path=str(recorded(tmp_path, several, prompts, tokenizer)))
     guide.prepare(prompts.problems, tokenizer)
-    drawn = {tuple(guide(prompts, 2, seed).completion_ids.flatten().tolist()) for seed in (0, 1, 2, 0)}
-    assert 1 < len(drawn) <= 3
+    chosen = {tuple(guide(prompts, 2, seed).completion_ids.flatten().tolist()) for seed in (0, 1, 2, 0)}
+    assert 1 < len(chosen) <= 3
     more = guide(prompts, 7, 0)  # as the zero-reward batch may ask: they come round again
     assert len(more) == 28
 

@@ -48,11 +48,11 @@ def run(
     filter=None,
     **settings,
 ):
-    drawn: list[int] = []
+    requested: list[int] = []
 
-    def draw(n: int) -> Prompts:
-        drawn.append(n)
-        start = sum(drawn[:-1])
+    def next_prompts(n: int) -> Prompts:
+        requested.append(n)
+        start = sum(requested[:-1])
         chosen = [rights[(start + i) % len(rights)] for i in range(n)]
         problems = tuple(Problem(prompt=str(r), answer="1", source=f"p{start + i}") for i, r in enumerate(chosen))
         return Prompts(
@@ -62,9 +62,9 @@ def run(
     stages = Stages(
         policy=torch.nn.Identity(),
         decode=lambda rollouts: [str(int(row[0])) for row in rollouts.completion_ids],
-        logprob_pass=lambda rollouts: rollouts, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
+        logprob_pass=lambda rollouts: rollouts, next_prompts=next_prompts, sampler=sampler or Scripted(), guide=guide,
         reward=reward,
         filter=DynamicSampling(**settings) if dynamic_sampling else filter or KeepAll(),
         zero_reward=ZeroReward(), seed=lambda *place: sum(place),
     )  # fmt: skip
-    return collect(stages, num_groups=prompts), drawn
+    return collect(stages, num_groups=prompts), requested

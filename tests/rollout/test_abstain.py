@@ -42,7 +42,7 @@ def test_the_row_is_masked_out_and_the_metrics_leave_it_out():
     assert len(collected.texts) == 6
 
 
-def test_a_group_is_judged_by_its_scored_completions():
+def test_a_group_is_classified_by_its_scored_completions():
     # Without its only correct completion the first group is all incorrect, and has no signal; the second has no reward at all.
     collected, _ = run([1, 2], 2, reward=abstaining(0, 3, 4, 5))
     shares = [collected.metrics[f"prompts/{kind}"] for kind in ("all_correct", "mixed", "all_incorrect")]

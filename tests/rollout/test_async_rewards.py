@@ -1,4 +1,4 @@
-"""Rewards beside sampling: the same numbers as afterwards, from a thread, and of nothing that is not done."""
+"""Asynchronous rewards: a thread computes the numbers that a call after sampling computes, for finished completions only."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -113,14 +113,14 @@ def test_a_guides_rows_stand_between_those_that_were_sampled():
     assert found.rewards.tolist() == [1, 2, 3, 14, 15, 16]
 
 
-def test_with_nothing_taken_all_is_asked_at_the_end():
+def test_with_nothing_submitted_all_is_computed_at_the_end():
     rows = rollouts()
     early = AsyncRewards(reward := Lengths(), PROBLEMS, decode)
     torch.testing.assert_close(early.result(rows, texts(rows)), compute_rewards(Lengths(), texts(rows)))
     assert len(reward.asked) == 1
 
 
-def test_what_a_reward_raises_in_its_thread_ends_the_collection():
+def test_what_a_reward_raises_in_its_thread_ends_the_rollout_batch():
     def broken(texts: Texts) -> list[float]:
         raise KeyError("judge")
 
@@ -131,7 +131,7 @@ def test_what_a_reward_raises_in_its_thread_ends_the_collection():
         early.result(rows, texts(rows))
 
 
-def test_where_sampling_fails_nothing_more_is_judged():
+def test_where_sampling_fails_nothing_more_is_computed():
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(texts: Texts) -> list[float]:
@@ -184,10 +184,10 @@ class Hint:
 
 @pytest.mark.parametrize("guide", [None, Hint()], ids=["alone", "guide"])
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
-def test_a_collection_is_the_same_as_with_rewards_afterwards(dynamic_sampling, guide):
+def test_a_rollout_batch_is_the_same_as_with_rewards_afterwards(dynamic_sampling, guide):
     @pointwise
     def longer(texts: Texts) -> list[float]:
-        """Told apart by the prompt, too."""
+        """The number depends on the prompt, too."""
         threads.append(threading.current_thread() is threading.main_thread())
         return [
             float(c == a) + 0.01 * int(p.prompt)
@@ -253,14 +253,14 @@ def test_the_sampler_tells_of_each_row_once_and_as_it_stays(rows_per_batch):
     ids = torch.tensor([tokenizer(f"{i}+{i + 1}=")["input_ids"] for i in range(6)])
     prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), problems=problems)
     sampler = HF(completions_per_prompt=4, max_new_tokens=30, rows_per_batch=rows_per_batch, temperature=1.5)
-    told: list[tuple[Rollouts, torch.Tensor]] = []
-    whole = sampler(policy, prompts, 3, on_finished=lambda *rows: told.append(rows))
+    reported: list[tuple[Rollouts, torch.Tensor]] = []
+    whole = sampler(policy, prompts, 3, on_finished=lambda *rows: reported.append(rows))
     again = sampler(policy, prompts, 3)
     assert torch.equal(whole.completion_ids, again.completion_ids)
-    assert sorted(torch.cat([places for _, places in told]).tolist()) == list(range(24))
-    assert len(told) > 1
+    assert sorted(torch.cat([places for _, places in reported]).tolist()) == list(range(24))
+    assert len(reported) > 1
     assert 0 < whole.truncated.sum() < 24
-    for rows, places in told:
+    for rows, places in reported:
         expected = whole.rows(places)
         assert torch.equal(rows.group, expected.group)
         assert completion_texts(tokenizer, rows) == completion_texts(tokenizer, expected)

@@ -1,4 +1,4 @@
-"""Dynamic sampling with a scripted policy: what is drawn, kept, dropped, and counted."""
+"""Dynamic sampling with a scripted policy: the prompts that are requested, kept and dropped, and the metrics."""
 
 import pytest
 
@@ -27,9 +27,9 @@ def test_an_outcome_at_the_threshold_is_wrong():
     assert [collected.metrics[f"prompts/{kind}"] for kind in ("all_correct", "mixed", "all_incorrect")] == [0, 0, 1]
 
 
-def test_without_dynamic_sampling_every_group_stays_and_one_batch_is_drawn():
-    collected, drawn = run([0, 3, 1, 2], 4)
-    assert drawn == [4]
+def test_without_dynamic_sampling_every_group_stays_and_one_batch_is_requested():
+    collected, requested = run([0, 3, 1, 2], 4)
+    assert requested == [4]
     assert collected.rollouts.mask.all()
     assert collected.rollouts.rewards.view(4, G).sum(1).tolist() == [0, 3, 1, 2]
     m = collected.metrics
@@ -38,10 +38,10 @@ def test_without_dynamic_sampling_every_group_stays_and_one_batch_is_drawn():
     assert m["reward/mean"] == 0.5
 
 
-def test_groups_without_signal_are_replaced_until_the_collection_is_full():
+def test_groups_without_signal_are_replaced_until_the_rollout_batch_is_full():
     # Of the first 4 prompts two have signal; the share suggests 2 / 0.5 = 4 more.
-    collected, drawn = run([0, 3, 1, 2, 2, 2, 3, 3], 4, dynamic_sampling=True)
-    assert drawn == [4, 4]
+    collected, requested = run([0, 3, 1, 2, 2, 2, 3, 3], 4, dynamic_sampling=True)
+    assert requested == [4, 4]
     rollouts = collected.rollouts
     assert rollouts.rewards.view(4, G).sum(1).tolist() == [1, 2, 2, 2]
     assert rollouts.mask.all()
@@ -57,15 +57,15 @@ def test_groups_without_signal_are_replaced_until_the_collection_is_full():
 
 
 def test_surplus_groups_with_signal_are_dropped_and_counted():
-    collected, drawn = run([0, 1, 1, 1], 2, dynamic_sampling=True)
-    assert drawn == [2, 2]
+    collected, requested = run([0, 1, 1, 1], 2, dynamic_sampling=True)
+    assert requested == [2, 2]
     assert collected.rollouts.group.view(2, G).tolist() == [[1] * G, [2] * G]
     assert collected.metrics["prompts/dropped"] == 0.5
 
 
 def test_the_cap_leaves_groups_masked_out_whole_and_says_so(caplog):
-    collected, drawn = run([1, 0, 0, 0, 0, 0, 0, 0], 3, dynamic_sampling=True, max_generation_batches=2)
-    assert len(drawn) == 2
+    collected, requested = run([1, 0, 0, 0, 0, 0, 0, 0], 3, dynamic_sampling=True, max_generation_batches=2)
+    assert len(requested) == 2
     rollouts = collected.rollouts
     assert len(rollouts) == 3 * G
     assert rollouts.mask.any(1).view(3, G).all(1).tolist() == [True, False, False]

@@ -63,30 +63,30 @@ def run(
     guide=None,
     zero_reward=None,
     sampler=None,
-    room: int | None = None,
+    max_groups: int | None = None,
     dynamic_sampling=False,
     reward=exact,
     filter=None,
     **settings,
 ) -> RolloutBatch:
-    drawn = 0
+    seen_so_far = 0
 
-    def draw(n: int) -> Prompts:
-        nonlocal drawn
-        chosen = [kinds[(drawn + i) % len(kinds)] for i in range(n)]
-        drawn += n
+    def next_prompts(n: int) -> Prompts:
+        nonlocal seen_so_far
+        chosen = [kinds[(seen_so_far + i) % len(kinds)] for i in range(n)]
+        seen_so_far += n
         problems = tuple(Problem(prompt=kind, answer="1", source=kind) for kind in chosen)
         ones = torch.ones(n, 1)
         return Prompts(ids=ones.long(), mask=ones.bool(), problems=problems)
 
     stages = Stages(
         policy=torch.nn.Identity(), decode=lambda rows: [str(int(row[0])) for row in rows.completion_ids],
-        logprob_pass=scored, next_prompts=draw, sampler=sampler or Scripted(), guide=guide,
+        logprob_pass=scored, next_prompts=next_prompts, sampler=sampler or Scripted(), guide=guide,
         reward=reward,
         filter=DynamicSampling(**settings) if dynamic_sampling else filter or KeepAll(),
         zero_reward=zero_reward or ZeroReward(), seed=lambda *place: hash(place),
     )  # fmt: skip
-    return collect(stages, num_groups=prompts, max_guided_groups=prompts if room is None else room)
+    return collect(stages, num_groups=prompts, max_guided_groups=prompts if max_groups is None else max_groups)
 
 
 def test_the_guides_rows_join_each_prompts_own():
@@ -171,7 +171,7 @@ def test_failed_prompts_become_a_batch_of_their_own():
     assert collected.metrics["guide/tokens"] == 8
 
 
-def test_weight_0_asks_nothing_and_leaves_the_collection_as_it_was():
+def test_weight_0_asks_nothing_and_leaves_the_rollout_batch_as_it_was():
     class Asked(ScriptedGuide):
         def __call__(self, *_):
             pytest.fail("the guide was asked")
@@ -197,8 +197,8 @@ def test_a_guide_that_fails_everywhere_is_counted_and_the_rest_goes_on():
     assert kept.rollouts.sub_batch.bool().sum() == 2 * 5
 
 
-def test_no_more_than_there_is_room_for():
-    collected = run(["0/1"], 6, ScriptedGuide(completions_per_prompt=0), ZeroReward(weight=1.0), room=2,
+def test_no_more_than_max_groups():
+    collected = run(["0/1"], 6, ScriptedGuide(completions_per_prompt=0), ZeroReward(weight=1.0), max_groups=2,
                     dynamic_sampling=True, max_generation_batches=2)  # fmt: skip
     assert collected.rollouts.sub_batch.bool().sum() == 2 * 5
     assert collected.metrics["prompts/rescued"] == pytest.approx(2 / 12)
@@ -217,13 +217,13 @@ def test_bad_fields_are_named(field, value):
         ZeroReward(**{field: value})
 
 
-def test_room_is_shared_among_ranks():
+def test_max_groups_is_shared_among_ranks():
     assert ZeroReward().max_groups(8, 2) == 0
     assert ZeroReward(weight=1.0).max_groups(8, 2) == 8
     assert [ZeroReward(weight=1.0, prompts=5).max_groups(8, 2, rank) for rank in (0, 1)] == [3, 2]
 
 
-def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
+def test_the_policy_and_the_guide_never_sample_with_the_same_seed():
     """A guide that is much like the policy would repeat the policy's completions if it had the same seed."""
     seeds: list[int] = []
 
@@ -239,8 +239,8 @@ def test_the_policy_and_the_guide_never_draw_with_the_same_seed():
 
     zero = ZeroReward(weight=1.0)
     settings = {"dynamic_sampling": True, "max_generation_batches": 3, "over": "own"}
-    run(["0/1"], 4, Noting(), zero, NotingSampler(), room=12, **settings)
-    assert len(seeds) == 9  # three draws, each with its guide, and three batches of failed prompts
+    run(["0/1"], 4, Noting(), zero, NotingSampler(), max_groups=12, **settings)
+    assert len(seeds) == 9  # three batches, each with its guide, and three batches of failed prompts
     assert len(set(seeds)) == 9
 
 
@@ -262,7 +262,7 @@ def abstaining_from(*completions: int):
     return reward
 
 
-def test_a_group_is_judged_by_its_scored_on_policy_completions():
+def test_a_group_is_classified_by_its_scored_on_policy_completions():
     # 3/0 without the third: all correct. 1/2 without the first: all incorrect.
     for prompt, missing, kind in (("3/0", 2, "all_correct"), ("1/2", 0, "all_incorrect")):
         metrics = run([prompt], 1, ScriptedGuide(), reward=abstaining_from(missing)).metrics

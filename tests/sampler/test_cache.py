@@ -1,4 +1,4 @@
-"""The key-value cache with room ahead holds what transformers' holds."""
+"""The key-value cache that is allocated ahead holds what transformers' holds."""
 
 import pytest
 import torch

@@ -164,7 +164,7 @@ def test_syncs_leak_no_memory(prompts):
     assert sizes[-1] - sizes[0] < weights
 
 
-def test_what_a_failed_collection_left_in_the_engine_does_not_reach_the_next(policy, prompts):
+def test_what_a_failed_call_left_in_the_engine_does_not_reach_the_next(policy, prompts):
     engine = sampler()
     engine.sync(policy)
     first = engine(policy, prompts, 0)
@@ -174,11 +174,11 @@ def test_what_a_failed_collection_left_in_the_engine_does_not_reach_the_next(pol
 
     with pytest.raises(KeyboardInterrupt):
         engine(policy, prompts, 1, on_finished=fails)
-    told: list[tuple[Rollouts, torch.Tensor]] = []
-    again = engine(policy, prompts, 0, on_finished=lambda *rows: told.append(rows))
+    reported: list[tuple[Rollouts, torch.Tensor]] = []
+    again = engine(policy, prompts, 0, on_finished=lambda *rows: reported.append(rows))
     assert torch.equal(again.completion_ids * again.mask, first.completion_ids * first.mask)
-    assert sorted(torch.cat([places for _, places in told]).tolist()) == list(range(len(again)))
-    for rows, places in told:
+    assert sorted(torch.cat([places for _, places in reported]).tolist()) == list(range(len(again)))
+    for rows, places in reported:
         mine = again.rows(places).trimmed()
         assert torch.equal(rows.group, mine.group)
         assert torch.equal(rows.trimmed().completion_ids, mine.completion_ids)

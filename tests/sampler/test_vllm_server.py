@@ -212,12 +212,12 @@ def test_after_an_error_only_what_is_missing_is_asked_for(server, policy):
     engine = sampler(server)
     engine.sync(policy)
     server.fails_at = "v1/completions"
-    prompts, told = PROMPTS.pick([0, 1] * 15), []
-    rows = engine(policy, prompts, 0, on_finished=lambda *rows: told.append(rows))
+    prompts, reported = PROMPTS.pick([0, 1] * 15), []
+    rows = engine(policy, prompts, 0, on_finished=lambda *rows: reported.append(rows))
     assert rows.completion_ids is not None
     assert rows.completion_ids[:, 0].tolist() == [5, 5, 7, 7] * 15
-    assert sorted(int(place) for _, places in told for place in places) == list(range(60))
-    assert all(torch.equal(part.group, places // 2) for part, places in told)
+    assert sorted(int(place) for _, places in reported for place in places) == list(range(60))
+    assert all(torch.equal(part.group, places // 2) for part, places in reported)
     # The one that failed and those that were under way beside it are the most that are asked for twice.
     assert 30 < server.asked.count("v1/completions") <= 30 + engine.requests
 

@@ -53,7 +53,7 @@ def guided(rewards: list[float], from_guide: list[bool]) -> Rollouts:
     return replace(group_of_four(rewards), from_guide=torch.tensor(from_guide))
 
 
-def test_with_the_pool_own_the_guide_is_judged_by_the_policys_own_rewards():
+def test_with_the_pool_own_the_guide_is_normalized_by_the_policys_own_rewards():
     # own: 1, 0 and 0.5, mean 1/2, std 1/2; the guide's 2 is 3 of them above
     a = Uniform(pool="own")(guided([1, 0, 0.5, 2], [False, False, False, True]))
     torch.testing.assert_close(a[:, 0], torch.tensor([1.0, -1.0, 0.0, 3.0]), atol=1e-5, rtol=0)

@@ -48,7 +48,7 @@ def shaped(rows: Rollouts) -> Rollouts:
     return replace(rows, prompt_ids=prompts.long(), prompt_mask=prompts, advantages=rows.mask.double())
 
 
-def test_a_collection_is_made_when_asked_for_and_gone_through_whole():
+def test_a_rollout_batch_is_sampled_on_request_and_iterated_completely():
     made: list[Rollouts] = []
 
     def collect() -> Rollouts:
@@ -157,9 +157,9 @@ def test_each_round_holds_every_problem_once_in_a_new_order():
     assert sorted(names(data().next_prompts(12))) == sorted(rounds[0] + rounds[1])
 
 
-def test_ranks_draw_different_problems():
-    drawn = [names(data(rank, ranks=2).next_prompts(3)) for rank in range(2)]
-    assert sorted(drawn[0] + drawn[1]) == [str(i) for i in range(6)]
+def test_ranks_get_different_problems():
+    received = [names(data(rank, ranks=2).next_prompts(3)) for rank in range(2)]
+    assert sorted(received[0] + received[1]) == [str(i) for i in range(6)]
 
 
 def test_the_position_survives_a_checkpoint():
@@ -178,16 +178,16 @@ def test_another_number_of_ranks_goes_on_behind_the_furthest(ranks):
     second.next_prompts(1)
     saved = {"ranks": [first.state_dict()["ranks"][0], second.state_dict()["ranks"][0]]}
     order = names(data().next_prompts(24))
-    drawn = []
+    received = []
     for rank in range(ranks):
         now = data(rank, ranks)
         now.load_state_dict(saved)
-        drawn.append(names(now.next_prompts(2)))
+        received.append(names(now.next_prompts(2)))
     if ranks == 2:  # as many as before: each where it was
-        assert drawn == [[order[4], order[6]], [order[3], order[5]]]
+        assert received == [[order[4], order[6]], [order[3], order[5]]]
     else:
         start = {1: 4, 3: 6}[ranks]  # 4 places are 2 rounds of three ranks
-        assert drawn == [[order[start + rank + ranks * i] for i in range(2)] for rank in range(ranks)]
+        assert received == [[order[start + rank + ranks * i] for i in range(2)] for rank in range(ranks)]
 
 
 def test_held_out_problems_come_whole_in_order_over_ranks():

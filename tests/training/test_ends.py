@@ -147,7 +147,7 @@ def test_without_best_only_the_newest_stay(tmp_path, monkeypatch):
     assert not (run / "checkpoints" / "best").exists()
 
 
-def test_what_cannot_be_written_shows_before_the_first_collection(tmp_path, monkeypatch):
+def test_what_cannot_be_written_shows_before_the_first_rollout_batch(tmp_path, monkeypatch):
     run = tmp_path / "a"
     run.mkdir()
     (run / "checkpoints").write_text("a file where a folder should be")

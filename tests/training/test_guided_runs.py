@@ -49,7 +49,7 @@ def test_recorded_demonstrations_train_as_the_same_completions_sampled_live(tmp_
         return rows
 
     monkeypatch.setattr(Policy, "__call__", recording)
-    # Every problem is drawn once: 4 iterations of 8 prompts.
+    # Every problem is used once: 4 iterations of 8 prompts.
     quick = (*SHORT, *GUIDE, "trainer.max_epochs=4", "data.train.size=32", "data.validation=null")
     run_train(monkeypatch, *quick, f"output={tmp_path / 'live'}")
     demonstrations = ("guide=demonstrations", f"guide.path={file}", "loss=mixed_surrogate", *quick[len(SHORT) + 2 :])
@@ -149,7 +149,7 @@ def _always_wrong(call):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "parts"),
+    ("overrides", "words"),
     [
         (["reference=base", "regularizer=[kl]"], ["reference=base without an adapter", "adapter=lora"]),
         (["reference=ema", "adapter=lora", "regularizer=[kl]"], ["reference=ema with an adapter", "reference=base"]),
@@ -161,9 +161,9 @@ def _always_wrong(call):
           "batch.micro_batch=8"], ["shaper.pool=own", "at least 2"]),
     ],
 )  # fmt: skip
-def test_parts_that_cannot_work_together_are_refused(overrides, parts, tmp_path, monkeypatch):
+def test_components_that_cannot_work_together_are_refused(overrides, words, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, *SHORT, *overrides)
-    assert all(part in message for part in parts), message
+    assert all(part in message for part in words), message
 
 
 def test_settings_that_may_not_do_what_one_expects_are_warned_of(tmp_path, monkeypatch):
