@@ -46,6 +46,15 @@ def terms(texts: Texts) -> dict[str, list[Any]]:
     return {"a": values, "b": [0.5] * len(values)}
 
 
+class Punished:
+    """The number that the completion holds, and a term that does not count for correctness."""
+
+    excluded_terms = ("length",)
+
+    def __call__(self, texts: Texts) -> dict[str, list[Any]]:
+        return {"answer": [_one(text) for text in texts.completions], "length": [-0.5] * len(texts)}
+
+
 def hang_once(flag: str) -> float:
     """Hang at the first call, which leaves the file ``flag``."""
     if not os.path.exists(flag):

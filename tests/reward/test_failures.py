@@ -144,10 +144,10 @@ def test_a_reward_that_compares_completions_is_repeated_as_a_whole(monkeypatch):
 
     def relative(rows: Texts) -> list[float]:
         calls.append(len(rows))
-        return [float("nan") if len(calls) == 1 else 1.0] * len(rows)
+        return [1.0, float("nan") if len(calls) == 1 else 1.0, 1.0]
 
     monkeypatch.setattr("rlmod.reward._failures.time.sleep", lambda _: None)
-    with pytest.warns(UserWarning, match="3 of 3"):
+    with pytest.warns(UserWarning, match="1 of 3"):
         compute_rewards(Supervised(supervised=relative, on_error="retry"), texts("a", "b", "c"))
     assert calls == [3, 3]
 
@@ -157,6 +157,15 @@ def test_a_call_that_takes_too_long_is_left_behind_and_the_run_goes_on():
         result = compute_rewards(supervised(on_error="abstain", timeout_seconds=0.2), texts("hang", "1"))
     assert result.failed[""].timeouts.tolist() == [True, True]
     assert result.abstained.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+def test_terms_that_do_not_count_for_correctness_stay_out_of_the_outcomes(workers):
+    reward = Supervised(supervised=faulty.Punished(), on_error="zero", workers=workers)
+    result = compute_rewards(reward, texts("1", "abstain"))
+    assert result.rewards.tolist() == [0.5, 0.0]
+    assert result.outcomes.tolist() == [1.0, 0.0]
+    assert result.abstained.tolist() == [False, True]
 
 
 def test_a_completion_whose_time_is_up_has_no_value():
