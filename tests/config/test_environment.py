@@ -12,7 +12,8 @@ def test_everything_is_resolved_but_environment_variables(monkeypatch):
     cfg = OmegaConf.create(
         {
             "key": "${oc.env:RLMOD_TEST_KEY}", "url": "https://x/${key}/y", "n": 3, "list": ["${url}", "${n}"],
-            "default": "${oc.env:RLMOD_TEST_NONE,7}", "inner": {"again": "${oc.decode:${oc.env:RLMOD_TEST_KEY}}"},
+            "default": "${oc.env:RLMOD_TEST_NONE,7}", "null": "${oc.env:RLMOD_TEST_NONE,null}",
+            "inner": {"again": "${oc.decode:${oc.env:RLMOD_TEST_KEY}}"},
         }
     )  # fmt: skip
     found = resolve_without_environment(cfg)
@@ -22,6 +23,7 @@ def test_everything_is_resolved_but_environment_variables(monkeypatch):
         "n": 3,
         "list": ["https://x/${oc.env:RLMOD_TEST_KEY}/y", 3],
         "default": "${oc.env:RLMOD_TEST_NONE,7}",
+        "null": "${oc.env:RLMOD_TEST_NONE,null}",
         "inner": {"again": "${oc.env:RLMOD_TEST_KEY}"},
     }
     assert resolve_without_environment(OmegaConf.create(found)) == found

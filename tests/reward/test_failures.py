@@ -362,6 +362,26 @@ def test_the_ranks_of_a_machine_share_its_cores(variables, ranks, monkeypatch):
     assert default_workers() == 1
 
 
+def test_each_completion_of_a_chunk_has_its_own_time_limit():
+    """Eight items for one worker begin with a chunk of four, which takes 2.4 s."""
+    pool = Pool(PoolSettings("time:sleep", 1, 2.0, 2.0, False))
+    replies = pool.map([(0.6,)] * 4 + [(0.0,)] * 4, "the test")
+    assert [reply.status for reply in replies] == ["ok"] * 8
+    pool.stop()
+
+
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced():
+    pool = Pool(PoolSettings("os:getpid", 1, 60.0, 2.0, False))
+    (first,) = pool.map([()], "the test")
+    os.kill(first.value, signal.SIGKILL)
+    while ") Z" not in Path(f"/proc/{first.value}/stat").read_text():
+        time.sleep(0.01)
+    (second,) = pool.map([()], "the test")
+    assert second.status == "ok"
+    assert second.value != first.value
+    pool.stop()
+
+
 def test_a_server_that_dies_while_its_worker_hangs_is_replaced():
     pool = Pool(PoolSettings("tests.reward.faulty:hang_once", 1, 120.0, 2.0, False))
     flag = Path(tempfile.mkdtemp()) / "flag"

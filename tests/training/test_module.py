@@ -98,7 +98,8 @@ def test_ranks_and_batches_of_validation_are_sampled_with_seeds_of_their_own():
 
 
 def test_validation_counts_neither_abstentions_nor_a_batch_of_padding():
-    made, _ = validating(pass_at=(1, 2))
+    rewards = [[1.0, None], [0.0, 0.0]]
+    made, _ = validating(reward=lambda texts: rewards.pop(0), pass_at=(1, 2))
     made.validation_step(prompts(1), 0)
     padding = prompts(1)
     made.validation_step(replace(padding, padding=True), 1)
