@@ -313,8 +313,7 @@ def test_too_many_calls_that_never_return_stop_the_run():
         from rlmod.reward._compute import RewardError, compute_rewards
         from rlmod.reward._supervised import Supervised
         from rlmod.types import Texts
-        from tests.ranks import on_ranks
-from tests.reward import faulty
+        from tests.reward import faulty
         warnings.simplefilter("ignore")
         reward = Supervised(supervised=faulty.by_text, on_error="zero", timeout_seconds=0.01)
         for number in range(8):
