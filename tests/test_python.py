@@ -20,7 +20,7 @@ from rlmod.reward.exact_match import ExactMatch
 from rlmod.rollout.zero_reward import ZeroReward
 from tests.command_line import SHORT, run_eval, run_train
 from tests.config.composing import composed
-from tests.plain_trainer import SETTINGS, module_and_data, build_components, plain_trainer
+from tests.plain_trainer import SETTINGS, build_components, module_and_data, plain_trainer
 
 
 def test_importing_it_is_light():
@@ -112,7 +112,9 @@ def test_a_trainer_can_train_another_module_afterwards():
 
 
 def test_components_that_do_not_fit_are_refused_without_the_command_too():
-    module, data = module_and_data(build_components("sampler.completions_per_prompt=1", "batch.prompts=16", "shaper=uniform"))
+    module, data = module_and_data(
+        build_components("sampler.completions_per_prompt=1", "batch.prompts=16", "shaper=uniform")
+    )
     with pytest.raises(ValueError, match="compares the completions of a prompt with each other"):
         plain_trainer().fit(module, datamodule=data)
     module, data = module_and_data(build_components())

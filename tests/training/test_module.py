@@ -32,8 +32,8 @@ def test_rows_without_advantage_train_if_something_else_moves_them(loss, regular
     made = module(loss=loss, regularizer=regularizer)
     assert made.every_row_trains is every_row
     data = RLData(train=encoded(20, 21))
-    data.trainer = SimpleNamespace(lightning_module=made)  # pyright: ignore[reportAttributeAccessIssue]
-    assert data.every_row is every_row
+    data.trainer = SimpleNamespace(lightning_module=made, world_size=1)  # pyright: ignore[reportAttributeAccessIssue]
+    assert data.train_dataloader().every_row is every_row
 
 
 class Noting:
