@@ -149,7 +149,7 @@ def sampler(server: StandIn) -> VLLMServer:
 def other_run(
     server: StandIn, path: str = "rlmod/lease", run: str = "other", session: str = "other", **headers: str
 ) -> Any:
-    """What the server answers to another process: the status, and the body."""
+    """Return the status and the body of the answer to another process."""
     body = json.dumps({"run": run, "session": session, "holder": "process 1 on elsewhere"}).encode()
     headers = {"Authorization": f"Bearer {KEY}", SESSION_HEADER: session, **headers}
     try:

@@ -27,9 +27,11 @@ def module(rank: int = 0, ranks: int = 1, epoch: int = 0, **components: Any) -> 
         "batch": Batch(prompts=2, micro_batch=4),
     }
     made = RLModule(**{**defaults, **components})
+    progress = SimpleNamespace(is_last_batch=True, current=SimpleNamespace(ready=4))
     made.__dict__["_trainer"] = SimpleNamespace(
         world_size=ranks, global_rank=rank, current_epoch=epoch, strategy=None, accumulate_grad_batches=1,
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )  # fmt: skip
     return made
 
