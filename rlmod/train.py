@@ -170,7 +170,7 @@ def _find_finished_result(folder: Path, cfg: DictConfig) -> dict[str, Any] | Non
     if checkpoints.resumes_own_run(folder, cfg) or not checkpoints.holds_same_run(folder, cfg):
         return None
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or another rank is writing it
         return None
     if not result["completed"]:
@@ -284,7 +284,7 @@ def _fit(
                 "a callback or a time limit stopped the run after %d of %s iterations; the same command resumes it if it names output=%s",
                 *(trainer.current_epoch, trainer.max_epochs, folder),
             )
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         page = write_report(folder)
         _print_summary(result, page)
     # Only on rank 0: a failing exit of another rank would end rank 0 early.

@@ -302,7 +302,7 @@ def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: 
             len(samples),
             cfg.sampler.max_new_tokens,
         )
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     Console().print(table)
     print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated; {folder}")
     if without:

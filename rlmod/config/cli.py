@@ -4,6 +4,7 @@ import copy
 import csv
 import difflib
 import functools
+import io
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from omegaconf.errors import (
 )
 
 from rlmod import distributed
+from rlmod.jsonl import SURROGATE
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,14 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     A user's mistake (ValueError, OSError, or an error of Hydra) exits with status 1 and a message without a traceback; HYDRA_FULL_ERROR=1
     shows the traceback. Other exceptions, which are errors in the code, keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a locale that lacks a completion's characters must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for argument in sys.argv[1:]:
+        if not argument.isascii() and SURROGATE.search(argument):
+            sys.exit(
+                f"{Path(sys.argv[0]).name}: {argument!r} is not text in this locale; set a UTF-8 one, as LC_ALL=C.UTF-8"
+            )
     sys.path.insert(0, os.getcwd())  # a user's own components are in the current folder
     sys.argv += distributed.rank_output_overrides()
     # huggingface_hub has its own handler, so every message would appear twice.
@@ -230,7 +240,7 @@ class Results(Callback):
         file = Path(config.hydra.sweep.dir) / "results.csv"
         row = {"run": config.hydra.job.num, "overrides": config.hydra.job.override_dirname, **outcome}
         new = not file.exists()
-        with file.open("a", newline="") as stream:
+        with file.open("a", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(row))
             if new:
                 writer.writeheader()

@@ -295,13 +295,13 @@ def _add_rope_keys(path: Path) -> None:
     """Add the rotary settings under the names that transformers 4 and older engines read. Without these they assume a base of 10,000."""
     if not path.is_file():
         return  # an adapter has no config of its own
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
         if rope.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _use_older_tokenizer_keys(folder: Path, source_class: str | None) -> None:

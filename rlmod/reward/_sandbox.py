@@ -95,7 +95,7 @@ _denied: list[str] = []
 
 def limit_resources(memory_gib: float) -> None:
     """Limit the memory of this process to what it has plus ``memory_gib``; forbid writing files and dumping core."""
-    with open("/proc/self/statm") as stream:
+    with open("/proc/self/statm", encoding="utf-8") as stream:
         present = int(stream.read().split()[0]) * resource.getpagesize()
     limit = present + int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -34,7 +34,7 @@ def write_manifest(folder: Path) -> None:
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
     files = {str(path.relative_to(folder)): path for path in found}
     entries = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.rglob("*"), folder):  # otherwise a power cut could keep a file's name and lose its content
         fsync(path)
 
@@ -60,7 +60,7 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     ``contents=False`` compares names and sizes only, which reads no file.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):

@@ -169,7 +169,11 @@ def _shape(policy: HFPolicy, key: str) -> Shape:
 
 
 def _adapter_config(policy: HFPolicy) -> dict[str, Any]:
-    return json.loads((Path(policy.location) / "adapter_config.json").read_text()) if policy.is_adapter else {}
+    return (
+        json.loads((Path(policy.location) / "adapter_config.json").read_text(encoding="utf-8"))
+        if policy.is_adapter
+        else {}
+    )
 
 
 def _adapter(policy: HFPolicy, shape: Shape) -> Adapter | None:

@@ -89,7 +89,7 @@ def read_shape(location: str, key: str) -> Shape:
     """
     file = _config_file(location, key)
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{key}={location}: {file} is not valid JSON ({error})") from error
     kind = config.get("model_type")

@@ -48,7 +48,7 @@ class Completions(L.Callback):
             self._append(list(sample_records(first, self.recorded, pl_module, trainer.global_step, "validation")))
 
     def _append(self, samples: list[dict[str, Any]]) -> None:
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
 
