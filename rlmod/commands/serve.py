@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ def serve(cfg: DictConfig) -> None:
         check_types(cfg[key], key)
     if not str(cfg.sampler._target_).endswith("VLLMServer"):
         raise ValueError(f"rlmod-serve needs sampler=vllm_server, got {cfg.sampler._target_}")
+    if not entry_points(group="vllm.general_plugins", name="rlmod"):
+        raise ValueError(
+            "rlmod-serve: rlmod is on Python's path but not installed, and vLLM finds only the plug-ins of installed packages; "
+            "run pip install --editable . in rlmod's folder"
+        )
     if find_spec("vllm") is None:
         raise ValueError(explain_missing_vllm("sampler=vllm_server"))
     sampler, policy = instantiate(cfg.sampler), instantiate(cfg.policy)

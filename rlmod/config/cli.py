@@ -216,6 +216,7 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler logs its table
     for harmless in (
         "Experiment logs directory",  # the run's folder already holds the config; nothing is deleted
         "`isinstance(treespec, LeafSpec)` is deprecated",

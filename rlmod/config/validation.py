@@ -17,8 +17,8 @@ PLAIN: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true o
 def check_types(node: DictConfig, key: str) -> None:
     """Raise ValueError for a plain value (number, text, switch, choice, list) of the wrong type, nested values included."""
     hints = _type_hints(node.get("_target_")) if not OmegaConf.is_missing(node, "_target_") else {}
-    for name in map(str, node):
-        check_value(required_value(node, name, key), hints.get(name, Any), f"{key}.{name}")
+    for name in node:  # in a dictionary that is an argument, names may be numbers
+        check_value(required_value(node, name, key), hints.get(str(name), Any), f"{key}.{name}")
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
@@ -28,6 +28,8 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         return
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{key} must be a number of at most 64 bits, got one of {value.bit_length()} bits")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{key} must be {describe_hint(hint) or 'a number'}, got nan")
     if not matches_hint(value, hint):
@@ -64,7 +66,7 @@ def describe_hint(hint: Any) -> str:
     return PLAIN.get(hint, "")
 
 
-def required_value(node: DictConfig, name: str, key: str) -> Any:
+def required_value(node: DictConfig, name: Any, key: str) -> Any:
     """Return the value. ValueError if it is missing; it names the key to set, through interpolations too."""
     if not OmegaConf.is_missing(node, name):
         return node[name]

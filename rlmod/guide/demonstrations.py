@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -178,6 +177,8 @@ def _parse_logprobs(record: Mapping[str, Any], where: str, tokens: int, ratio: L
     elif not isinstance(logprobs, list) or len(logprobs) != tokens:
         found = len(logprobs) if isinstance(logprobs, list) else repr(logprobs)
         raise ValueError(f"{where}: logprobs must be one number per token: {tokens} tokens (EOS included), got {found}")
-    elif invalid := [p for p in logprobs if not (isinstance(p, int | float) and isfinite(p) and p <= 0)]:
+    elif invalid := [
+        p for p in logprobs if not (isinstance(p, int | float) and -torch.finfo(torch.float32).max <= p <= 0)
+    ]:
         raise ValueError(f"{where}: a log-probability is a finite number of at most 0, got {invalid[0]!r}")
     return [0.0] * tokens if ratio == "one" else cast(list[float], logprobs)

@@ -288,18 +288,7 @@ def check_trainer(trainer: L.Trainer, micro_batches: int) -> None:
             "the callback GradientAccumulationScheduler would change the optimizer step in the middle of a run: remove it; "
             "batch.prompts and batch.minibatches set the size of a step"
         )
-    if overfit := getattr(trainer, "overfit_batches", 0):
-        raise ValueError(
-            f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
-            "0; to train on few problems, pass only those to RLData"
-        )
-    limit = trainer.limit_train_batches
-    # The integer 1 is one batch, and equals 1.0, which is all of them. fast_dev_run sets it.
-    if limit not in (1.0, None) or isinstance(limit, int):
-        raise ValueError(
-            f"trainer.limit_train_batches={limit} (fast_dev_run sets 1) would cut an iteration in the middle of an optimizer step: "
-            "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
-        )
+    check_limits(trainer)
     if trainer.accumulate_grad_batches not in (1, micro_batches):
         raise ValueError(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: an optimizer step has {micro_batches} micro-batches, "
@@ -308,6 +297,27 @@ def check_trainer(trainer: L.Trainer, micro_batches: int) -> None:
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ValueError(
             "trainer.max_epochs=-1: give the number of iterations, also with trainer.max_time, which may end the run earlier"
+        )
+
+
+def check_limits(trainer: L.Trainer) -> None:
+    """Raise ValueError for a setting of the Trainer that would cut an iteration in the middle of an optimizer step."""
+    if fast := getattr(trainer, "fast_dev_run", False):
+        raise ValueError(
+            f"trainer.fast_dev_run={fast} would cut an iteration in the middle of an optimizer step, and turns checkpoints off: "
+            "leave it false; with rlmod-train, debug=short makes any run short"
+        )
+    if overfit := getattr(trainer, "overfit_batches", 0):
+        raise ValueError(
+            f"trainer.overfit_batches={overfit} would cut an iteration in the middle of an optimizer step: leave it at "
+            "0; to train on few problems, pass only those to RLData"
+        )
+    limit = trainer.limit_train_batches
+    # The integer 1 is one batch, and equals 1.0, which is all of them.
+    if limit not in (1.0, None) or isinstance(limit, int):
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} would cut an iteration in the middle of an optimizer step: "
+            "leave it at 1.0; lower trainer.max_epochs for fewer iterations, or batch.prompts for smaller ones"
         )
 
 

@@ -373,6 +373,8 @@ class RLModule(L.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         policy = self.policy
+        if all(p.grad is None for p in policy.parameters()):
+            return  # the step was skipped, and PyTorch does not clip the values of an empty list
         if isinstance(policy, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
             # Each rank has a shard of the gradient, which Lightning does not support.
             policy.clip_grad_norm_(gradient_clip_val)

@@ -100,3 +100,5 @@ def test_check_types_knows_numbers_switches_and_texts():
     check_types(cfg.filter, "filter")
     with pytest.raises(ValueError, match=r"sampler\.top_k must be a whole number, got True"):
         check_types(composed("sampler.top_k=true").sampler, "sampler")
+    with pytest.raises(ValueError, match=r"optimizer\.lr must be a number of at most 64 bits, got one of 1329 bits"):
+        check_types(composed("optimizer.lr=1" + "0" * 400).optimizer, "optimizer")

@@ -50,6 +50,13 @@ class SignalAtStep(L.Callback):
             time.sleep(self.seconds)
 
 
+class Table(L.Callback):
+    """Keeps a dictionary that it is given."""
+
+    def __init__(self, table: dict[int, Any]) -> None:
+        self.table = table
+
+
 class Poison(L.Callback):
     """Makes a weight infinite after an optimizer step."""
 

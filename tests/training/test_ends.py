@@ -107,7 +107,7 @@ def test_sigterm_while_a_reward_hangs_waits_a_while_and_keeps_the_last_state(und
     assert names(run) == ["step-000002"]
 
 
-def test_an_iteration_that_takes_optimizer_steps_is_finished_however_long_it_takes(tmp_path, monkeypatch):
+def test_an_iteration_that_takes_optimizer_steps_is_finished_however_long_it_takes(tmp_path, monkeypatch, capsys):
     run = tmp_path / "a"
     slow = "{_target_: tests.training.faults.SignalAtStep, step: 3, seconds: 1.0}"
     words = (*QUICK, "batch.minibatches=2", f"+callbacks.slow={slow}", "callbacks.checkpoints.wait_seconds=0.1")
@@ -115,6 +115,12 @@ def test_an_iteration_that_takes_optimizer_steps_is_finished_however_long_it_tak
         run_train(monkeypatch, *words, f"output={run}")
     assert stop.value.code == 128 + signal.SIGTERM
     assert names(run) == ["step-000004"]
+    # No validation came after the last step, so there is no number of it, and none is invented.
+    held_out = result(run)["held_out"]
+    assert held_out["after"] is None
+    assert held_out["last"] == {"step": 0, "accuracy": held_out["before"]}
+    said = f"no validation after the last step, the last one gave {held_out['before']:.4f} at step 0"
+    assert said in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, monkeypatch):

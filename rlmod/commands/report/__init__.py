@@ -12,15 +12,26 @@ from rlmod.commands.report import pictures
 from rlmod.commands.report.comparison import comparison_page, run_folders
 from rlmod.commands.report.html import write_atomically
 from rlmod.commands.report.page import draw_headline, has_headline, run_page
-from rlmod.commands.report.runs import read_run
+from rlmod.commands.report.runs import Run, read_run
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
-    """Write the page of ``run`` and return its path. With ``compare``, or if ``run`` is the folder of a multirun, write the comparison."""
+    """Write the page of ``run`` and return its path. With ``compare``, or if ``run`` is the folder of a multirun, write the comparison.
+
+    In a comparison, a run that cannot be read is listed with the reason. ValueError if none can be read.
+    """
     if not compare and (run / "metrics.csv").is_file():
         return write_atomically(run / "report.html", run_page(read_run(run)))
-    runs = [read_run(folder) for place in (run, *compare) for folder in run_folders(place)]
-    return write_atomically(run / "comparison.html", comparison_page(run, runs))
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for folder in (folder for place in (run, *compare) for folder in run_folders(place)):
+        try:
+            runs.append(read_run(folder))
+        except ValueError as error:
+            unreadable.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(unreadable))
+    return write_atomically(run / "comparison.html", comparison_page(run, runs, unreadable))
 
 
 def headline_picture(run: Path) -> Path:
@@ -48,5 +59,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = parser.parse_args(argv).run
     try:
         print(write_report(folders[0], folders[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

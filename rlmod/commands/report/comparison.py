@@ -50,8 +50,8 @@ def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
     return [group if group and seed else name for group, seed, name in zip(kept, seeded, labels(runs), strict=True)]
 
 
-def comparison_page(folder: Path, runs: Sequence[RecordedRun]) -> str:
-    """Draw the pictures into folder/report, and return the page as HTML."""
+def comparison_page(folder: Path, runs: Sequence[RecordedRun], unreadable: Sequence[str] = ()) -> str:
+    """Draw the pictures into folder/report, and return the page as HTML. ``unreadable`` says which runs are missing, and why."""
     names, group_of = labels(runs), seed_groups(runs)
     groups: dict[str, list[RecordedRun]] = {}
     for run, group in zip(runs, group_of, strict=True):
@@ -83,10 +83,13 @@ def comparison_page(folder: Path, runs: Sequence[RecordedRun]) -> str:
         pictures=pictures,
         shared=[o for o in runs[0].overrides if all(o in run.overrides for run in runs)] if len(runs) > 1 else [],
         notes=[
-            f"{name}: {note}"
-            for name, run in zip(names, runs, strict=True)
-            for note in run.notes
-            if not note.startswith("samples.jsonl")
+            *(f"unreadable: {reason}" for reason in unreadable),
+            *(
+                f"{name}: {note}"
+                for name, run in zip(names, runs, strict=True)
+                for note in run.notes
+                if not note.startswith("samples.jsonl")
+            ),
         ],
     )
 
@@ -105,6 +108,7 @@ def _table_row(folder: Path, run: RecordedRun, name: str, metric: str | None) ->
         "page": page.resolve().relative_to(folder.resolve()).as_posix() if near else None,
         "before": run.before,
         "after": run.after,
+        "validated_at": run.validated_at,
         "gain": None if run.before is None or run.after is None else run.after - run.before,
         "best": max(curve.values()) if curve else None,
         "steps": run.steps,

@@ -184,6 +184,7 @@ def draw_headline(run: RecordedRun) -> Any:
     passes = [name for name in run.held_out if name.startswith("val/pass@") and name not in (run.metric, "val/pass@1")]
     if run.metric and run.before is not None and run.after is not None:
         title = f"Held-out {short_name(run.metric)}: {run.before:.2f} → {run.after:.2f}"
+        title += f" at step {run.validated_at}" if run.validated_at else ""
     else:
         title = "Held-out accuracy and training reward"
     return partial(plots.draw_headline, run.curves, run.metric, passes[-1:], title)

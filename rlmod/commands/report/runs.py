@@ -76,8 +76,16 @@ class RecordedRun:
 
     @property
     def after(self) -> float | None:
-        """Held-out accuracy at the last validation."""
+        """Held-out accuracy at the last validation; ``validated_at`` says if training went on after it."""
         return self._accuracy("after")
+
+    @property
+    def validated_at(self) -> int | None:
+        """Optimizer step of the last validation, if the run went on after it; None if ``after`` is the accuracy after the last step."""
+        if _is_number(_mapping(self.result, "held_out").get("after")) or not self.metric:
+            return None
+        last = max(self.curves[self.metric], default=0)
+        return last if 0 < last < self.steps else None
 
     def _accuracy(self, when: str) -> float | None:
         """Return the accuracy from result.json, or from metrics.csv if the run was killed; None without that validation."""
@@ -118,14 +126,17 @@ class RecordedRun:
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """Read a run folder. Raise ValueError if it has no metrics.csv."""
+    """Read a run folder. Raise ValueError if it has no metrics.csv, or one that cannot be read."""
     if not (folder / "metrics.csv").is_file():
         raise ValueError(
             f"{folder} is not a run folder: it has no metrics.csv. rlmod-train writes run folders, with metrics.csv, "
             "config.yaml, samples.jsonl and result.json; the folder of a Hydra multirun holds several"
         )
     notes: list[str] = []
-    curves = _read_curves(folder / "metrics.csv", notes)
+    try:
+        curves = _read_curves(folder / "metrics.csv", notes)
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{folder / 'metrics.csv'} cannot be read: {error}") from error
     config_text = _read_text(folder / "config.yaml", "the composition is not known", notes)
     samples = _read_samples(folder / "samples.jsonl", notes)
     result = _read_result(folder / "result.json", notes)
@@ -150,7 +161,7 @@ def _read_curves(path: Path, notes: list[str]) -> Curves:
         for row in csv.DictReader(line.replace("\0", "") for line in file):
             step = _parse_number(row.pop("step", None))
             row.pop("epoch", None)
-            if step is None or not math.isfinite(step):
+            if step is None or not 0 <= step < 2**63:
                 unreadable += 1
                 continue
             for name, cell in row.items():
@@ -182,7 +193,7 @@ def _read_samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
         if line.strip():
             try:
                 samples.append(_parse_sample(json.loads(line)))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 broken += 1
     if broken:
         lines = _plural(broken, "line is", "lines are")
@@ -215,7 +226,7 @@ def _parse_sample(record: Mapping[str, Any]) -> Sample:
 def _read_overrides(path: Path) -> tuple[str, ...]:
     try:
         overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return ()  # only a run started on the command line has this file
     return tuple(map(str, overrides)) if isinstance(overrides, list) else ()
 
@@ -235,7 +246,7 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         result = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
         notes.append(f"{path.name} is broken: {consequence}.")
@@ -248,10 +259,13 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
 def _parse_yaml(text: str, notes: list[str]) -> Mapping[str, Any]:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
+        value = text
+    if isinstance(value, dict):
+        return value
+    if text:  # without the file there is a note already
         notes.append("config.yaml is broken: the composition is not known.")
-        return {}
-    return value if isinstance(value, dict) else {}
+    return {}
 
 
 def _parse_number(cell: object) -> float | None:
@@ -266,7 +280,8 @@ def _finite_or_zero(value: object) -> float:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: it fails for an integer of 400 digits.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:

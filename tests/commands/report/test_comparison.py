@@ -1,5 +1,7 @@
 """The page that compares several runs."""
 
+import pytest
+
 from rlmod.commands import report
 from rlmod.commands.report import comparison, pictures, plots, runs
 from tests.commands.report.folders import RESULT, text_of, write_run
@@ -64,3 +66,42 @@ def test_a_legend_holds_any_label():
     groups = {"_target_=$x$": [{1: 0.1, 2: 0.2}], "b": [{1: 0.3}]}
     figure = plots.draw_overlay(groups, is_accuracy=True, points=False, theme=pictures.LIGHT)
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_target_=$x$", "b"]
+
+
+def test_a_run_that_cannot_be_read_is_listed_with_the_reason_beside_the_others(tmp_path, capsys):
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "bad", metrics="step,reward/mean\n1," + "9" * 200_000)
+    report.main([str(tmp_path)])
+    text = text_of((tmp_path / "comparison.html").read_text())
+    assert f"unreadable: {tmp_path / 'bad' / 'metrics.csv'} cannot be read: field larger than field limit" in text
+    assert "good 0.420 0.950" in text
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "bad")])
+    assert "metrics.csv cannot be read: field larger than field limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("config.yaml", "policy: 2020-99-99", "config.yaml is broken"),
+        ("config.yaml", "[" * 2_000, "config.yaml is broken"),
+        ("config.yaml", "policy: " + "9" * 5000, "config.yaml is broken"),
+        ("result.json", "[" * 100_000, "result.json is broken"),
+        ("samples.jsonl", "[" * 100_000, "samples.jsonl: 1 line is broken"),
+    ],
+    ids=["date", "nested config", "digits", "nested result", "nested sample"],
+)
+def test_what_cannot_be_parsed_is_a_note(tmp_path, name, content, note):
+    write_run(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert any(note in line for line in runs.read_run(tmp_path).notes)
+
+
+def test_numbers_that_no_run_writes_still_give_a_page(tmp_path):
+    write_run(tmp_path, metrics="step,reward/mean\n" + "9" * 300 + ",1\n1,0.5\n")
+    (tmp_path / "result.json").write_text('{"completed": true, "steps": ' + "9" * 400 + "}")
+    sample = '{"completion": "a", "step": Infinity, "when": "train", "prompt": "a", "reward": 1}'
+    (tmp_path / "samples.jsonl").write_text(sample + "\n" + sample.replace("Infinity", "1").replace('"a"', '"\\ud800"'))
+    text = text_of(report.write_report(tmp_path).read_text())
+    assert "samples.jsonl: 1 line is broken" in text
+    assert "metrics.csv: 1 cell or row could not be read" in text

@@ -9,7 +9,7 @@ import pytest
 
 from rlmod.commands import report
 from rlmod.commands.report import curves, page, panels, pictures, plots, runs
-from tests.commands.report.folders import RESULT, SAMPLES, page_of, sample, text_of, write_run
+from tests.commands.report.folders import METRICS, RESULT, SAMPLES, page_of, sample, text_of, write_run
 
 
 def test_page_says_what_was_composed_and_what_came_out(tmp_path):
@@ -133,6 +133,15 @@ def test_killed_before_the_second_validation(tmp_path):
 def test_run_that_did_not_complete_says_so(tmp_path):
     text = text_of(page_of(write_run(tmp_path, result=RESULT | {"completed": False})))
     assert "The run did not complete" in text
+
+
+def test_a_run_that_a_signal_stopped_says_at_which_step_its_last_number_was_measured(tmp_path):
+    held_out = {**RESULT["held_out"], "after": None, "last": {"step": 3, "accuracy": 0.95}}
+    stopped = RESULT | {"completed": False, "steps": 5, "held_out": held_out}
+    text = text_of(page_of(write_run(tmp_path, metrics=METRICS + "4,5,0.91,0.4,,,\n", result=stopped)))
+    assert "held-out mean@1 0.42 → 0.95 (+0.53) at step 3 of 5; no validation ran after the last step; on 512" in text
+    text = text_of(page_of(write_run(tmp_path)))
+    assert "no validation ran after" not in text
 
 
 def test_metrics_alone_make_a_page(tmp_path):
