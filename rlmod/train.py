@@ -15,6 +15,7 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod.training.precision import explain_slow_bf16
 
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
+        checkpoints.check_sharded(folder, checkpoint, cfg)
         checkpoints.check_optimizer(checkpoint, cfg)
     if distributed.is_rank_zero():
         checkpoints.rewind(folder, checkpoint)
@@ -258,19 +260,23 @@ def _fit(
 ) -> dict[str, Any]:
     from rlmod.commands.report import write_report
     from rlmod.model.policy import saved_weights, trained_weights
-    from rlmod.strategy._sharding import Sharding, check_readable
+    from rlmod.strategy._sharding import Sharding
     from rlmod.training.callbacks.checkpoints import Checkpoints
     from rlmod.training.checkpoint import check_same_policy
 
-    if checkpoint is not None:
-        check_readable(trainer.strategy, checkpoint)
-        if isinstance(trainer.strategy, Sharding):  # otherwise PyTorch fails while loading if shapes differ
-            saved = saved_weights(checkpoint / "policy")
-            check_same_policy(saved, trained_weights(module.policy, saved))
+    if checkpoint is not None and isinstance(trainer.strategy, Sharding):
+        saved = saved_weights(checkpoint / "policy")  # PyTorch fails while loading if shapes differ
+        check_same_policy(saved, trained_weights(module.policy, saved))
     if checkpoint is None:
         module.history["before"] = _held_out_accuracy(trainer, module, data)
     module.fit_started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint / "trainer.ckpt" if checkpoint else None)
+    state = checkpoint / "trainer.ckpt" if checkpoint else None
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=state, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{state} holds more than tensors and plain values, and is not loaded: it could execute code ({str(error).splitlines()[0]})"
+        ) from error
     training = module.training_seconds()
     interrupted = next((c.interrupted for c in vars(trainer)["callbacks"] if isinstance(c, Checkpoints)), None)
     # A signal ends the run without another validation. If the last one was at an earlier step, "last" says at which.

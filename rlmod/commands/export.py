@@ -9,10 +9,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import OmegaConf
-
+from rlmod.config.environment import read_config, select
 from rlmod.training import checkpoint as checkpoints
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,13 +67,16 @@ def _convert(checkpoint: Path, folder: Path, dtype: str | None) -> None:
     from rlmod.config import cli
     from rlmod.model.policy import HFPolicy, save_policy
 
+    config = checkpoint / "config.yaml"
+    dtype = dtype or select(read_config(config), "policy.dtype")
+    if dtype not in DTYPES:
+        raise ValueError(f"{config}: policy.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; or give --dtype")
     cli.silence_libraries()
     specification = HFPolicy(path=str(checkpoint / "policy"), dtype="float32")
     tokenizer = specification.tokenizer()
     policy: Any = specification.model(tokenizer)
     if specification.is_adapter:
         policy = policy.merge_and_unload()
-    dtype = dtype or cast(str, OmegaConf.load(checkpoint / "config.yaml").policy.dtype)
     save_policy(policy.to(getattr(torch, dtype)), tokenizer, folder)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +34,13 @@ from omegaconf.errors import (
 )
 
 from rlmod import distributed
+from rlmod.config.environment import redact
 from rlmod.jsonl import SURROGATE
 
 log = logging.getLogger(__name__)
+
+USER_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""Exceptions that are answered with a message; others, which are errors in the code, with a traceback."""
 
 
 class Stopped(BaseException):
@@ -137,11 +142,11 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     try:
         with distributed.rank_zero_reports_first():
             command()
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except USER_MISTAKES as error:
         if with_traceback:
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        sys.exit(f"{Path(sys.argv[0]).name}: {explain_error(error)}{notes}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {explain_error(error)}{redact(notes)}")
     except Stopped as stop:
         sys.exit(stop.report())
     except KeyboardInterrupt:
@@ -149,7 +154,11 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 
 def explain_error(error: BaseException) -> str:
-    """Return one paragraph that names the key, its value, and what would be right."""
+    """Return one paragraph that names the key, its value, and what would be right; of an environment variable only the name."""
+    return redact(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -237,7 +246,9 @@ class Results(Callback):
             outcome = {"objective": job_return.return_value, "error": ""}
         except Exception as error:
             outcome = {"objective": "", "error": explain_error(error)}
-            log.error("run %s failed: %s", config.hydra.job.num, outcome["error"], exc_info=error)
+            log.error("run %s failed: %s", config.hydra.job.num, outcome["error"])
+            if not isinstance(error, USER_MISTAKES):
+                log.error("%s", redact("".join(traceback.format_exception(error))))
         file = Path(config.hydra.sweep.dir) / "results.csv"
         row = {"run": config.hydra.job.num, "overrides": config.hydra.job.override_dirname, **outcome}
         new = not file.exists()

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 
@@ -49,17 +47,3 @@ def gradient_norm(strategy: object, policy: nn.Module) -> Tensor:
     if isinstance(strategy, Sharding):
         return strategy.gradient_norm(policy)
     return nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-
-
-def check_readable(strategy: object, checkpoint: Path) -> None:
-    """Raise ValueError for a checkpoint that the strategy cannot read."""
-    state = checkpoint / "trainer.ckpt"
-    name = f"{type(strategy).__module__}.{type(strategy).__name__}"
-    if (
-        state.is_dir()
-        and OmegaConf.select(OmegaConf.load(checkpoint / "config.yaml"), "trainer.strategy._target_") != name
-    ):
-        raise ValueError(
-            f"resume: {state} is sharded (one file per rank), and only the strategy that wrote it can read it: resume with that strategy "
-            f"(trainer.devices=1 is enough), or start a new run from its weights with policy.path={checkpoint / 'policy'}"
-        )

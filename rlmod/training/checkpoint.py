@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlmod import distributed
-from rlmod.config.environment import resolve_without_environment
+from rlmod.config.environment import read_config, resolve_without_environment, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,8 +160,9 @@ def is_from_same_run(folder: Path, checkpoint: Path, cfg: DictConfig) -> bool:
 
 def changed_settings(checkpoint: Path, cfg: DictConfig) -> list[str]:
     """Describe the settings that differ from those in the checkpoint's copy of config.yaml, which no rank is writing now."""
-    before = _comparable_settings(OmegaConf.load(checkpoint / "config.yaml"))
-    return [f"{key} was {old!r}, now {new!r}" for key, old, new in _differences(before, _comparable_settings(cfg))]
+    before = _comparable_settings(read_config(checkpoint / "config.yaml"))
+    now = _comparable_settings(resolve_without_environment(cfg))
+    return [f"{key} was {old!r}, now {new!r}" for key, old, new in _differences(before, now)]
 
 
 def find_own_checkpoint(folder: Path, cfg: DictConfig) -> Path | None:
@@ -171,8 +172,8 @@ def find_own_checkpoint(folder: Path, cfg: DictConfig) -> Path | None:
     """
     if not (folder / "config.yaml").is_file():
         return None
-    before = _comparable_settings(OmegaConf.load(folder / "config.yaml"))
-    if differing := _differences(before, _comparable_settings(cfg)):
+    before = _comparable_settings(read_config(folder / "config.yaml"))
+    if differing := _differences(before, _comparable_settings(resolve_without_environment(cfg))):
         key, old, new = differing[0]
         raise ValueError(
             f"output={folder} holds a run with other settings ({key} was {old!r}, now {new!r}): give another output=FOLDER; or "
@@ -190,7 +191,7 @@ def holds_same_run(folder: Path, cfg: DictConfig) -> bool:
     """Return True if ``folder`` holds a run with exactly these settings."""
     config = folder / "config.yaml"
     return config.is_file() and not _differences(
-        _comparable_settings(OmegaConf.load(config)), _comparable_settings(cfg)
+        _comparable_settings(read_config(config)), _comparable_settings(resolve_without_environment(cfg))
     )
 
 
@@ -255,9 +256,32 @@ def check_iterations(done: int, iterations: int | None) -> None:
         )
 
 
+def check_sharded(folder: Path, checkpoint: Path, cfg: DictConfig) -> None:
+    """ValueError for a sharded checkpoint of another strategy, or of another run unless trust_checkpoint=true.
+
+    PyTorch unpickles its metadata and its optimizer states, and a pickle can execute any code. A trainer.ckpt that is one file is read
+    with ``weights_only=True``, which executes none.
+    """
+    state, weights = checkpoint / "trainer.ckpt", f"a new run from its weights with policy.path={checkpoint / 'policy'}"
+    if not state.is_dir():
+        return
+    written_by = select(read_config(checkpoint / "config.yaml"), "trainer.strategy._target_")
+    if written_by != OmegaConf.select(cfg, "trainer.strategy._target_"):
+        raise ValueError(
+            f"resume: {state} is sharded (one file per rank), and only the strategy that wrote it can read it: resume with that strategy "
+            f"(trainer.devices=1 is enough), or start {weights}"
+        )
+    if own_step(folder, checkpoint) is None and not cfg.trust_checkpoint:
+        raise ValueError(
+            f"resume={cfg.resume}: {state} is sharded, and reading such a checkpoint executes any code that somebody put into it; if you "
+            f"trust who wrote it, add trust_checkpoint=true; or start {weights}"
+        )
+
+
 def check_optimizer(checkpoint: Path, cfg: DictConfig) -> None:
     """ValueError if the checkpoint was written with another optimizer, whose state this one cannot use."""
-    before, now = (OmegaConf.select(c, "optimizer._target_") for c in (OmegaConf.load(checkpoint / "config.yaml"), cfg))
+    before = select(read_config(checkpoint / "config.yaml"), "optimizer._target_")
+    now = OmegaConf.select(cfg, "optimizer._target_")
     if before != now:
         raise ValueError(
             f"optimizer._target_={now}: {checkpoint} holds the state of {before}; resume with that optimizer, or start a new run from the "
@@ -265,13 +289,11 @@ def check_optimizer(checkpoint: Path, cfg: DictConfig) -> None:
         )
 
 
-def _comparable_settings(cfg: Any) -> dict[str, Any]:
+def _comparable_settings(container: dict[str, Any]) -> dict[str, Any]:
     """Return the settings without the output folder, so that a run that was copied or moved counts as the same run."""
-    container = resolve_without_environment(cfg)
-    assert isinstance(container, dict)
     output = tuple(part for part in Path(str(container.get("output"))).parts if part not in (".", ".."))
     writers = {key: _relative_to_output(container[key], output) for key in ("logger", "callbacks") if key in container}
-    kept = {str(key): value for key, value in container.items() if key not in ("resume", "output")}
+    kept = {str(key): value for key, value in container.items() if key not in ("resume", "trust_checkpoint", "output")}
     return kept | writers
 
 

@@ -126,6 +126,15 @@ def test_what_cannot_be_exported_is_said(run, adapted, tmp_path, capsys):
     assert "could not be written" in refused(capsys, run, "/proc/out")
 
 
+def test_a_config_that_somebody_else_wrote_is_not_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-of-somebody")
+    (tmp_path / "config.yaml").write_text("policy: {dtype: '${oc.env:RLMOD_TEST_KEY}'}")
+    with pytest.raises(
+        ValueError, match=r"config\.yaml: policy\.dtype must be one of .*, got '\$\{oc\.env:RLMOD_TEST_KEY\}'"
+    ):
+        vars(export)["_convert"](tmp_path, tmp_path / "out", None)
+
+
 def test_a_disk_that_is_full_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     def full(source: Path, target: Path) -> None:
         target.mkdir()

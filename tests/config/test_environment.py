@@ -3,8 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from rlmod.config.environment import resolve_without_environment
-from tests.command_line import SHORT, answer, run_train
+from rlmod.config import cli
+from rlmod.config.environment import read_config, redact, resolve_without_environment, select
+from tests.command_line import SHORT, answer, refused, run_train
 
 
 def test_everything_is_resolved_but_environment_variables(monkeypatch):
@@ -62,3 +63,29 @@ def test_a_config_that_somebody_else_wrote_prints_no_variable(tmp_path, monkeypa
     message = answer(lambda: run_train(monkeypatch, *SHORT, "data.validation=null", f"output={run}"))
     assert "name was '${oc.env:RLMOD_TEST_KEY}'" in message
     assert "s3cret" not in message
+
+
+def test_a_message_names_the_variable_and_not_its_value(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-of-somebody")
+    monkeypatch.setenv("RLMOD_TEST_SHORT", "12")
+    message = refused(monkeypatch, tmp_path, *SHORT, "optimizer.lr=${oc.env:RLMOD_TEST_KEY}")
+    assert "optimizer.lr must be a number, got '${oc.env:RLMOD_TEST_KEY}'" in message
+    assert OmegaConf.create({"a": "${oc.env:RLMOD_TEST_SHORT}"}).a == "12"
+    assert redact("in 12 of 123") == "in 12 of 123"
+    error = ValueError("the server refused s3cret-of-somebody")
+    assert cli.explain_error(error) == "the server refused ${oc.env:RLMOD_TEST_KEY}"
+
+
+def test_a_config_is_read_without_resolving_or_importing_anything(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-of-somebody")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "optimizer: {_target_: '${oc.env:RLMOD_TEST_KEY}', lr: 1e-6}\nown: {_target_: os.system, command: ls}\n"
+    )
+    config = read_config(file)
+    assert config["optimizer"] == {"_target_": "${oc.env:RLMOD_TEST_KEY}", "lr": 1e-6}
+    assert config["own"] == {"_target_": "os.system", "command": "ls"}
+    assert select(config, "optimizer.lr") == 1e-6
+    assert select(config, "optimizer.lr.x") is None
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read as the config of a run"):
+        read_config(tmp_path / "none.yaml")

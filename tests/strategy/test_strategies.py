@@ -107,7 +107,7 @@ def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(over
 def test_another_number_of_ranks_goes_on_with_the_weights_and_the_next_prompts(before, now, one, tmp_path):
     folder_of_runs(tmp_path)
     ended(started(*SETTINGS, *before, "trainer.max_epochs=2", "output=two_steps", cwd=tmp_path))
-    output = ended(started(*SETTINGS, *now, "resume=two_steps", "output=third", cwd=tmp_path))
+    output = ended(started(*SETTINGS, *now, "resume=two_steps", "trust_checkpoint=true", "output=third", cwd=tmp_path))
     assert output.count("the checkpoint was written by") == 1
     assert_same_steps(tmp_path / "third", one)
 
@@ -151,9 +151,10 @@ def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused_in_a_sent
     folder_of_runs(tmp_path)
     alone = (*STRATEGIES.get(name, ("strategy=single",)), "trainer.devices=1")
     ended(started(*SETTINGS, *alone, "trainer.max_epochs=1", "output=first", cwd=tmp_path))
+    resume = ("resume=first", "trust_checkpoint=true")
     for policy, shape in (("narrower", "[99, 48]"), ("wordy", "[120, 96]")):
         other = ("policy=hf", f"policy.path={other_policies / policy}", "policy.dtype=float32")
-        output = ended(started(*SETTINGS, *alone, *other, "resume=first", f"output={policy}", cwd=tmp_path), status=1)
+        output = ended(started(*SETTINGS, *alone, *other, *resume, f"output={policy}", cwd=tmp_path), status=1)
         assert output.count("resume: the checkpoint belongs to another policy") == 1
         assert f"of shape [99, 96] there and of shape {shape} here" in output
         assert "Traceback" not in output

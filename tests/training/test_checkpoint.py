@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from rlmod import train
 from rlmod.training import checkpoint as checkpoints
 from tests.command_line import SHORT, answer, run_train
 
@@ -167,3 +168,60 @@ def test_what_differs_is_named_and_where_it_is_written_is_no_difference(run, tmp
     assert checkpoints.changed_settings(run / "checkpoints" / "step-000004", now) == [
         "optimizer.lr was 0.001, now 1e-05"
     ]
+
+
+def test_a_sharded_checkpoint_of_another_folder_is_read_only_if_the_user_trusts_it(tmp_path):
+    folder = tmp_path / "theirs" / "checkpoints" / "step-000001"
+    (folder / "trainer.ckpt").mkdir(parents=True)
+    strategy = {"_target_": "rlmod.strategy.fsdp2.FSDP2"}
+    (folder / "config.yaml").write_text("trainer: {strategy: {_target_: rlmod.strategy.fsdp2.FSDP2}}")
+    cfg = OmegaConf.create({"resume": "theirs", "trust_checkpoint": False, "trainer": {"strategy": strategy}})
+    with pytest.raises(
+        ValueError, match=r"executes any code that somebody put into it.*trust_checkpoint=true; or start a new"
+    ):
+        checkpoints.check_sharded(tmp_path / "mine", folder, cfg)
+    checkpoints.check_sharded(tmp_path / "theirs", folder, cfg)  # the run's own
+    cfg.trust_checkpoint = True
+    checkpoints.check_sharded(tmp_path / "mine", folder, cfg)
+    cfg.trainer.strategy = "auto"
+    with pytest.raises(ValueError, match="only the strategy that wrote it can read it"):
+        checkpoints.check_sharded(tmp_path / "mine", folder, cfg)
+    assert "trust_checkpoint" not in vars(checkpoints)["_comparable_settings"]({"trust_checkpoint": True})
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_nothing_in_a_checkpoint_that_is_one_file_is_executed(run, tmp_path, monkeypatch):
+    theirs = run / "checkpoints" / "step-000004"
+    state = torch.load(theirs / "trainer.ckpt", weights_only=True)
+    torch.save({**state, "extra": Bomb(tmp_path / "executed")}, theirs / "trainer.ckpt")
+    (theirs / checkpoints.MANIFEST).unlink()
+    checkpoints.write_manifest(theirs)  # no signature: whoever alters a checkpoint can write it again
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    words = (*QUICK, "trainer.max_epochs=5", f"output={tmp_path / 'b'}", f"resume={theirs}")
+    message = answer(lambda: run_train(monkeypatch, *words))
+    assert f"{theirs / 'trainer.ckpt'} holds more than tensors and plain values" in message
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", ["a: [", "[1, 2]", "\xff"])
+def test_a_config_that_cannot_be_read_is_named(run, monkeypatch, content):
+    (run / "config.yaml").write_bytes(content.encode("latin-1"))
+    message = answer(lambda: run_train(monkeypatch, *command(run)))
+    assert f"{run / 'config.yaml'} cannot be read as the config of a run: " in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"completed": true}', "[" * 100_000])
+def test_a_result_that_cannot_be_read_is_named_and_the_run_goes_on(run, content, caplog):
+    (run / "result.json").write_text(content)
+    cfg = OmegaConf.load(run / "config.yaml")
+    assert vars(train)["_find_finished_result"](run, cfg) is None
+    assert f"{run / 'result.json'} is broken, so the run does not count as complete" in caplog.text
