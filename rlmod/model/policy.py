@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +25,10 @@ SHIPPED = Path(__file__).parent / "policies"
 
 @dataclass(frozen=True, kw_only=True)
 class HFPolicy:
-    """A causal language model of transformers: a folder, a name on the hub, or one of ``tiny`` and ``strong``, which rlmod ships."""
+    """A causal language model of transformers: a folder, a name on the hub, or one of ``tiny`` and ``strong``, which rlmod ships.
+
+    Code that comes with a model is never executed, so a model that needs it is refused.
+    """
 
     path: str
     dtype: str = "float32"
@@ -79,7 +83,7 @@ class HFPolicy:
         from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.location)
+            tokenizer = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
             tokenizer.rlmod_source_class = get_tokenizer_config(self.location).get("tokenizer_class")
         except (OSError, ValueError) as error:
             raise ValueError(self._load_error("tokenizer", error)) from error
@@ -97,7 +101,11 @@ class HFPolicy:
         """Load the model in training mode, with its adapter if there is one. ValueError if it cannot be loaded or saved again."""
         from transformers import AutoModelForCausalLM
 
-        settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        settings = {
+            "dtype": getattr(torch, self.dtype),
+            "attn_implementation": self.attention,
+            "trust_remote_code": False,
+        }
         try:
             if self.is_adapter:
                 from peft import AutoPeftModelForCausalLM
@@ -105,6 +113,9 @@ class HFPolicy:
                 model = AutoPeftModelForCausalLM.from_pretrained(self.location, is_trainable=True, **settings)
             else:
                 model = AutoModelForCausalLM.from_pretrained(self.location, **settings)
+        except UnpicklingError as error:
+            reason = "its .bin file holds more than weights, which could execute code; save it as safetensors"
+            raise ValueError(self._load_error("model", reason)) from error
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._load_error("model", error)) from error
         rows = embedding_rows(model)
@@ -180,7 +191,7 @@ class HFPolicy:
                 from peft import PeftConfig
 
                 location = str(PeftConfig.from_pretrained(location).base_model_name_or_path)
-            return AutoConfig.from_pretrained(location)
+            return AutoConfig.from_pretrained(location, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._load_error("config", error)) from error
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -58,7 +59,8 @@ class Classifier:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, truncation_side="left", padding_side="right")
+            sides = {"truncation_side": "left", "padding_side": "right"}
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, **sides)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"reward.path={self.path}: the tokenizer cannot be loaded ({_first_line(error)})"
@@ -74,11 +76,12 @@ class Classifier:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         try:
-            outputs = AutoConfig.from_pretrained(self.path).num_labels
+            outputs = AutoConfig.from_pretrained(self.path, trust_remote_code=False).num_labels
             if outputs != 1:
                 raise ValueError(f"the head has {outputs} outputs, a reward model has one")
-            model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
-        except (OSError, ValueError) as error:
+            settings = {"dtype": getattr(torch, self.dtype), "trust_remote_code": False}
+            model = AutoModelForSequenceClassification.from_pretrained(self.path, **settings)
+        except (OSError, ValueError, UnpicklingError) as error:
             raise ValueError(
                 f"reward.path={self.path}: the reward model cannot be loaded ({_first_line(error)})"
             ) from error

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,41 @@ def test_padding_on_the_left_moves_no_position():
         policy, build_rollouts(prompt_ids=padded[0], prompt_mask=padded[1], completion_ids=completion)
     )
     torch.testing.assert_close(again, plain)
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_pickled_model_is_read_without_executing_what_it_holds(tmp_path):
+    folder = shutil.copytree(SHIPPED / "tiny", tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
+    policy = HFPolicy(path=str(folder))
+    torch.save({"weight": Bomb(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"policy\.path=.*could execute code; save it as safetensors"):
+        policy.model(policy.tokenizer())
+    assert not (tmp_path / "executed").exists()
+    weights = HFPolicy(path="tiny").model(policy.tokenizer()).state_dict()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert all(
+        torch.equal(value, weights[name]) for name, value in policy.model(policy.tokenizer()).state_dict().items()
+    )
+
+
+def test_code_that_comes_with_a_model_is_neither_executed_nor_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = shutil.copytree(SHIPPED / "tiny", tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nC = M = object\n")
+    policy = HFPolicy(path=str(folder))
+    for load in (policy.shape, lambda: policy.model(HFPolicy(path="tiny").tokenizer())):
+        with pytest.raises(ValueError, match="contains custom code"):
+            load()
+    assert not (tmp_path / "executed").exists()
