@@ -226,6 +226,8 @@ def silence_libraries() -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler logs its table
+    if logging.getLogger().hasHandlers():  # otherwise Lightning's own handler would print every message a second time
+        logging.getLogger("lightning").handlers.clear()
     for harmless in (
         "Experiment logs directory",  # the run's folder already holds the config; nothing is deleted
         "`isinstance(treespec, LeafSpec)` is deprecated",
@@ -242,6 +244,7 @@ class Results(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
+        row = {"run": config.hydra.job.num, "overrides": redact(config.hydra.job.override_dirname)}
         try:
             outcome = {"objective": job_return.return_value, "error": ""}
         except Exception as error:
@@ -250,7 +253,7 @@ class Results(Callback):
             if not isinstance(error, USER_MISTAKES):
                 log.error("%s", redact("".join(traceback.format_exception(error))))
         file = Path(config.hydra.sweep.dir) / "results.csv"
-        row = {"run": config.hydra.job.num, "overrides": config.hydra.job.override_dirname, **outcome}
+        row |= outcome
         new = not file.exists()
         with file.open("a", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(row))

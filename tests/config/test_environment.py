@@ -1,6 +1,8 @@
 """Environment variables, which may be secrets, stay out of files and messages."""
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from rlmod.config import cli
@@ -89,3 +91,15 @@ def test_a_config_is_read_without_resolving_or_importing_anything(tmp_path, monk
     assert select(config, "optimizer.lr.x") is None
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read as the config of a run"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_the_table_of_a_multirun_has_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLMOD_TEST_KEY", "s3cret-of-somebody")
+    job = {"num": 0, "override_dirname": "key=${oc.env:RLMOD_TEST_KEY}"}
+    config = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "job": job, "sweep": {"dir": str(tmp_path)}}})
+    failed = JobReturn(status=JobStatus.FAILED)
+    failed.return_value = ValueError("the server refused s3cret-of-somebody")
+    cli.Results().on_job_end(config, failed)
+    assert (tmp_path / "results.csv").read_text().splitlines()[1] == (
+        "0,key=${oc.env:RLMOD_TEST_KEY},,the server refused ${oc.env:RLMOD_TEST_KEY}"
+    )

@@ -27,13 +27,15 @@ def test_a_callback_may_have_a_dictionary_with_numbers_as_keys(tmp_path):
     assert checkpoints.holds_same_run(tmp_path, cfg)
 
 
-def test_a_profiler_can_print_its_table():
-    before = logging.getLogger("lightning.pytorch").level
+def test_a_profiler_can_print_its_table_once():
+    before, handlers = logging.getLogger("lightning.pytorch").level, list(logging.getLogger("lightning").handlers)
     try:
         cli.silence_libraries()
         assert logging.getLogger("lightning.pytorch.profilers.profiler").isEnabledFor(logging.INFO)
         assert not logging.getLogger("lightning.pytorch.trainer").isEnabledFor(logging.INFO)
+        assert not logging.getLogger("lightning").handlers  # the root logger prints what they would
     finally:
+        logging.getLogger("lightning").handlers[:] = handlers
         logging.getLogger("lightning.pytorch").setLevel(before)
 
 
