@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig

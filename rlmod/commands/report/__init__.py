@@ -12,7 +12,7 @@ from rlmod.commands.report import pictures
 from rlmod.commands.report.comparison import comparison_page, run_folders
 from rlmod.commands.report.html import write_atomically
 from rlmod.commands.report.page import draw_headline, has_headline, run_page
-from rlmod.commands.report.runs import Run, read_run
+from rlmod.commands.report.runs import RecordedRun, read_run
 
 
 def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
@@ -22,7 +22,7 @@ def write_report(run: Path, compare: Sequence[Path] = ()) -> Path:
     """
     if not compare and (run / "metrics.csv").is_file():
         return write_atomically(run / "report.html", run_page(read_run(run)))
-    runs: list[Run] = []
+    runs: list[RecordedRun] = []
     unreadable: list[str] = []
     for folder in (folder for place in (run, *compare) for folder in run_folders(place)):
         try:
