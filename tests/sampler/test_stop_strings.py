@@ -28,7 +28,7 @@ def tiny():
     return specification.model(tokenizer).eval(), tokenizer, prompts
 
 
-@pytest.mark.parametrize("stop", [["="], [";4", "#1"], [":"]])
+@pytest.mark.parametrize("stop", [["="], [";4", "#1"], [":"], [f":{digit}" for digit in "-0123456789"]])
 def test_a_completion_ends_at_the_first_token_that_completes_a_stop_string(tiny, stop):
     policy, tokenizer, prompts = tiny
     rollouts = HF(completions_per_prompt=3, max_new_tokens=40, stop=stop)(policy, prompts, 0)
@@ -39,7 +39,7 @@ def test_a_completion_ends_at_the_first_token_that_completes_a_stop_string(tiny,
         assert not any(text in before for text in stop)
         stopped += (by_stop := any(text in whole for text in stop))
         assert bool(truncated) != (by_stop or row[-1] == tokenizer.eos_token_id)
-    assert (stopped > 0) == (stop != [":"])  # prompts end in a colon, which does not count
+    assert (stopped > 0) == (stop[0][0] != ":")  # prompts end in a colon, which does not count
     with torch.no_grad():
         logprobs = ops.token_logprobs(completion_logits(policy, rollouts), rollouts.completion_ids)
     torch.testing.assert_close(rollouts.logprobs, logprobs * rollouts.mask, atol=1e-4, rtol=0)
