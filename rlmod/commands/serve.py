@@ -44,7 +44,7 @@ def serve(cfg: DictConfig) -> None:
     policy.tokenizer().save_pretrained(folder)
     policy.shape().save_pretrained(folder)
     weights = folder / "weights.json"
-    weights.write_text(json.dumps(_weight_shapes(policy.shape())))
+    weights.write_text(json.dumps(_weight_shapes(policy.shape())), encoding="utf-8")
     settings = {
         "host": host,
         "port": port,

@@ -322,13 +322,13 @@ def _use_older_tokenizer_keys(folder: Path, source_class: str | None) -> None:
     again; without a model beside it, only the general one does.
     """
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     same_choice = source_class == "PreTrainedTokenizerFast" or (folder / "config.json").is_file()
     if config.get("tokenizer_class") == "TokenizersBackend" and source_class is not None and same_choice:
         config["tokenizer_class"] = source_class
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

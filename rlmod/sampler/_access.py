@@ -61,7 +61,7 @@ class ServerAccess:
         if not (key := os.environ.get(KEY_VARIABLE)):
             raise ValueError(f"{KEY_VARIABLE} is not set: start the server with rlmod-serve")
         self.key = _digest(key)
-        self.shapes: dict[str, list[int]] = json.loads(Path(os.environ[WEIGHTS_VARIABLE]).read_text())
+        self.shapes: dict[str, list[int]] = json.loads(Path(os.environ[WEIGHTS_VARIABLE]).read_text(encoding="utf-8"))
         self.lease: Lease | None = None
         self.version: str | None = None
         """Version of the weights that the server holds; None before the first update and during one."""

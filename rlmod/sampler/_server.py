@@ -59,12 +59,12 @@ _KNOWN: dict[str, Known] = {}
 
 def stored_secret(path: Path) -> str:
     """Return the secret in this file, which only its owner may read. Write a new one if there is none."""
-    if not path.is_file() or not path.read_text().strip():
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(secrets.token_urlsafe(32) + "\n")
     path.chmod(0o600)
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class Server:
         """Return the key. FileNotFoundError if ``api_key_file`` does not exist (yet): the server writes it when it starts."""
         if self.api_key_file is None:
             return os.environ.get(KEY_VARIABLE, "")
-        return Path(self.api_key_file).read_text().strip()
+        return Path(self.api_key_file).read_text(encoding="utf-8").strip()
 
     def _explain_key(self) -> str:
         given = f"the environment variable {KEY_VARIABLE}" if self.api_key_file is None else self.api_key_file

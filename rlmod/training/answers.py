@@ -38,7 +38,7 @@ def readable_problems(
         if found is None:
             found = find_unreadable(problems, reward)
             partial = file.with_name(f".partial-{file.name}")
-            partial.write_text(json.dumps({"digest": digest, "unreadable": found}) + "\n")
+            partial.write_text(json.dumps({"digest": digest, "unreadable": found}) + "\n", encoding="utf-8")
             os.replace(partial, file)
     return problems.without_unreadable(found, treatment)
 
@@ -46,7 +46,7 @@ def readable_problems(
 def _read(file: Path, digest: str) -> Mapping[int, str] | None:
     """Return the result of a check with this digest, if the file holds it."""
     try:
-        record: Any = json.loads(file.read_text())
+        record: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return {int(i): why for i, why in record["unreadable"].items()} if record.get("digest") == digest else None

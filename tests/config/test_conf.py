@@ -66,7 +66,7 @@ def test_the_order_of_the_data_is_the_same_everywhere():
     built = [field.name for field in fields(Components)]
     assert [name for name in built if name in WAY] == WAY
     wired = list(inspect.signature(RLModule).parameters)
-    assert [name for name in wired if name in WAY] == [name for name in WAY if name != "aggregation"]
+    assert [name for name in wired if name in WAY] == WAY
     for document in (inspect.getdoc(inspect.getmodule(RLModule)), (ROOT / "README.md").read_text()):
         start = document.index("prompts -> sampler")
         way = document[start : document.index("optimizer", start)]

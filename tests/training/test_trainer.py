@@ -1,4 +1,4 @@
-"""What the command makes of the keys of the Trainer, its callbacks and the packages that are installed."""
+"""The keys of the Trainer and its callbacks, and the packages that are installed, in a run of the command."""
 
 import logging
 from importlib import metadata
