@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-fast test-slow test-vllm test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
+.PHONY: help quickstart test test-fast test-slow test-vllm test-weekly test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, write the report (a few minutes on 2 cores)"
-	@echo "make test         set up, run the tests that are neither slow nor of vLLM (about ten minutes on 2 cores)"
+	@echo "make test         set up, run the tests that are neither slow nor of vLLM (10 to 20 minutes on 2 cores)"
 	@echo "make test-fast    run the tests of formulas, contracts and words (under a minute of CPU)"
 	@echo "make test-slow    run the tests that kill runs or start two processes (some minutes)"
 	@echo "make test-vllm    run the tests that use vLLM, on the CPU, in .venv-vllm"
-	@echo "make test-all     run test, test-slow and test-vllm, one after the other"
+	@echo "make test-weekly  run the long forms of tests that 'make test' runs in a short form"
+	@echo "make test-all     run test, test-slow, test-vllm and test-weekly, one after the other"
 	@echo "make coverage     print the share of lines that make test-fast covers"
 	@echo "make check        check lint, types and layer contracts"
 	@echo "make gpu-rehearsal  run every stage of tools/gpu in a small size, on a CPU"
@@ -36,7 +37,7 @@ quickstart: $(READY)
 
 # One worker per core, one thread per worker: more threads compete for the cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm and not weekly"
 
 # Formulas, contracts and words: the first tests to run after changing a component.
 FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regularizer tests/filter tests/rollout/test_collect.py \
@@ -46,7 +47,10 @@ FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regular
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
-test-all: test test-slow test-vllm
+test-weekly: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "weekly and not vllm"
+
+test-all: test test-slow test-vllm test-weekly
 
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=rlmod --cov-report=term:skip-covered $(FAST)
@@ -55,7 +59,7 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python tools/gpu/rehearse.py
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow and not vllm and not weekly"
 
 test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/sampler

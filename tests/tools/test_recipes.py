@@ -12,10 +12,12 @@ RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "ex
 ON_TINY = ("policy=tiny", "data=arithmetic", "reward=exact_match", "optimizer.lr=1e-5")
 
 
+@pytest.mark.parametrize("iterations", [4, pytest.param(20, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs_its_20_steps(recipe, tmp_path, monkeypatch):
-    run_train(monkeypatch, f"experiment={recipe}", *SHORT, *ON_TINY, "batch.minibatches=1", f"output={tmp_path / 'a'}")
+def test_every_recipe_runs(recipe, iterations, tmp_path, monkeypatch):
+    run_train(monkeypatch, f"experiment={recipe}", *SHORT, *ON_TINY, "batch.minibatches=1",
+              f"trainer.max_epochs={iterations}", f"output={tmp_path / 'a'}")  # fmt: skip
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
-    assert len(rows) == 20
+    assert len(rows) == iterations
     assert all(math.isfinite(float(row["train/loss"])) for row in rows)
-    assert sum(float(row["train/grad_norm"]) > 0 for row in rows) >= 18
+    assert sum(float(row["train/grad_norm"]) > 0 for row in rows) >= 0.9 * iterations - 1
