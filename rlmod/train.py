@@ -305,17 +305,21 @@ def _fit(
                 "a callback or a time limit stopped the run after %d of %s iterations; the same command resumes it if it names output=%s",
                 *(trainer.current_epoch, trainer.max_epochs, folder),
             )
-        partial = folder / ".partial-result.json"
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "result.json")  # other ranks may be reading it
-        page = write_report(folder)
-        _print_summary(result, page)
+        _write_result(folder, result)
+        _print_summary(result, write_report(folder))
     # Only on rank 0: a failing exit of another rank would end rank 0 early.
     if interrupted and trainer.is_global_zero:
         if signal.getsignal(interrupted) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
             signal.raise_signal(interrupted)  # a launcher's handler: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return result
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json atomically, because other ranks may be reading it."""
+    partial = folder / ".partial-result.json"
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "result.json")
 
 
 def _versions() -> dict[str, str]:

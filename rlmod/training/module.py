@@ -121,7 +121,7 @@ class RLModule(L.LightningModule):
         self.loss, self.regularizer = loss, regularizer or {}
         self.optimizer, self.schedule = optimizer, schedule
         self.validation = validation or Validation(sampler=sampler, reward=reward, threshold=threshold)
-        self.batch, self.threshold, self.seed = batch or Batch(), threshold, seed
+        self.batch, self.guard, self.threshold, self.seed = batch or Batch(), guard or Guard(), threshold, seed
         self.validation_metrics = MetricCollection(
             {self.validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in self.validation.pass_at}},
             compute_groups=False,
@@ -134,10 +134,9 @@ class RLModule(L.LightningModule):
         """Result of the last validation, and the optimizer step after which it ran."""
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
-        self.tokens_sampled = 0
+        self.tokens_sampled, self.skipped_in_a_row = 0, 0
         self.sampler_checked = False
         """True once the sampler's log-probabilities have been compared with those of a forward pass."""
-        self.guard, self.skipped_in_a_row = guard or Guard(), 0
         self.step_micro_batches: list[tuple[Rollouts, Float[Tensor, ""]]] = []
         """The micro-batches of this optimizer step, with their losses."""
         self.suspects: list[Rollouts] = []
