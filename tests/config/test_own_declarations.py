@@ -184,7 +184,7 @@ def test_a_filter_that_reads_what_is_computed_later_is_refused():
 
 def test_an_only_reward_that_does_not_tell_correct_from_incorrect_is_told():
     components = Components.from_config(composed(*SHORT, "output=unused"))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="reward=weighted") as told:
         compatibility.check(replace(components, reward=Overlong(max_tokens=40, buffer=10)))
     assert ["Overlong, does not tell correct from incorrect" in str(each.message) for each in told] == [True]
 
