@@ -156,6 +156,11 @@ class RLData(L.LightningDataModule):
         self.random: dict[str, Any] | None = None
         """Random states from a checkpoint, until they are restored before the first rollout batch."""
 
+    def __str__(self) -> str:
+        """Return the numbers of problems. Lightning's own form asks each loader for its data, which would sample a rollout batch."""
+        held_out = 0 if self.held_out is None else len(self.held_out.problems)
+        return f"{type(self).__name__}: {len(self.train.problems)} problems, {held_out} held-out problems"
+
     @property
     def module(self) -> "RLModule":
         assert self.trainer is not None

@@ -190,6 +190,11 @@ def test_another_number_of_ranks_goes_on_behind_the_furthest(ranks):
         assert received == [[order[start + rank + ranks * i] for i in range(2)] for rank in range(ranks)]
 
 
+def test_printing_the_data_samples_nothing():
+    """Lightning's own form iterates over the loaders, and the loader for training samples a rollout batch."""
+    assert str(data()) == "RLData: 6 problems, 6 held-out problems"
+
+
 def test_held_out_problems_come_whole_in_order_over_ranks():
     loader = data().val_dataloader()
     assert isinstance(loader, PromptLoader)
