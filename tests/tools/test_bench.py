@@ -131,7 +131,7 @@ def through_a_policy(work) -> int:
     return sum(seen)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_each_saving_spares_tokens_does_the_same_work_and_is_switched_off(monkeypatch):
     found = list(savings.savings("0.3 M", prompts=4, shrink=8))
     for saving in found:  # the first time, a policy is asked for two tokens more: what its head hands over

@@ -143,10 +143,10 @@ def of_a_step(model: str, prompts: int, longest: int, prompt: int) -> Iterator[S
     numbers = [len(list(pack_by_length(step.rollouts, *limits))) for limits in ((G * prompts, largest), (G,))]
     by_tokens = replace(step.module.batch, micro_batch=G * prompts, micro_batch_tokens=largest)
     cut = f"training; {ragged}, {numbers[0]} packs of at most {largest} tokens against {numbers[1]} of {G} rows"
-    yield Saving("packs by tokens", cut, off(step, step.data, "_batch", by_tokens), step)
+    yield Saving("packs by tokens", cut, off(step, step.module, "batch", by_tokens), step)
     step = Step(half, model, prompt)
     setting = f"training; {ragged}, half of the groups without"
-    yield Saving("rows without signal left out", setting, step, off(step, step.data, "_every_row", True))
+    yield Saving("rows without signal left out", setting, step, off(step, type(step.module), "every_row_trains", True))
 
 
 def compiled(model: str, prompts: int, longest: int, prompt: int) -> Saving:
