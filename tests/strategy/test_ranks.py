@@ -1,7 +1,6 @@
 """Several ranks as one run: killed and resumed bit for bit, stopped together, ended together. Real processes, over gloo."""
 
 import json
-import random
 import signal
 import socket
 import sys
@@ -11,8 +10,8 @@ import pytest
 
 from tests.command_line import SHORT
 from tests.config.composing import ROOT
+from tests.killed import check_killed_equals_whole
 from tests.processes import ended, kill, started, wait_until
-from tests.runs import metrics
 
 PYTHON = sys.executable
 
@@ -31,29 +30,9 @@ OWN_REWARD = (*TWO, "~reward.pattern", "~reward.correct", "~reward.incorrect", "
 
 def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_path):
     """SIGKILL at random moments; the same command goes on. With dropout, so that the random states of each rank matter."""
-    settings = (
-        *TWO, "adapter=lora", "policy.adapter.dropout=0.1", "trainer.max_epochs=20", "callbacks.checkpoints.every=1",
-        "trainer.check_val_every_n_epoch=5",
-    )  # fmt: skip
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    ended(started(*settings, f"output={whole}"))
-    draw = random.Random(1)
-    for step in sorted(draw.sample(range(2, 19), 3)):
-        process = started(*settings, f"output={folder}")
-        try:
-            named = folder / "checkpoints" / f"step-{step:06d}"
-            wait_until(named.exists, process)
-            time.sleep(draw.random() / 2)
-        finally:
-            kill(process)
-    assert "resuming from" in ended(started(*settings, f"output={folder}"))
-    assert metrics(folder) == metrics(whole)
-    for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
-        newest = [run / "checkpoints" / "step-000020" / name for run in (folder, whole)]
-        assert newest[0].read_bytes() == newest[1].read_bytes(), name
-    results = [json.loads((run / "result.json").read_text()) for run in (folder, whole)]
-    for key in ("held_out", "steps", "tokens"):
-        assert results[0][key] == results[1][key]
+    settings = (*TWO, "adapter=lora", "policy.adapter.dropout=0.1")
+    check_killed_equals_whole(tmp_path, settings, iterations=20, kills=3)
+    assert (tmp_path / "killed" / "result.json").is_file()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -3,12 +3,10 @@
 import csv
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlmod.training import checkpoint as checkpoints
 from rlmod.training.module import RLModule
 from tests.command_line import answer, refused, run_train
+from tests.killed import check_killed_equals_whole
 from tests.processes import ended, kill, started, wait_until
 from tests.runs import QUICK, metrics, weights
 
@@ -88,29 +87,11 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path, monkeypatch):
+def test_killed_three_times_and_started_again_equals_uninterrupted(tmp_path):
     """SIGKILL at random moments; the same command goes on. With dropout, so that random states matter."""
-    settings = (
-        "adapter=lora", "policy.adapter.dropout=0.1", "trainer.max_epochs=20", "callbacks.checkpoints.every=1",
-        "batch.minibatches=2", "optimizer.lr=1e-3", "trainer.check_val_every_n_epoch=5",
-    )  # fmt: skip
-    run_train(monkeypatch, *QUICK, *settings, f"output={tmp_path / 'whole'}")
-    folder, draw = tmp_path / "killed", random.Random(0)
-    for steps in sorted(draw.sample(range(2, 38, 2), 3)):
-        process = started(*QUICK, *settings, f"output={folder}")
-        try:
-            wait_until((folder / "checkpoints" / f"step-{steps:06d}").exists, process)
-            time.sleep(draw.random() / 2)
-        finally:
-            kill(process)
-    assert "resuming from" in ended(started(*QUICK, *settings, f"output={folder}"))
-    assert metrics(folder) == metrics(tmp_path / "whole")
-    for name in ("policy/adapter_model.safetensors", "samples.jsonl"):
-        newest = [run / "checkpoints" / "step-000040" / name for run in (folder, tmp_path / "whole")]
-        assert newest[0].read_bytes() == newest[1].read_bytes(), name
-    results = [json.loads((run / "result.json").read_text()) for run in (folder, tmp_path / "whole")]
-    for key in ("held_out", "steps", "tokens"):
-        assert results[0][key] == results[1][key]
+    settings = (*QUICK, "adapter=lora", "policy.adapter.dropout=0.1", "batch.minibatches=2", "optimizer.lr=1e-3")
+    check_killed_equals_whole(tmp_path, settings, iterations=20, kills=3, updates=2)
+    assert (tmp_path / "killed" / "result.json").is_file()
 
 
 def test_a_finished_run_is_not_run_again_and_another_one_is_not_mixed_with_it(run, monkeypatch, capsys, tmp_path):
