@@ -153,6 +153,45 @@ def test_a_checkpoint_whose_size_is_right_and_nothing_else_is_passed_over(run, m
     assert "step-000004 is damaged and is skipped: trainer.ckpt was altered" in caplog.text
 
 
+def flip(file: Path, older: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit flipped": flip,
+    "cut": lambda file, older: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file, older: file.write_bytes(b""),
+    "zeros": lambda file, older: file.write_bytes(bytes(file.stat().st_size)),
+    "missing": lambda file, older: file.unlink(),
+    "longer": lambda file, older: file.write_bytes(file.read_bytes() + b" "),
+    "of the step before": lambda file, older: shutil.copy(older, file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(run, damage, caplog):
+    newest, before = (run / "checkpoints" / f"step-{step:06d}" for step in (4, 3))
+    files = sorted(file.relative_to(newest) for file in newest.rglob("*") if file.is_file())
+    files.remove(Path(checkpoints.MANIFEST))  # the next test's
+    altered = 0
+    for name in files:
+        content = (newest / name).read_bytes()
+        DAMAGE[damage](newest / name, before / name)
+        if (newest / name).exists() and (newest / name).read_bytes() == content:
+            continue  # the tokenizer is that of the step before
+        altered += 1
+        caplog.clear()
+        assert checkpoints.find_newest_checkpoint(run) == before, name
+        assert f"{newest} is damaged and is skipped: " in caplog.text
+        assert str(name) in caplog.text
+        (newest / name).write_bytes(content)
+    assert checkpoints.find_newest_checkpoint(run) == newest
+    assert len(files) == 9
+    assert altered == (4 if damage == "of the step before" else 9)
+
+
 @pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", "3", '{"trainer.ckpt": "x"}'])
 def test_a_manifest_that_is_none_makes_a_checkpoint_broken(run, manifest):
     checkpoint = run / "checkpoints" / "step-000004"
