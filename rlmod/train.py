@@ -1,6 +1,6 @@
 """Training: the command ``rlmod-train`` and ``rlmod.train``.
 
-rlmod-train experiment=gtpo policy.path=Qwen/Qwen2.5-0.5B data=problem_file data.path=problems.jsonl
+rlmod-train experiment=gtpo size=gsm8k policy.path=Qwen/Qwen2.5-0.5B data.path=train.jsonl data.validation_path=test.jsonl
 """
 
 import json

@@ -11,7 +11,7 @@ from rlmod.commands.evaluate import evaluate
 from rlmod.config import cli
 from rlmod.train import train
 
-SHORT = ("debug=short", "data.validation.size=64", "callbacks.completions.every=0")
+SHORT = ("debug=short", "data.train.size=1000", "data.validation.size=64", "callbacks.completions.every=0")
 
 
 def run_train(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:

@@ -147,7 +147,7 @@ def test_the_debug_run_of_each_loss(loss, tmp_path, monkeypatch):
 def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
     command = [
         Path(sys.executable).with_name("rlmod-train"), "-m", *SHORT, "trainer.max_epochs=2",
-        "shaper=uniform,token_entropy", "batch.micro_batch=16,5", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "shaper=uniform,token_entropy", "batch.minibatches=1,5", f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -156,8 +156,8 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
     assert [row["run"] for row in rows] == ["0", "1", "2", "3"]
     for row in rows:
         folder = tmp_path / "sweep" / row["run"]
-        if "micro_batch=5" in row["overrides"]:
-            assert "batch.micro_batch=5 does not divide" in row["error"]
+        if "minibatches=5" in row["overrides"]:
+            assert "batch.minibatches=5 does not divide" in row["error"]
         else:
             held_out = json.loads((folder / "result.json").read_text())["held_out"]
             assert float(row["objective"]) == pytest.approx(held_out["after"])

@@ -29,6 +29,8 @@ class Component:
     formula: str
     sections: dict[str, str]
     recipes: list[str]
+    variants: list[str]
+    """Options that are this one with other numbers."""
 
     @property
     def marks(self) -> str:
@@ -49,12 +51,30 @@ def targets(node: object) -> set[str]:
     return inner | ({str(node["_target_"])} if node.get("_target_") else set())
 
 
+def variants(stage: str, name: str) -> list[str]:
+    """Return the options of the stage that begin from this one, directly or over another variant, with the numbers that they change."""
+    found = []
+    for file in sorted((ROOT / "conf" / stage).glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        if "_target_:" not in text and re.search(rf"^  - {name}(@_here_)?$", text, re.MULTILINE):
+            numbers = text.partition("  - _self_\n")[2].strip().replace("\n", ", ")
+            found += [f"`{file.stem}` ({numbers})", *(f"{each} on top" for each in variants(stage, file.stem))]
+    return found
+
+
 def component(stage: str, name: str, target: str, composed: dict[str, DictConfig]) -> Component:
     doc = inspect.getdoc(get_class(target)) or ""
     parts = re.split(rf"^({'|'.join(SECTIONS)}): ", doc, flags=re.MULTILINE)
     sections = {title: " ".join(text.split()) for title, text in zip(parts[1::2], parts[2::2], strict=True)}
     used = [r for r, cfg in composed.items() if _uses(cfg, stage, target)]
-    return Component(stage=stage, name=name, formula=parts[0].strip(), sections=sections, recipes=used)
+    return Component(
+        stage=stage,
+        name=name,
+        formula=parts[0].strip(),
+        sections=sections,
+        recipes=used,
+        variants=variants(stage, name),
+    )
 
 
 def _uses(cfg: DictConfig, stage: str, target: str) -> bool:
@@ -85,11 +105,47 @@ def recipe_row(name: str, cfg: DictConfig, made: list[Component]) -> str:
     return f"| `{name}` | {title} | {', '.join(parts)} |"
 
 
+TABLE_1 = ("grpo", "dapo", "dapo_forking", "gtpo", "grpo_s")
+
+
+def flat(node: object, key: str = "") -> dict[str, object]:
+    """Return the values of a config by dotted key."""
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in flat(value, f"{key}.{name}".strip(".")).items()}
+
+
+def table_of_differences() -> list[str]:
+    """Return the table of the keys in which the methods of GTPO's Table 1 differ at the paper's size."""
+    with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        composed = [compose("train", overrides=[f"experiment={name}", "size=paper_7b"]) for name in TABLE_1]
+    configs = [flat(OmegaConf.to_container(cfg)) for cfg in composed]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = []
+    for key in keys:
+        values = [str(config.get(key, "")) for config in configs]
+        if key.endswith("_target_"):
+            values = [value.rpartition(".")[2] for value in values]
+        if len(set(values)) > 1 and key != "name":
+            rows.append(f"| `{key}` | " + " | ".join(f"`{v}`" if v else "" for v in values) + " |")
+    return [
+        "## The methods of GTPO's Table 1",
+        "",
+        "All keys in which `rlmod-train --cfg job experiment=RECIPE size=paper_7b` differs between them, beside `name`. An empty cell: the",
+        "component has no such key.",
+        "",
+        "| key | " + " | ".join(f"`{name}`" for name in TABLE_1) + " |",
+        "|---" * (len(TABLE_1) + 1) + "|",
+        *rows,
+    ]
+
+
 def page() -> str:
     composed = recipes()
     made = components(composed)
     lines = [HEAD, "| recipe | what | components |", "|---|---|---|"]
     lines += [recipe_row(name, cfg, made) for name, cfg in composed.items()]
+    lines += ["", *table_of_differences()]
     stage = None
     for part in made:
         if part.stage != stage:
@@ -101,6 +157,8 @@ def page() -> str:
         equation, _, rest = part.formula.partition("\n\n")
         lines += [textwrap.indent(equation, "    "), "", *([rest, ""] if rest else [])]
         lines += [f"- {name}: {text}" for name, text in part.sections.items()]
+        if part.variants:
+            lines.append("- Variants: " + "; ".join(part.variants))
         if part.recipes:
             lines.append("- Recipes: " + ", ".join(f"`{name}`" for name in part.recipes))
     return "\n".join(lines) + "\n"

@@ -40,8 +40,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "mixed_zero_reward": ("experiment=mixed_zero_reward",),
     "mixed_zero_reward, no refill": ("experiment=mixed_zero_reward", NO_REFILL),
     "mixed_zero_reward, no refill, saturating": ("experiment=mixed_zero_reward", NO_REFILL, *SATURATING),
-    "luffy": ("experiment=luffy",),
-    "luffy, no refill": ("experiment=luffy", NO_REFILL),
+    "mixed_luffy": ("experiment=mixed_luffy",),
+    "mixed_luffy, no refill": ("experiment=mixed_luffy", NO_REFILL),
 }
 
 
@@ -89,7 +89,7 @@ def run(arm: str, seed: int, folder: Path, iterations: int) -> Path:
         Path(sys.executable).with_name("rlmod-train"), *ARMS[arm], f"output={target}", f"seed={seed}", "reward=exact_match",
         f"policy.path={folder / 'start'}", *guide, *(f"data.{key}={value}" for key, value in TASK.items()),
         "data.validation.size=256", "sampler.max_new_tokens=64", "batch.prompts=16", "batch.micro_batch=32",
-        "optimizer.lr=1e-4", f"trainer.max_epochs={iterations}", "trainer.check_val_every_n_epoch=1",
+        "batch.minibatches=1", "optimizer.lr=1e-4", f"trainer.max_epochs={iterations}", "trainer.check_val_every_n_epoch=1",
         "trainer.accelerator=cpu", "callbacks.completions.every=0",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

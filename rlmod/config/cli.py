@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -38,6 +39,9 @@ from rlmod.config.environment import redact
 from rlmod.jsonl import SURROGATE
 
 log = logging.getLogger(__name__)
+
+# For sizes that follow from others, as in ${multiply:20,${batch.minibatches}}.
+OmegaConf.register_new_resolver("multiply", lambda *factors: math.prod(factors), replace=True)
 
 USER_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 """Exceptions that are answered with a message; others, which are errors in the code, with a traceback."""

@@ -33,10 +33,11 @@ class Batch:
                 raise ValueError(f"batch.{name} must be at least 1, got {value}")
 
     def micro_batches(self, completions_per_prompt: int, ranks: int = 1, extra_rows: int = 0) -> int:
-        """Return the maximum number of micro-batches of one optimizer step on one rank. ValueError if the sizes do not divide evenly.
+        """Return the maximum number of micro-batches of one optimizer step on one rank.
 
-        ``extra_rows`` is the maximum number of rows that the zero-reward batch may add. With them, and with a token limit, micro-batches
-        may have fewer than ``micro_batch`` rows. With a token limit, each row may need its own micro-batch.
+        ValueError if the prompts do not divide among the ranks, or the completions among the minibatches.
+        ``extra_rows`` is the maximum number of rows that the zero-reward batch may add. The last micro-batch may have fewer than
+        ``micro_batch`` rows. With a token limit, each row may need its own micro-batch.
         """
         if self.prompts % ranks:
             raise ValueError(
@@ -51,14 +52,7 @@ class Batch:
         step = rows // self.minibatches
         if self.micro_batch_tokens is not None:
             return step + math.ceil(extra_rows / self.minibatches)
-        if extra_rows:
-            return math.ceil((step + math.ceil(extra_rows / self.minibatches)) / self.micro_batch)
-        if step % min(self.micro_batch, step):
-            raise ValueError(
-                f"batch.micro_batch={self.micro_batch} does not divide an optimizer step of {step} completions ({rows} completions per "
-                f"rollout batch / batch.minibatches={self.minibatches}): give one of {_divisors(step)}"
-            )
-        return step // min(self.micro_batch, step)
+        return math.ceil((step + math.ceil(extra_rows / self.minibatches)) / self.micro_batch)
 
 
 def check_seed(seed: object, key: str) -> None:
@@ -79,6 +73,8 @@ class Guard:
     """Optimizer steps in a row whose gradient is not finite. Each is skipped on all ranks; after so many the run stops."""
     rank_timeout: float = 1800.0
     """Seconds that a rank waits for another one before the run ends, such as for a reward that hangs there."""
+    large_lr: bool = False
+    """True allows a learning rate above 1e-5 in full fine-tuning of more than 50 M weights."""
 
     def __post_init__(self) -> None:
         if self.max_skipped < 1:

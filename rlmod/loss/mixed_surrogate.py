@@ -35,8 +35,10 @@ class MixedSurrogate:
     granularity: ClassVar[Literal["token", "sequence"]] = "token"
     proportional_to_advantage: ClassVar[bool] = True
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float | None = 0.2
+    """null: no lower bound."""
+    clip_high: float | None = 0.28
+    """null: no upper bound."""
     guide_clip: str | Sequence[float] = "same"
     """``same`` as on on-policy tokens, ``none``, or [low, high]: the ratio is clipped to [1 - low, 1 + high]."""
     guide_shaping: Literal["none", "saturating"] = "none"
@@ -47,19 +49,19 @@ class MixedSurrogate:
             "loss.clip_low, loss.clip_high": (self.clip_low, self.clip_high),
             "loss.guide_clip": self._guide_clip(),
         }
-        for key, given in bounds.items():
-            if given is not None and not (0 <= given[0] <= 1 and given[1] > 0):
+        for key, (low, high) in bounds.items():
+            if not ((low is None or 0 <= low <= 1) and (high is None or high > 0)):
                 raise ValueError(
-                    f"{key}: the lower bound must be at least 0 and at most 1, the upper above 0, got {list(given)}"
+                    f"{key}: the lower bound must be at least 0 and at most 1, the upper above 0, got {[low, high]}"
                 )
         if self.gamma <= 0:
             raise ValueError(f"loss.gamma must be above 0, got {self.gamma}")
 
-    def _guide_clip(self) -> tuple[float, float] | None:
+    def _guide_clip(self) -> tuple[float | None, float | None]:
         if self.guide_clip == "same":
             return self.clip_low, self.clip_high
         if self.guide_clip == "none":
-            return None
+            return None, None
         if isinstance(self.guide_clip, str) or len(self.guide_clip) != 2:
             raise ValueError(f"loss.guide_clip must be same, none or [low, high], got {self.guide_clip!r}")
         return self.guide_clip[0], self.guide_clip[1]
@@ -72,10 +74,8 @@ class MixedSurrogate:
         guided = torch.zeros_like(mask) if rollouts.from_guide is None else rollouts.from_guide[:, None] & mask
         ratio = log_ratio(logprobs, rollouts.logprobs, mask).exp()
         weight = torch.where(guided, ratio / (ratio + self.gamma), ratio) if self.guide_shaping != "none" else ratio
-        clipped = weight.clamp(1 - self.clip_low, 1 + self.clip_high)
-        bounds = self._guide_clip()
-        guide_clipped = weight if bounds is None else weight.clamp(1 - bounds[0], 1 + bounds[1])
-        clipped = torch.where(guided, guide_clipped, clipped)
+        own, guide = _clip(weight, self.clip_low, self.clip_high), _clip(weight, *self._guide_clip())
+        clipped = torch.where(guided, guide, own)
         unclipped_loss, clipped_loss = -weight * rollouts.advantages, -clipped * rollouts.advantages
         is_clipped = (clipped_loss > unclipped_loss).to(ratio.dtype)
         metrics = {
@@ -85,3 +85,7 @@ class MixedSurrogate:
             "guide_clip_fraction": is_clipped.masked_fill(~guided, torch.nan),
         }
         return torch.maximum(unclipped_loss, clipped_loss), metrics
+
+
+def _clip(weight: Float[Tensor, "R T"], low: float | None, high: float | None) -> Float[Tensor, "R T"]:
+    return weight.clamp(0.0 if low is None else 1 - low, None if high is None else 1 + high)

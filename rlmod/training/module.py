@@ -70,7 +70,7 @@ from rlmod.shaper.uniform import Uniform
 from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_full_parameters, gradient_norm
 from rlmod.training.accuracy import MeanAtK, PassAtK
 from rlmod.training.checkpoint import check_iterations, check_same_policy
-from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
+from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer, check_learning_rate
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
 
@@ -426,6 +426,8 @@ class RLModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         weights = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer, schedule = self._build_optimizer(weights)
+        if not self.guard.large_lr:
+            check_learning_rate(optimizer, self.policy)
         return optimizer if schedule is None else ([optimizer], [{"scheduler": schedule, "interval": "step"}])
 
     def _build_optimizer(self, weights: list[nn.Parameter]) -> tuple[Any, Any | None]:

@@ -23,6 +23,22 @@ def build_optimizer(
     return built, schedule(built, **({"num_training_steps": steps} if takes_steps else {}))
 
 
+LARGE_POLICY = 50_000_000
+LARGE_RATE = 1e-5
+
+
+def check_learning_rate(optimizer: Any, policy: nn.Module) -> None:
+    """Raise ValueError for a learning rate that suits a toy, in full fine-tuning of a policy of more than 50 M weights."""
+    weights = list(policy.parameters())
+    number = sum(weight.numel() for weight in weights)
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    if all(weight.requires_grad for weight in weights) and number > LARGE_POLICY and rate > LARGE_RATE:
+        raise ValueError(
+            f"optimizer.lr={rate:g} for full fine-tuning of {number / 1e6:,.0f} M weights: above {LARGE_RATE:g} such a policy forgets what "
+            "it knew; give size=gsm8k or optimizer.lr=1e-6, train an adapter (adapter=lora), or force it with guard.large_lr=true"
+        )
+
+
 def apply_new_hyperparameters(trainer: "L.Trainer", fresh: Any, schedule: Any | None) -> None:
     """Apply the settings of ``fresh`` and ``schedule``, advanced to the Trainer's global step, to the restored optimizer and schedule.
 

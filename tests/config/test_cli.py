@@ -59,8 +59,7 @@ REFUSED = {
     "number for a switch": (["filter=dynamic_sampling", "filter.over=3"], ["filter.over must be one of union, own"]),
     "fraction for a count": (["batch.prompts=1.5"], ["batch.prompts must be a whole number"]),
     "one completion": (["sampler.completions_per_prompt=1"], ["sampler.completions_per_prompt=1", "at least 2"]),
-    "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 completions", "32, 64"]),
-    "minibatches": (["batch.minibatches=3"], ["batch.minibatches=3", "256 completions"]),
+    "minibatches": (["batch.minibatches=33"], ["batch.minibatches=33", "256 completions", "32, 64"]),
     "temperature": (["sampler.temperature=0"], ["sampler.temperature", "above 0", "sampler.greedy"]),
     "top_p": (["sampler.top_p=1.5"], ["sampler.top_p", "at most 1"]),
     "threshold of pass@k": (["validation.pass_at=[4]"], ["validation.pass_at", "between 1 and", "= 1"]),
@@ -171,7 +170,7 @@ def test_help_lists_groups_and_options():
         [Path(sys.executable).with_name("rlmod-train"), "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for line in ("shaper: group_baseline, leave_one_out", "loss: cispo, clipped_surrogate"):
+    for line in ("shaper: group_baseline, grpo_s", "loss: cispo, clip_higher", "size: gsm8k, paper_32b, paper_7b, toy"):
         assert line in done.stdout
     assert "clip_low: 0.2" in done.stdout
     assert "experiment=gtpo" in done.stdout

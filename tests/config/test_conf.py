@@ -34,10 +34,17 @@ OPTIONS = [
 ]
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
 DEBUGS = sorted(file.stem for file in (ROOT / "conf" / "debug").glob("*.yaml"))
-GIVEN = ["policy=tiny", "data=arithmetic"]
+FILES = ("policy.path=folder", "data.path=a.jsonl", "data.validation_path=b.jsonl")
+SIZES = {"toy": (), "gsm8k": FILES, "paper_7b": FILES, "paper_32b": FILES}
 
 
-@pytest.mark.parametrize(("stage", "option"), OPTIONS)
+def is_variant(stage: str, option: str) -> bool:
+    """Return True if the option's YAML is another option of its group with other numbers."""
+    text = (ROOT / "conf" / stage / f"{option}.yaml").read_text(encoding="utf-8")
+    return "_target_:" not in text
+
+
+@pytest.mark.parametrize(("stage", "option"), [each for each in OPTIONS if not is_variant(*each)])
 def test_every_option_is_a_module_with_a_class_of_its_name_and_all_its_fields(stage, option):
     cfg = composed(f"{stage}=[{option}]" if stage in LISTS else f"{stage}={option}")
     node = cfg[stage][option] if stage in LISTS else cfg[stage]
@@ -54,10 +61,23 @@ def test_every_option_is_a_module_with_a_class_of_its_name_and_all_its_fields(st
             assert part in doc, f"{name} lacks {part}"
 
 
+@pytest.mark.parametrize(("stage", "option"), [each for each in OPTIONS if is_variant(*each)])
+def test_a_variant_is_an_option_with_other_numbers_and_no_further_keys(stage, option):
+    text = (ROOT / "conf" / stage / f"{option}.yaml").read_text(encoding="utf-8")
+    (base,) = set(re.findall(r"^  - (\w+)", text, re.MULTILINE)) - {"_self_"}
+    before, after = (
+        composed(f"{stage}=[{name}]" if stage in LISTS else f"{stage}={name}")[stage] for name in (base, option)
+    )
+    if stage in LISTS:
+        (before,), (after,) = before.values(), after.values()
+    assert set(before) == set(after)
+    assert before != after
+
+
 @pytest.mark.parametrize("stage", WAY)
 def test_every_module_has_an_option(stage):
     modules = {file.stem for file in (ROOT / "rlmod" / stage).glob("[!_]*.py")}
-    assert modules == {option for group, option in OPTIONS if group == stage}
+    assert modules == {option for group, option in OPTIONS if group == stage and not is_variant(group, option)}
 
 
 def test_the_order_of_the_data_is_the_same_everywhere():
@@ -75,12 +95,8 @@ def test_the_order_of_the_data_is_the_same_everywhere():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_builds_and_says_what_to_expect(recipe):
-    text = (ROOT / "conf" / "experiment" / f"{recipe}.yaml").read_text()
-    cfg = composed(f"experiment={recipe}", *GIVEN)
-    if "override /policy: hf" not in text and "  - gtpo" not in text and "  - grpo_s" not in text:
-        cfg = composed(f"experiment={recipe}")
-    if recipe == "gsm8k":
-        cfg = composed(f"experiment={recipe}", "policy=tiny", "data.path=a.jsonl", "data.validation_path=b.jsonl")
+    text = (ROOT / "conf" / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    cfg = composed(f"experiment={recipe}", *(SIZES["gsm8k"] if recipe == "gsm8k" else ()))
     cfg.output = "unused"
     assert isinstance(Components.from_config(cfg), Components)
     assert cfg.name == recipe

@@ -29,6 +29,15 @@ def test_each_sort_of_row_has_its_own_bounds():
     assert gradient(MixedSurrogate(guide_clip=(0.6, 0.2)), -1.0) == [[1.5, 0], [1.5, 0.5]]
 
 
+def test_without_bounds_nothing_is_clipped():
+    """LUFFY's script: the gradient of the policy's own tokens is -w A, wherever the ratio is."""
+    for bounds in ({"clip_low": None, "clip_high": None}, {"clip_low": None, "clip_high": None, "guide_clip": "none"}):
+        assert gradient(MixedSurrogate(**bounds), 1.0) == [[-1.5, -0.5], [-1.5, -0.5]]
+        assert gradient(MixedSurrogate(**bounds), -1.0) == [[1.5, 0.5], [1.5, 0.5]]
+    assert gradient(MixedSurrogate(clip_low=None), -1.0) == [[1.5, 0.5], [1.5, 0.5]]
+    assert gradient(MixedSurrogate(clip_low=None), 1.0) == [[0, -0.5], [0, -0.5]]
+
+
 def test_saturating_shaping_by_hand():
     # f(w) = w / (w + 0.1); f' w = 0.1 w / (w + 0.1)^2: at w = 0.1 it is 1/4, at w = 0.9 it is 0.09.
     ratios = [[0.1, 0.9], [0.1, 0.9]]

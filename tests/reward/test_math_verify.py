@@ -229,7 +229,7 @@ def write_problems(folder: Path, *answers: str) -> list[str]:
 
 def test_unreadable_answers_end_a_run_that_names_them(tmp_path, monkeypatch):
     words = write_problems(tmp_path, "1", "3", r"\frac{", "$$", r"\frac{", r"\frac{", "2")
-    message = refused(monkeypatch, tmp_path, *SHORT[::2], *words, "reward=weighted")
+    message = refused(monkeypatch, tmp_path, *SHORT[::2], *words, "reward=weighted", "reward@verifier=math_verify")
     assert "4 of 7 answers cannot be read by the reward" in message
     assert f"{tmp_path}/problems.jsonl:3: '\\\\frac{{'" in message
     assert "data.unreadable_answer=drop" in message
@@ -239,11 +239,13 @@ def test_unreadable_answers_are_dropped_counted_and_said_once(tmp_path, monkeypa
     words = write_problems(tmp_path, "1", r"\frac{", "$$", "2")
     out = tmp_path / "out"
     given = ("policy=tiny", f"output={out}", "data.unreadable_answer=drop", "sampler.max_new_tokens=32")
-    run_eval(monkeypatch, *given, *words, "reward=weighted")
+    run_eval(monkeypatch, *given, *words, "reward=weighted", "reward@verifier=math_verify")
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["problems"], summary["dropped_problems"]) == (2, 2)
     assert capsys.readouterr().out.count("2 of 4 answers cannot be read by the reward") == 1
-    message = refused_eval(monkeypatch, *given, *words, "reward=weighted", "data.unreadable_answer=skip")
+    message = refused_eval(
+        monkeypatch, *given, *words, "reward=weighted", "reward@verifier=math_verify", "data.unreadable_answer=skip"
+    )
     assert "data.unreadable_answer must be one of error, drop" in message
 
 

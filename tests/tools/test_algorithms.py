@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+from tests.config.test_conf import is_variant
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,5 +26,15 @@ def test_every_recipe_and_every_component_is_in_it():
         assert f"| `{file.stem}` |" in text
     for stage in index().STAGES:
         for file in (ROOT / "conf" / stage).glob("*.yaml"):
-            if file.stem != "none":
+            if file.stem == "none":
+                continue
+            if is_variant(stage, file.stem):
+                assert re.search(rf"^- Variants: .*`{file.stem}` \(", text, re.MULTILINE), (stage, file.stem)
+            else:
                 assert re.search(rf"^### `{stage}=\[?{file.stem}\]?`", text, re.MULTILINE), (stage, file.stem)
+
+
+def test_the_methods_of_table_1_differ_only_in_what_the_papers_change():
+    table = index().table_of_differences()
+    changed = {line.split("`")[1].split(".")[0] for line in table if line.startswith("| `")}
+    assert changed == {"reward", "filter", "shaper", "correction", "aggregation", "loss"}

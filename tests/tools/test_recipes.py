@@ -9,13 +9,13 @@ from tests.command_line import SHORT, run_train
 from tests.runs import metrics
 
 RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
-ON_TINY = ("policy=tiny", "data=arithmetic", "reward=exact_match", "optimizer.lr=1e-5")
+TOY = ("size=toy", "optimizer.lr=1e-5")
 
 
 @pytest.mark.parametrize("iterations", [4, pytest.param(20, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs(recipe, iterations, tmp_path, monkeypatch):
-    run_train(monkeypatch, f"experiment={recipe}", *SHORT, *ON_TINY, "batch.minibatches=1",
+    run_train(monkeypatch, f"experiment={recipe}", *SHORT, *TOY, "batch.minibatches=1",
               f"trainer.max_epochs={iterations}", f"output={tmp_path / 'a'}")  # fmt: skip
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(rows) == iterations

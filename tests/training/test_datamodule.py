@@ -19,7 +19,6 @@ from tests.rollouts import ragged
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (Batch(prompts=4, micro_batch=5), "batch.micro_batch=5 does not divide an optimizer step of 16 completions"),
         (Batch(prompts=4, minibatches=3), "batch.minibatches=3 does not divide the 16 completions"),
         (Batch(prompts=3), "batch.prompts=3 cannot be divided among 2 ranks"),
     ],
@@ -40,6 +39,7 @@ def test_micro_batches_by_hand():
     assert Batch(prompts=8, minibatches=2, micro_batch=8).micro_batches(4) == 2
     assert Batch(prompts=8, minibatches=2, micro_batch=8).micro_batches(4, ranks=2) == 1
     assert Batch(prompts=2, micro_batch=64).micro_batches(4) == 1
+    assert Batch(prompts=4, micro_batch=5).micro_batches(4) == 4  # of 5, 5, 5 and 1
 
 
 def shaped(rows: Rollouts) -> Rollouts:
@@ -220,7 +220,9 @@ def test_the_ranks_that_the_config_names_are_reckoned_with_before_anything_is_lo
     monkeypatch.setattr(HFPolicy, "tokenizer", lambda *_: pytest.fail("something was loaded"))
     message = refused(monkeypatch, tmp_path, *SHORT, *two, "batch.prompts=7")
     assert "batch.prompts=7 cannot be divided among 2 ranks" in message
-    # 8 prompts x 4 completions: 16 rows on each of two ranks, which is less than a micro-batch; 32 on one.
+    # 8 prompts x 4 completions: 32 rows on one rank, in which 32 minibatches have one row each; 16 on each of two.
     with pytest.raises(pytest.fail.Exception, match="something was loaded"):
-        refused(monkeypatch, tmp_path, *SHORT, *two, "batch.micro_batch=24")
-    assert "batch.micro_batch=24 does not divide" in refused(monkeypatch, tmp_path, *SHORT, "batch.micro_batch=24")
+        refused(monkeypatch, tmp_path, *SHORT, "batch.minibatches=32")
+    assert "batch.minibatches=32 does not divide" in refused(
+        monkeypatch, tmp_path / "two", *SHORT, *two, "batch.minibatches=32"
+    )

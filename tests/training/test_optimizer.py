@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer
+from rlmod.config.sizes import Guard
+from rlmod.training import optimizer as optimizers
+from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer, check_learning_rate
 from tests.command_line import refused, run_train
 from tests.runs import QUICK, weights
+from tests.training.modules import module
 
 
 def state(run: Path, step: int) -> tuple[dict, list[dict]]:
@@ -83,3 +87,40 @@ def test_another_optimizer_is_refused_before_weights_are_loaded(run, tmp_path, m
 def test_fewer_collections_than_there_are_is_a_sentence(run, tmp_path, monkeypatch):
     message = refused(monkeypatch, tmp_path, *QUICK, "trainer.max_epochs=2", f"resume={run}")
     assert "trainer.max_epochs=2: the checkpoint to resume from comes after 4 iterations" in message
+
+
+class Sized(nn.Module):
+    """A policy of ``number`` weights that take no memory."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(number, 1, bias=False, device="meta")
+
+
+def test_the_learning_rate_of_a_toy_is_refused_for_a_large_policy():
+    small, large, adapted = Sized(50_000_000), Sized(50_000_001), Sized(60_000_000)
+    adapted.inner.weight.requires_grad_(False)
+    adapted.adapter = nn.Linear(2, 2)
+    for policy, rate in ((small, 1e-4), (large, 1e-5), (adapted, 1e-4)):
+        check_learning_rate(torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=rate), policy)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.1e-5)
+    with pytest.raises(
+        ValueError, match=r"optimizer\.lr=1\.1e-05 for full fine-tuning of 50 M weights.*guard\.large_lr=true"
+    ):
+        check_learning_rate(optimizer, large)
+    get_cosine_schedule_with_warmup(optimizer, 10, 100)  # warm-up begins at 0
+    with pytest.raises(ValueError, match=r"optimizer\.lr=1\.1e-05"):
+        check_learning_rate(optimizer, large)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_module_asks_before_it_trains(forced, monkeypatch):
+    monkeypatch.setattr(optimizers, "LARGE_POLICY", 1000)
+    made = module(guard=Guard(large_lr=forced))
+    made.optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    made.trainer = SimpleNamespace(estimated_stepping_batches=4)
+    if forced:
+        assert made.configure_optimizers().param_groups[0]["lr"] == 1e-3
+    else:
+        with pytest.raises(ValueError, match=r"guard\.large_lr"):
+            made.configure_optimizers()

@@ -351,7 +351,7 @@ def real(name: str, *overrides: str, seconds: float, several: bool = False) -> N
         sys.executable, "-m", "rlmod.train", *(["-m"] if several else []), "policy=hf", f"policy.path={REAL}",
         "data=problem_file", f"data.path={data}/sums_train.jsonl", f"data.validation_path={data}/sums_test.jsonl",
         "reward=exact_match", "reward.pattern='^\\s*(\\d+)'", "sampler.completions_per_prompt=8", "sampler.max_new_tokens=4",
-        "optimizer.lr=2e-5", "loss.clip_low=0.2", "loss.clip_high=0.28", "filter=dynamic_sampling",
+        "optimizer.lr=2e-5", "guard.large_lr=true", "loss.clip_low=0.2", "loss.clip_high=0.28", "filter=dynamic_sampling",
         "filter.max_generation_batches=3", f"trainer.accelerator={where}", "trainer.check_val_every_n_epoch=5",
         "validation.sampler.completions_per_prompt=4", "validation.prompts_per_batch=167", "callbacks.completions.recorded=128",
         "callbacks.progress_bar.lines=20", f"hydra.sweep.dir={folder}" if several else f"output={folder}",

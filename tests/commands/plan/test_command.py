@@ -12,7 +12,14 @@ from rlmod.commands.plan.run import Adapter
 from tests.command_line import answer, run_command
 from tests.config.composing import ROOT, composed
 
-PAPER = ("experiment=gtpo", "policy.path=Qwen/Qwen2.5-7B", "strategy=fsdp2", "trainer.devices=64")
+FILES = ("data.path=train.jsonl", "data.validation_path=test.jsonl")
+PLAIN = (
+    "experiment=gtpo", "size=paper_7b", "sampler=hf", "batch.minibatches=1", "policy.gradient_checkpointing=false",
+    "validation.prompts_per_batch=8", "trainer.num_nodes=1", *FILES,
+)  # fmt: skip
+"""The paper's size without what makes it fit."""
+PAPER = (*PLAIN, "policy.path=Qwen/Qwen2.5-7B", "strategy=fsdp2", "trainer.devices=64")
+SINGLE = (*PLAIN, "strategy=single", "trainer.devices=1")
 
 
 def planned(*overrides):
@@ -41,13 +48,13 @@ def test_the_paper_s_setting_on_64_gpus(monkeypatch, capsys, tmp_path):
 
 
 def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
-    command(monkeypatch, "experiment=gsm8k", "policy.path=Qwen/Qwen2.5-7B", "policy.dtype=float32")
+    command(monkeypatch, "experiment=gsm8k", *FILES, "policy.path=Qwen/Qwen2.5-7B", "policy.dtype=float32")
     printed = capsys.readouterr().out
     assert "does not fit: " in printed
     assert "more ranks, an adapter, or a smaller policy" in printed  # 16 bytes per weight are 114 GiB on one rank
-    command(monkeypatch, "experiment=gtpo", "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null")
+    command(monkeypatch, *SINGLE, "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null")
     advised = capsys.readouterr().out.split("the cheapest change that makes it fit: ")[1].splitlines()[0]
-    command(monkeypatch, "experiment=gtpo", "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null", *advised.split())
+    command(monkeypatch, *SINGLE, "policy.path=Qwen/Qwen2.5-0.5B", "data.validation=null", *advised.split())
     assert "\nfits: " in capsys.readouterr().out
 
 
@@ -102,7 +109,7 @@ def test_an_adapter_that_a_run_saved_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "r": 4, "target_modules": ["q_proj"]})
     )
-    run = planned("experiment=gtpo", f"policy.path={tmp_path}")
+    run = planned(*SINGLE, f"policy.path={tmp_path}")
     assert run.shape.hidden == 896
     assert run.adapter == Adapter(rank=4, targets=("q_proj",))
 
@@ -141,7 +148,7 @@ REFUSED = {
     "no devices": (["trainer.devices=0"], ["trainer.devices must be a whole number", "0"]),
     "nodes": (["trainer.num_nodes=1.5"], ["trainer.num_nodes must be a whole number", "1.5"]),
     "ranks": (["trainer.devices=5"], ["batch.prompts=32 cannot be divided among 5 ranks"]),
-    "micro-batch": (["batch.micro_batch=33"], ["batch.micro_batch=33", "256 completions", "32, 64"]),
+    "minibatches": (["batch.minibatches=33"], ["batch.minibatches=33", "256 completions", "32, 64"]),
     "strategy": (["trainer.strategy=deepspeed"], ["trainer.strategy=deepspeed", "ddp, fsdp and fsdp2"]),
     "precision": (["trainer.precision=8-bit"], ["trainer.precision=8-bit", "bf16-mixed"]),
     "machine": (["hardware=abacus"], ["hardware/abacus", "h100"]),
