@@ -10,24 +10,10 @@ from rlmod.aggregation.token_mean import TokenMean
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import Rollouts, build_rollouts
+from tests.agreed import agreed, value_and_norm
 from tests.rollouts import measured, rows_with
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-
-
-def agreed() -> tuple[torch.Tensor, Rollouts]:
-    """Inputs drawn in a fixed order, on which TRL, verl, AReaL, NeMo-RL and slime were compared."""
-    g = torch.Generator().manual_seed(1234)
-    b, t = 8, 12
-    lens = torch.tensor([12, 7, 3, 12, 9, 1, 5, 12])
-    mask = torch.arange(t) < lens[:, None]
-    lp = -torch.rand(b, t, generator=g) * 3
-    old = lp + 0.35 * torch.randn(b, t, generator=g)
-    lp, old = (x.clamp(max=-1e-4).double() for x in (lp, old))
-    rewards = torch.tensor([1, 0, 0, 1, 0.5, 0.25, 1, 0]).double()
-    rows = build_rollouts(mask=mask, group=torch.arange(2).repeat_interleave(4), rewards=rewards, logprobs=old)
-    return lp.requires_grad_(), replace(rows, advantages=Uniform()(rows))
 
 
 @pytest.mark.parametrize(
@@ -41,14 +27,8 @@ def agreed() -> tuple[torch.Tensor, Rollouts]:
 )
 def test_the_numbers_that_others_agree_on(loss, aggregation, value, norm):
     lp, rows = agreed()
-    lengths = rows.mask.sum(1, keepdim=True).double()
-    # In float64: the aggregations' float32 would cost the eighth digit.
-    weights = rows.mask / (lengths.sum() if isinstance(aggregation, TokenMean) else len(rows) * lengths)
-    torch.testing.assert_close(weights.float(), aggregation(rows))
-    total = (loss(lp, rows)[0] * weights).sum()
-    total.backward()
-    assert total.item() == pytest.approx(value, abs=1e-8)
-    assert lp.grad.norm().item() == pytest.approx(norm, abs=1e-8)
+    rows = replace(rows, advantages=Uniform()(rows))
+    assert value_and_norm(loss, lp, rows, aggregation) == pytest.approx((value, norm), abs=1e-8)
 
 
 def test_clipped_surrogate_by_hand():
