@@ -18,6 +18,7 @@ from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.mixed_surrogate import MixedSurrogate
+from rlmod.loss.sapo import Sapo
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.model.logprobs import completion_logits
 from rlmod.shaper.group_baseline import GroupBaseline
@@ -33,6 +34,7 @@ LOSSES = [
     Cispo(),
     SequenceSurrogate(),
     SequenceSurrogate(ratio="geometric"),
+    Sapo(),
 ]
 WEIGHTINGS = [TokenMean(), RolloutMean(), Constant(length=9)]
 
