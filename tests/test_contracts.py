@@ -28,6 +28,7 @@ READ_IF = {
     "dynamic_sampling": {"from_guide": {"over": "own"}},
     "uniform": {"from_guide": {"pool": "own"}},
     "kl": {"logprobs": {"importance": True}},
+    "dppo": {"logprobs": {"anchor": "pi_old"}},
 }
 """Fields that a component reads only with these settings."""
 

@@ -81,6 +81,7 @@ def check(algorithm: Algorithm, ranks: int = 1) -> None:
             "mean of its tokens' advantages would count; use loss=clipped_surrogate, shaper=sequence_entropy, or "
             "correction.truncated_importance.level=sequence"
         )
+    _check_corrected_once(algorithm)
     extra = algorithm.zero_reward.max_rows(algorithm.batch.prompts // ranks, ranks, g)
     algorithm.batch.micro_batches(g, ranks, extra)
     _check_filter(algorithm.filter)
@@ -125,6 +126,23 @@ def _stages(algorithm: Algorithm) -> dict[str, object]:
     stages: dict[str, object] = {name: getattr(algorithm, name) for name in names}
     stages |= {f"correction.{name}": component for name, component in algorithm.correction.items()}
     return stages | {f"regularizer.{name}": component for name, component in algorithm.regularizer.items()}
+
+
+def _check_corrected_once(algorithm: Algorithm) -> None:
+    """Raise ValueError if the loss and a correction both compare with the sampler's probabilities, as their ``reads`` say."""
+    loss = algorithm.loss
+    readers = [
+        (key, component)
+        for key, component in (("loss", loss), *algorithm.correction.items())
+        # A component without `reads` counts as reading everything, which says nothing here.
+        if "reads" in dir(unwrap(component)) and "sampler_logprobs" in declared(component, "reads")
+    ]
+    if len(readers) > 1 and readers[0][0] == "loss":
+        hint = ", or set loss.anchor=pi_old" if hasattr(unwrap(loss), "anchor") else ""
+        raise ValueError(
+            f"loss {component_name(loss)} with correction.{readers[1][0]}: both read sampler_logprobs, so the difference between the "
+            f"sampler and the trainer would be corrected twice; remove the correction{hint}"
+        )
 
 
 AFTER_FILTER = frozenset({"logprobs", "entropy", "reference_logprobs", "advantages", "weights", "policy_entropy"})

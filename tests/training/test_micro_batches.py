@@ -17,6 +17,7 @@ from rlmod.config.sizes import Batch
 from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.loss.dppo import Dppo
 from rlmod.loss.mixed_surrogate import MixedSurrogate
 from rlmod.loss.sapo import Sapo
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
@@ -35,6 +36,7 @@ LOSSES = [
     SequenceSurrogate(),
     SequenceSurrogate(ratio="geometric"),
     Sapo(),
+    Dppo(),
 ]
 WEIGHTINGS = [TokenMean(), RolloutMean(), Constant(length=9)]
 
