@@ -18,6 +18,7 @@ from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.dppo import Dppo
+from rlmod.loss.gmpo import Gmpo
 from rlmod.loss.mixed_surrogate import MixedSurrogate
 from rlmod.loss.sapo import Sapo
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
@@ -37,6 +38,7 @@ LOSSES = [
     SequenceSurrogate(ratio="geometric"),
     Sapo(),
     Dppo(),
+    Gmpo(),
 ]
 WEIGHTINGS = [TokenMean(), RolloutMean(), Constant(length=9)]
 
