@@ -18,6 +18,7 @@ from rlmod.correction.forking_tokens import ForkingTokens
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.loss.dppo import Dppo
+from rlmod.loss.fipo import Fipo
 from rlmod.loss.gmpo import Gmpo
 from rlmod.loss.mixed_surrogate import MixedSurrogate
 from rlmod.loss.sapo import Sapo
@@ -39,6 +40,7 @@ LOSSES = [
     Sapo(),
     Dppo(),
     Gmpo(),
+    Fipo(),
 ]
 WEIGHTINGS = [TokenMean(), RolloutMean(), Constant(length=9)]
 
