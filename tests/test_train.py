@@ -136,7 +136,10 @@ def test_a_reward_that_fails_is_named_and_never_a_silent_zero(body, expected, tm
     assert all(part in message for part in expected), message
 
 
-@pytest.mark.parametrize("loss", ["clipped_surrogate", "sequence_surrogate", "cispo", "mixed_surrogate"])
+@pytest.mark.parametrize(
+    "loss",
+    ["clipped_surrogate", "sequence_surrogate", "cispo", "mixed_surrogate", "sapo", "dppo", "gmpo", "fipo"],
+)
 def test_the_debug_run_of_each_loss(loss, tmp_path, monkeypatch):
     run_train(monkeypatch, f"debug={loss}", "data.validation.size=64", f"output={tmp_path / 'a'}")
     rows = [row for row in metrics(tmp_path / "a") if row["reward/mean"]]
