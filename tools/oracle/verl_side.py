@@ -62,7 +62,7 @@ LOSSES = {
 
 def loss_of(name: str, case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     mask = case["mask"].clone()
-    if "masked out" in name:
+    if "masked row" in name:
         mask[0] = False
     logprobs = case["logprobs"].clone().requires_grad_()
     value = LOSSES[name](case, logprobs, mask)
