@@ -25,7 +25,7 @@ class Gmpo:
     SequenceSurrogate is clipped as a whole instead. With aggregation=rollout_mean the step's loss is the mean over completions.
 
     Source: GMPO, arXiv:2507.20673; both bounds are 0.4 there.
-    Differs: [D] the two bounds may differ. [D] Log-ratios are clamped to [-20, 20] nats, as in verl.
+    Differs: [D] the two bounds may differ. [D] Log-ratios are clamped to [-20, 20] nats; verl and TRL do not clamp them here.
     Degenerate: completions of one token give ClippedSurrogate with the bounds e^-clip_low and e^clip_high. Bounds that are never reached
     give the geometric SequenceSurrogate. On-policy the value is -A. A = 0, or a fully masked completion, gives no gradient.
     Reads: logprobs, advantages (constant over a completion), mask.

@@ -24,8 +24,8 @@ class Sapo:
     raises the probability of all other tokens.
 
     Source: SAPO, arXiv:2511.20347, eq. 5; with aggregation=rollout_mean.
-    Differs: [D] log-ratios are clamped to [-20, 20] nats, as in verl. verl always takes the mean over completions; here the
-    aggregation is a stage of its own.
+    Differs: [D] log-ratios are clamped to [-20, 20] nats, as in verl. verl and TRL always take the mean over completions;
+    here the aggregation is a stage of its own.
     Degenerate: on-policy the gradient is that of REINFORCE and of the clipped surrogate, -A grad log pi. The value there is -2 A / tau,
     and has no meaning. tau -> 0 gives the gradient of the unclipped surrogate, -w A.
     Reads: logprobs, advantages, mask.
