@@ -21,6 +21,9 @@ from rlmod.correction.truncated_importance import TruncatedImportance
 from rlmod.interfaces import Aggregation, Correction, Loss, Regularizer, Shaper
 from rlmod.loss.cispo import Cispo
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.loss.dppo import Dppo
+from rlmod.loss.gmpo import Gmpo
+from rlmod.loss.sapo import Sapo
 from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.model.policy import SHIPPED
 from rlmod.regularizer.entropy_bonus import EntropyBonus
@@ -53,12 +56,14 @@ NOT_COMPARED = """
 | a fully masked row in the rollout mean | counts | does not | does not |
 | dual clip (a bound on the loss at negative advantages) | off | on, at 3 | none; compared with verl's bound set out of reach |
 | CISPO's bounds | only above, as the bound itself | both, as 1 - low and 1 + high | `clip_low: null` gives TRL's, a number verl's |
+| SAPO's aggregation | always the rollout mean | always the rollout mean | `aggregation`; compared under `rollout_mean` |
+| DPPO's bound and cap | (no such loss) | 0.2 of either kind; 3 | 0.15 (tv) or 0.05 (kl), 20; compared at these, cap 1.5 |
 | gradient of the KL penalty k3 | k3's | k3's; `k3+` follows k2 | k2's by default (`regularizer.kl.gradient`) |
 | KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `regularizer.kl.importance`: without it |
 | entropy bonus | always a mean over tokens | the loss's aggregation | the loss's weights: TRL's under token_mean |
 | forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the rollout batch |
 | log-ratios beyond +-20 | kept | clamped | clamped |
-| GTPO, GRPO-S, GROP, the guide, the zero-reward batch | none | none | implemented; no counterpart to compare with |
+| GTPO, GRPO-S, GROP, FIPO, the guide, the zero-reward batch | none | none | implemented; no counterpart to compare with |
 """
 
 
@@ -75,9 +80,13 @@ def inputs(seed: int) -> Answer:
     rewards[:G] = 0.35
     group = torch.arange(GROUPS).repeat_interleave(G)
     old = logprobs + 0.3 * noise[0]
+    # Probabilities are below 1, or the divergences between them mean nothing.
+    old, sampler, reference = (
+        values.clamp(max=-1e-3) for values in (old, old + 0.2 * noise[1], logprobs + 0.2 * noise[2])
+    )
     return {
-        "mask": mask, "logprobs": logprobs, "old": old, "sampler": old + 0.2 * noise[1],
-        "reference": logprobs + 0.2 * noise[2], "entropy": 3 * torch.rand(rows, T, generator=draw).double(),
+        "mask": mask, "logprobs": logprobs, "old": old, "sampler": sampler, "reference": reference, 
+        "entropy": 3 * torch.rand(rows, T, generator=draw).double(),
         "rewards": rewards, "group": group,
         "advantages": Uniform()(build_rollouts(mask=torch.ones(rows, 1).bool(), rewards=rewards, group=group))[:, 0],
     }  # fmt: skip
@@ -143,6 +152,10 @@ OURS: dict[str, Callable[[Answer], Answer]] = {
     "sequence ratio, geometric": ours(SequenceSurrogate(ratio="geometric", **CLIP), RolloutMean()),
     "cispo, upper bound": ours(Cispo(clip_high=0.28), TokenMean()),
     "cispo, both bounds": ours(Cispo(**CLIP), TokenMean()),
+    "sapo": ours(Sapo(), RolloutMean()),
+    "dppo, total variation": ours(Dppo(cap=1.5, anchor="pi_old"), TokenMean()),
+    "dppo, kl": ours(Dppo(divergence="kl", cap=1.5, anchor="pi_old"), TokenMean()),
+    "gmpo": ours(Gmpo(), RolloutMean()),
     "kl penalty, k1": kl(value="k1", gradient="k1"),
     "kl penalty, k2": kl(value="k2", gradient="k2"),
     "kl penalty, k3": kl(value="k3", gradient="k3"),

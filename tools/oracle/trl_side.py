@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 
 LOSSES: dict[str, dict[str, Any]] = {
     "clipped, token mean": {"loss_type": "dapo"},
@@ -20,6 +21,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "clipped, constant": {"loss_type": "dr_grpo"},
     "sequence ratio, geometric": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "cispo, upper bound": {"loss_type": "cispo", "epsilon_high": 1.28},  # TRL's is the bound itself
+    "sapo": {"loss_type": "sapo"},
+    "gmpo": {"trainer": GMPOTrainer, "epsilon_low": 0.4, "epsilon_high": 0.4},
     "kl penalty, k3": {"loss_type": "grpo", "beta": 0.1},
     "kl penalty, k3, times the ratio": {"loss_type": "grpo", "beta": 0.1, "bias_correction": True},
     "forking tokens": {"loss_type": "dapo", "top_entropy_quantile": 0.2},
@@ -31,6 +34,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 def loss_of(case: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     settings = dict(settings)
+    method = settings.pop("trainer", GRPOTrainer)._compute_loss
     mask = case["mask"].clone()
     if settings.pop("masked_row", False):
         mask[0] = False
@@ -43,7 +47,8 @@ def loss_of(case: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str
             "use_vllm": False, "vllm_importance_sampling_correction": False, "_entropy_bonus_enabled": False,
             "use_adaptive_entropy": False, "max_completion_length": mask.shape[1], "current_gradient_accumulation_steps": 1,
             "args": SimpleNamespace(
-                use_bias_correction_kl=settings.pop("bias_correction", False), delta=None, steps_per_generation=1
+                use_bias_correction_kl=settings.pop("bias_correction", False), delta=None, steps_per_generation=1,
+                sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
             ),
             "model": SimpleNamespace(training=True), "_metrics": {"train": defaultdict(list)},
             "accelerator": SimpleNamespace(
@@ -62,7 +67,7 @@ def loss_of(case: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str
         "advantages": case["advantages"], "old_per_token_logps": case["old"], "ref_per_token_logps": case["reference"],
         "importance_sampling_ratio": weights, "num_items_in_batch": mask.sum().double(),
     }  # fmt: skip
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)  # pyright: ignore
+    loss = method(trainer, None, inputs)
     loss.backward()
     gradient = torch.zeros_like(logprobs) if logprobs.grad is None else logprobs.grad
     bonus = {} if entropy.grad is None else {"entropy gradient": entropy.grad}

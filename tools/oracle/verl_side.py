@@ -13,10 +13,10 @@ WIDE = 1e9
 """verl's dual clip is on by default; this bound is never reached."""
 
 
-def config(low: float = 0.2, high: float = 0.28) -> ActorConfig:
+def config(low: float = 0.2, high: float = 0.28, cap: float = WIDE) -> ActorConfig:
     return ActorConfig(
         strategy="fsdp", rollout_n=1, ppo_mini_batch_size=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2,
-        clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=WIDE,
+        clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=cap,
     )  # fmt: skip
 
 
@@ -51,6 +51,10 @@ LOSSES = {
     "clipped, constant": policy_loss("vanilla", "seq-mean-token-sum-norm"),
     "sequence ratio, geometric": policy_loss("gspo", "seq-mean-token-mean"),
     "cispo, both bounds": policy_loss("cispo", "token-mean"),
+    "sapo": policy_loss("sapo", "seq-mean-token-mean"),
+    "dppo, total variation": policy_loss("dppo_tv", "token-mean", config=config(0.15, 0.15, cap=1.5)),
+    "dppo, kl": policy_loss("dppo_kl", "token-mean", config=config(0.05, 0.05, cap=1.5)),
+    "gmpo": policy_loss("geo_mean", "seq-mean-token-mean", config=config(0.4, 0.4)),
     "kl penalty, k1": with_kl("k1"),
     "kl penalty, k2": with_kl("k2"),
     "kl penalty, k3": with_kl("k3"),
