@@ -61,7 +61,7 @@ class PebblePool:
     def __init__(self, function: Callable[..., Any], start: str) -> None:
         import multiprocessing
 
-        from pebble import ProcessPool
+        from pebble import ProcessPool  # pyright: ignore[reportMissingImports]
 
         self.pool = ProcessPool(max_workers=WORKERS, context=multiprocessing.get_context(start))
         self.function = function
@@ -89,7 +89,7 @@ class LokyPool:
 
     def _start(self) -> Any:
         """Start workers and let them import the function, which must not count against an item's clock."""
-        from loky import ProcessPoolExecutor
+        from loky import ProcessPoolExecutor  # pyright: ignore[reportMissingImports]
 
         executor = ProcessPoolExecutor(max_workers=WORKERS, timeout=None)
         for future in [executor.submit(importlib.import_module, self.function.__module__) for _ in range(2 * WORKERS)]:
@@ -109,7 +109,7 @@ class LokyPool:
         return results
 
     def _collect(self, results: list[Any], waiting: list[int], flying: dict[int, tuple[Any, float]]) -> None:
-        from loky.process_executor import BrokenProcessPool
+        from loky.process_executor import BrokenProcessPool  # pyright: ignore[reportMissingImports]
 
         index, (future, since) = next(iter(flying.items()))
         try:

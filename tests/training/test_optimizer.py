@@ -118,7 +118,7 @@ def test_the_module_asks_before_it_trains(forced, monkeypatch):
     monkeypatch.setattr(optimizers, "LARGE_POLICY", 1000)
     made = module(guard=Guard(large_lr=forced))
     made.optimizer = partial(torch.optim.AdamW, lr=1e-3)
-    made.trainer = SimpleNamespace(estimated_stepping_batches=4)
+    made.trainer = SimpleNamespace(estimated_stepping_batches=4)  # pyright: ignore
     if forced:
         assert made.configure_optimizers().param_groups[0]["lr"] == 1e-3
     else:
