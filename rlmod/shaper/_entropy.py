@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlmod.ops import group_index, group_sum, has_signal, standardize
+from rlmod.ops import all_max, all_sum, group_index, group_sum, has_signal, standardize
 
 Normalization = Literal["zero_inclusive", "joint", "own_class"]
 Mean = Literal["arithmetic", "geometric"]
+EntropyScope = Literal["group", "batch", "row", "matrix"]
 
 FLOOR = 1e-6
 """Lower bound of entropies, so that nothing is divided by zero and zeros count as equal entropies."""
@@ -51,36 +52,62 @@ def clip_entropy(entropy: Float[Tensor, "R T"], bounds: Sequence[float] | None) 
 
 def shape_rewards(
     rewards: Float[Tensor, " R"],
+    outcomes: Float[Tensor, " R"],
     entropy: Float[Tensor, "R T"],
     classes: Classes,
     *,
     base: float,
     bonus: float,
     mean: Mean,
+    scope: EntropyScope,
 ) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"]]:
-    """r+ = base r + bonus H / mean H on correct entries, r- = -base - bonus (1/H) / mean (1/H) on incorrect ones, else 0."""
-    up = _divide_by_class_mean(entropy, classes.correct, classes, mean)
-    down = _divide_by_class_mean(1 / entropy, classes.incorrect, classes, mean)
+    """r+ = base r + bonus H / mean H on correct entries, r- = base (p - 1) - bonus (1/H) / mean (1/H) on incorrect ones, else 0.
+
+    p = reward - outcome is the completion's penalty; r holds it already.
+    """
+    up = _divide_by_class_mean(entropy, classes.correct, classes, mean, scope)
+    down = _divide_by_class_mean(1 / entropy, classes.incorrect, classes, mean, scope)
     positive = torch.where(classes.correct, base * rewards[:, None] + bonus * up, 0)
-    negative = torch.where(classes.incorrect, -base - bonus * down, 0)
+    negative = torch.where(classes.incorrect, base * (rewards - outcomes - 1)[:, None] - bonus * down, 0)
     return positive, negative
 
 
 def _divide_by_class_mean(
-    values: Float[Tensor, "R T"], members: Bool[Tensor, "R T"], classes: Classes, mean: Mean
+    values: Float[Tensor, "R T"], members: Bool[Tensor, "R T"], classes: Classes, mean: Mean, scope: EntropyScope
 ) -> Float[Tensor, "R T"]:
-    """x_{i,t} / mean_k x_{k,t} over the class members k of the row's group at the same position t.
+    """x_{i,t} / mean x over the cells C(i, t), which hold only members of the class of i.
 
-    The arithmetic mean is the sum over the members divided by their number d_t, so the paper's d_t x / sum x is written here as
-    x / mean x. The geometric mean (App. C) is (prod_k x_{k,t})^(1 / d_t).
+    The arithmetic mean is the sum over the cells divided by their number, so the paper's d_t x / sum x is written here as x / mean x.
+    The geometric mean (App. C) is (prod x)^(1 / d_t).
     """
-    count = group_sum(members.to(values.dtype), classes.rows, classes.groups).clamp(min=1)
     member_values = torch.where(members, values, 1)
-    if mean == "arithmetic":
-        average = group_sum(member_values * members, classes.rows, classes.groups) / count
-    else:
-        average = (group_sum(member_values.log(), classes.rows, classes.groups) / count).exp()
-    return member_values / average[classes.rows]
+    summed = member_values * members if mean == "arithmetic" else member_values.log()
+    count = _sum_over_cells(members.to(values.dtype), classes, scope).clamp(min=1)
+    average = _sum_over_cells(summed, classes, scope) / count
+    return member_values / (average if mean == "arithmetic" else average.exp())
+
+
+def _sum_over_cells(values: Float[Tensor, "R T"], classes: Classes, scope: EntropyScope) -> Float[Tensor, "..."]:
+    """Sum over C(i, t), in a shape that broadcasts to [R T]. C(i, t) holds
+
+    group     position t of all completions of the group
+    batch     position t of all completions of the batch, over all ranks
+    row       all tokens of completion i
+    matrix    all tokens of the group
+    """
+    if scope == "row":
+        return values.sum(1, keepdim=True)
+    if scope == "batch":
+        return _sum_over_batch(values)
+    per_row = values if scope == "group" else values.sum(1, keepdim=True)
+    return group_sum(per_row, classes.rows, classes.groups)[classes.rows]
+
+
+def _sum_over_batch(values: Float[Tensor, "R T"]) -> Float[Tensor, "1 T"]:
+    """Sum over the rows of all ranks, whose completions may be of different lengths."""
+    length = values.shape[1]
+    longest = int(all_max(torch.tensor(length, device=values.device)))
+    return all_sum(torch.nn.functional.pad(values.sum(0), (0, longest - length)))[None, :length]
 
 
 def normalize_shaped_rewards(
@@ -126,3 +153,8 @@ def check_fields(
         raise ValueError(f"shaper.entropy_clip must be null or [low, high] with 0 <= low < high, got {entropy_clip}")
     if eps <= 0:
         raise ValueError(f"shaper.eps must be positive, got {eps}")
+
+
+def check_scope(scope: str, choices: Sequence[str]) -> None:
+    if scope not in choices:
+        raise ValueError(f"shaper.entropy_scope must be one of {', '.join(choices)}, got {scope!r}")

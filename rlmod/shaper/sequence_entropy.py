@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,17 +19,18 @@ from rlmod.types import Rollouts
 class SequenceEntropy:
     """r+ of a correct completion i (correctness score > threshold) and r- of an incorrect one j, with Hbar_i = mean_t H_{i,t}:
 
-        r+_i =  b1 r_i + b2 n Hbar_i / sum_{k correct} Hbar_k
-        r-_j = -b1     - b2 m (1/Hbar_j) / sum_{k incorrect} (1/Hbar_k)
+        r+_i = b1 r_i       + b2 n Hbar_i / sum_{k correct} Hbar_k
+        r-_j = b1 (p_j - 1) - b2 m (1/Hbar_j) / sum_{k incorrect} (1/Hbar_k)
 
-    The sums run over the group; n and m count its two classes. A is normalized over the group as in GRPO, with the statistics that
-    ``normalization`` selects (see TokenEntropy), and is the same for every token of a completion. Use it with loss=sequence_surrogate
-    and aggregation=rollout_mean.
+    p_j is the completion's penalty, its reward minus its correctness score. The sums run over the group, or with ``entropy_scope: batch``
+    over the rollout batch of all ranks; n and m count the two classes there. A is normalized over the group as in GRPO, with the
+    statistics that ``normalization`` selects (see TokenEntropy), and is the same for every token of a completion. Use it with
+    loss=sequence_surrogate and aggregation=rollout_mean.
 
     Source: GTPO, arXiv:2508.04349 (v6), eq. 8, 9; ``mean="geometric"``: App. C, Hbar_i = (prod_t H_{i,t})^(1/|o_i|) and
     denominators (prod Hbar)^(1/n). Defaults b1 = 1, b2 = 0.1: sec. 3.1 (0.2 hurts).
-    Differs: [D] ``normalization``. [D] Entropies below 1e-6 count as 1e-6. [D] ``entropy_clip`` clips H before the mean. [D] The std
-    has ddof 1 and eps 1e-6.
+    Differs: [D] The penalty of an incorrect completion, and ``entropy_scope``: see TokenEntropy. [D] ``normalization``. [D] Entropies
+    below 1e-6 count as 1e-6. [D] ``entropy_clip`` clips H before the mean. [D] The std has ddof 1 and eps 1e-6.
     Degenerate: b2 = 0 gives GRPO's z-score (shaper=uniform) for rewards of 0 and 1; so do equal entropies. A group of one class
     has no signal: advantage 0.
     Reads: rewards, outcomes, group, mask, entropy.
@@ -44,6 +45,7 @@ class SequenceEntropy:
     entropy_clip: Sequence[float] | None = None
     """[low, high] in nats."""
     mean: _entropy.Mean = "arithmetic"
+    entropy_scope: Literal["group", "batch"] = "group"
     threshold: float = 0.5
     """A completion is correct if its correctness score is above this."""
     eps: float = 1e-6
@@ -53,6 +55,7 @@ class SequenceEntropy:
         _entropy.check_fields(
             ("beta1", self.beta1), ("beta2", self.beta2), self.normalization, self.mean, self.entropy_clip, self.eps
         )
+        _entropy.check_scope(self.entropy_scope, ("group", "batch"))
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         positive, negative, classes = self.shape_rewards(rollouts)
@@ -73,6 +76,7 @@ class SequenceEntropy:
         else:
             mean_entropy = masked_mean(entropy.log(), rollouts.mask, dim=1).exp()
         positive, negative = _entropy.shape_rewards(
-            rollouts.rewards, mean_entropy[:, None], classes, base=self.beta1, bonus=self.beta2, mean=self.mean
-        )
+            rollouts.rewards, rollouts.correctness_score, mean_entropy[:, None], classes, base=self.beta1, bonus=self.beta2,
+            mean=self.mean, scope=self.entropy_scope,
+        )  # fmt: skip
         return positive, negative, classes

@@ -229,7 +229,9 @@ def write_problems(folder: Path, *answers: str) -> list[str]:
 
 def test_unreadable_answers_end_a_run_that_names_them(tmp_path, monkeypatch):
     words = write_problems(tmp_path, "1", "3", r"\frac{", "$$", r"\frac{", r"\frac{", "2")
-    message = refused(monkeypatch, tmp_path, "debug=short", SHORT[-1], *words, "reward=weighted", "reward@verifier=math_verify")
+    message = refused(
+        monkeypatch, tmp_path, "debug=short", SHORT[-1], *words, "reward=weighted", "reward@verifier=math_verify"
+    )
     assert "4 of 7 answers cannot be read by the reward" in message
     assert f"{tmp_path}/problems.jsonl:3: '\\\\frac{{'" in message
     assert "data.unreadable_answer=drop" in message
