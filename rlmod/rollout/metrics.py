@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rlmod import ops
-from rlmod.interfaces import Sampler, WeightSyncedSampler
+from rlmod.interfaces import Sampler, Shaper, WeightSyncedSampler, declared
 from rlmod.reward._failures import failure_metrics
 from rlmod.rollout.groups import RewardedGroups
 from rlmod.types import Rollouts, concatenate, require
@@ -69,6 +69,35 @@ def mean_entropy(rollouts: Rollouts) -> dict[str, float]:
     if rollouts.entropy is None:
         return {}
     return {"completions/entropy": float(ops.masked_mean(rollouts.entropy, _on_policy_tokens(rollouts)))}
+
+
+def advantage_spread(records: Sequence[Rollouts]) -> dict[str, float]:
+    """Return how far advantages differ within completions and between them, over all ranks. Empty without an advantage other than 0.
+
+    ``shaper/spread_within`` is the std (ddof 0) over the tokens of a completion, averaged over completions of two tokens and more.
+    ``shaper/spread_between`` is the std of the completions' mean advantages. Completions without any advantage do not count.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    for rollouts in records:
+        advantages, mask = require(rollouts.advantages, "advantages").double(), rollouts.mask
+        rows = (mask & (advantages != 0)).any(1)
+        means = ops.masked_mean(advantages, mask, dim=1)
+        stds = ops.masked_mean((advantages - means[:, None]).square(), mask, dim=1).sqrt()
+        several = rows & (mask.sum(1) > 1)
+        found = (stds[several].sum(), several.sum(), means[rows].sum(), means[rows].square().sum(), rows.sum())
+        sums = sums.to(means.device) + torch.stack([each.double() for each in found])
+    within, several, total, squares, rows = ops.all_sum(sums).tolist()
+    if not rows:
+        return {}
+    between = max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
+    return {"shaper/spread_within": within / max(several, 1), "shaper/spread_between": between}
+
+
+def shapes_no_token(shaper: Shaper, spread: Mapping[str, float]) -> bool:
+    """Return True if a token-level shaper has given each completion one advantage."""
+    if declared(shaper, "granularity") != "token" or not spread:
+        return False
+    return spread["shaper/spread_within"] < 1e-3 * spread["shaper/spread_between"]
 
 
 def sampler_agreement(rollouts: Rollouts) -> dict[str, float]:

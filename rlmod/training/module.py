@@ -34,6 +34,7 @@ from rlmod.contracts import (
     check_per_token,
     name_component_on_error,
 )
+from rlmod.distributed import is_rank_zero
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
@@ -51,6 +52,7 @@ from rlmod.interfaces import (
     Schedule,
     Shaper,
     WeightSyncedSampler,
+    component_name,
     declared,
     sleep,
     sync,
@@ -63,7 +65,15 @@ from rlmod.model.logprobs import find_logit_transform, logprobs_and_entropy
 from rlmod.model.policy import attach_tokenizer, completion_texts
 from rlmod.reward._failures import agree_on_reward_errors
 from rlmod.rollout.collect import RolloutBatch, Stages, collect
-from rlmod.rollout.metrics import RECOMPUTED, check_agreement, mean_entropy, reduce_across_ranks, sampler_agreement
+from rlmod.rollout.metrics import (
+    RECOMPUTED,
+    advantage_spread,
+    check_agreement,
+    mean_entropy,
+    reduce_across_ranks,
+    sampler_agreement,
+    shapes_no_token,
+)
 from rlmod.rollout.validation import sample_and_grade, validation_seed
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.uniform import Uniform
@@ -137,6 +147,9 @@ class RLModule(L.LightningModule):
         self.tokens_sampled, self.skipped_in_a_row = 0, 0
         self.sampler_checked = False
         """True once the sampler's log-probabilities have been compared with those of a forward pass."""
+        self.advantage_spread: dict[str, float] = {}
+        """Spread of the current rollout batch's advantages, before the corrections."""
+        self.flat_warned = False
         self.step_micro_batches: list[tuple[Rollouts, Float[Tensor, ""]]] = []
         """The micro-batches of this optimizer step, with their losses."""
         self.suspects: list[Rollouts] = []
@@ -196,7 +209,8 @@ class RLModule(L.LightningModule):
             if batch.rollouts.logprobs is not None and not self.sampler_checked:
                 agreement |= self._recompute_logprobs(policy, rollouts)
         rollouts = self.shape(rollouts)
-        metrics = reduce_across_ranks({**mean_entropy(rollouts), **batch.metrics, **agreement})
+        metrics = reduce_across_ranks({**mean_entropy(rollouts), **batch.metrics, **agreement, **self.advantage_spread})
+        self._warn_if_flat()
         check_agreement(self.sampler, metrics)
         metrics.pop(RECOMPUTED, None)  # logged, it would tell a resumed run from one that was not
         self.sampler_checked = True
@@ -316,15 +330,33 @@ class RLModule(L.LightningModule):
 
         ValueError if advantages vary over the tokens of a completion and the loss takes one per completion.
         """
-        if rollouts.sub_batch is None:
-            return self._shape(rollouts)
         sub_batches = range(len(self.zero_reward.sub_batch_weights))
-        return concatenate([self._shape(rollouts.rows(rollouts.sub_batch == index)) for index in sub_batches])
+        whole = rollouts.sub_batch is None
+        parts = [rollouts] if whole else [rollouts.rows(rollouts.sub_batch == index) for index in sub_batches]
+        shaped = [self._shape(part) for part in parts]
+        self.advantage_spread = advantage_spread(shaped)
+        corrected = [self._correct(part) for part in shaped]
+        return corrected[0] if whole else concatenate(corrected)
 
     def _shape(self, rollouts: Rollouts) -> Rollouts:
         with name_component_on_error("shaper", self.shaper):
             advantages = check_per_token(self.shaper(rollouts), rollouts, "shaper", self.shaper)
-        rollouts = replace(rollouts, advantages=advantages)
+        return replace(rollouts, advantages=advantages)
+
+    def _warn_if_flat(self) -> None:
+        """Say once that the token-level shaper does nothing on this rollout batch."""
+        if self.flat_warned or not shapes_no_token(self.shaper, self.advantage_spread):
+            return
+        self.flat_warned = True
+        if is_rank_zero():
+            log.warning(
+                "the shaper %s gave every completion of this rollout batch one advantage for all of its tokens (shaper/spread_within is "
+                "about 0), so it works like a sequence-level one: all entropies of a class may be on one bound (shaper.entropy_clip=null "
+                "has none), or equal at each position",
+                component_name(self.shaper),
+            )
+
+    def _correct(self, rollouts: Rollouts) -> Rollouts:
         for name, correct in self.correction.items():
             with name_component_on_error(f"correction.{name}", correct):
                 rollouts = check_correction(correct(rollouts), correct, f"correction.{name}")

@@ -9,7 +9,7 @@ import torch
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.shaper.sequence_entropy import SequenceEntropy
 from rlmod.shaper.token_entropy import TokenEntropy
-from rlmod.types import Rollouts, build_rollouts
+from rlmod.types import Rollouts, build_rollouts, require
 from tests.agreed import agreed, value_and_norm
 from tests.ranks import on_ranks
 from tests.rollouts import SEEDS, one_group, ragged
@@ -69,7 +69,9 @@ def test_what_penalties_of_incorrect_completions_add_up_to(seed):
     _, minus, classes = TokenEntropy(alpha1=0.7, alpha2=0.2).shape_rewards(rows)
     for group in rows.group.unique():
         counted = (classes.incorrect & (rows.group == group)[:, None]).double()
-        expected = -0.9 * counted.sum(0) + 0.7 * (counted * torch.tensor(penalties, dtype=torch.float64)[:, None]).sum(0)
+        expected = -0.9 * counted.sum(0) + 0.7 * (counted * torch.tensor(penalties, dtype=torch.float64)[:, None]).sum(
+            0
+        )
         torch.testing.assert_close((minus * counted).sum(0), expected)
 
 
@@ -135,7 +137,8 @@ def test_every_scope_equals_the_equations_in_plain_loops(scope, mean):
     rows = ragged(2, groups=3, g=4, length=5)
     lost = rows.group == 1  # a group without signal
     rows = penalized(
-        replace(rows, rewards=torch.where(lost, 0.0, rows.rewards)), [-0.1 * (i % 4) for i in range(len(rows))]
+        replace(rows, rewards=require(rows.rewards, "rewards").masked_fill(lost, 0.0)),
+        [-0.1 * (i % 4) for i in range(len(rows))],
     )
     plus, minus, _ = TokenEntropy(entropy_scope=scope, mean=mean).shape_rewards(rows)
     close(plus + minus, by_loops(rows, scope, mean), 1e-9)
