@@ -87,6 +87,7 @@ def check(algorithm: Algorithm, ranks: int = 1) -> None:
     _check_filter(algorithm.filter)
     _check_guide(algorithm)
     _check_reference(algorithm)
+    _check_corrections(algorithm)
     if not declared(algorithm.reward, "counts_for_correctness"):
         warnings.warn(
             f"the only reward, {component_name(algorithm.reward)}, does not tell correct from incorrect completions "
@@ -227,4 +228,17 @@ def _check_reference(algorithm: Algorithm) -> None:
             "reference is unused: no component reads reference_logprobs, and every iteration pays for its forward pass; "
             "set reference=none",
             stacklevel=3,
+        )
+
+
+def _check_corrections(algorithm: Algorithm) -> None:
+    importance = [
+        key
+        for key, component in algorithm.correction.items()
+        if "reads" in dir(unwrap(component)) and "sampler_logprobs" in declared(component, "reads")
+    ]
+    if len(importance) > 1:
+        raise ValueError(
+            f"correction=[{','.join(importance)}]: each of them reads sampler_logprobs, so the difference between the sampler and the "
+            "trainer would be corrected twice; give one of them"
         )

@@ -4,10 +4,10 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from rlmod.ops import log_ratio
-from rlmod.types import Rollouts
+from rlmod.correction._importance import Level, sampler_ratio
+from rlmod.types import Rollouts, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +30,17 @@ class TruncatedImportance:
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "sampler_logprobs", "mask", "advantages"})
 
     cap: float = 2.0
-    level: Literal["token", "sequence"] = "token"
+    level: Level = "token"
 
     def __post_init__(self) -> None:
         if self.cap <= 0:
             raise ValueError(f"correction.truncated_importance.cap must be above 0, got {self.cap}")
 
     @property
-    def granularity(self) -> Literal["token", "sequence"]:
+    def granularity(self) -> Level:
         return self.level
 
     def __call__(self, rollouts: Rollouts) -> Rollouts:
-        assert rollouts.logprobs is not None and rollouts.advantages is not None
-        if rollouts.sampler_logprobs is None:
-            raise ValueError(
-                "correction.truncated_importance needs the sampler's log-probabilities, but this sampler returns none; use "
-                "sampler.top_p=1, top_k=0 and greedy=false with vLLM, or remove the correction"
-            )
-        log_rho = log_ratio(rollouts.logprobs, rollouts.sampler_logprobs, rollouts.mask)
-        if self.level == "sequence":
-            log_rho = log_rho.sum(1, keepdim=True).clamp(-20, 20)
-        return replace(rollouts, advantages=rollouts.advantages * log_rho.exp().clamp(max=self.cap))
+        advantages = require(rollouts.advantages, "advantages")
+        rho = sampler_ratio(rollouts, self.level, "correction.truncated_importance")
+        return replace(rollouts, advantages=advantages * rho.clamp(max=self.cap))

@@ -156,6 +156,7 @@ def _always_wrong(call):
         (["guide=policy", "guide.policy.path=strong", "filter.over=own", "filter=dynamic_sampling",
           "sampler.completions_per_prompt=1", "batch.micro_batch=8"], ["filter.over=own", "at least 2"]),
         (["loss=sequence_surrogate", "correction=[truncated_importance]"], ["TruncatedImportance", "level=sequence"]),
+        (["correction=[truncated_importance,masked_importance]"], ["sampler_logprobs", "corrected twice"]),
         (["adapter=lora", "policy.adapter.targets=[nowhere]"], ["policy.adapter.targets", "nowhere"]),
         (["guide=policy", "guide.policy.path=strong", "shaper.pool=own", "sampler.completions_per_prompt=1",
           "batch.micro_batch=8"], ["shaper.pool=own", "at least 2"]),
