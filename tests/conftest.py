@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from rlmod.commands.report import pictures
 from tests.runs import QUICK, finished
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_pictures():
+    """Draw the pictures of reports with a sixteenth of the pixels: each run writes fourteen."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pictures, "DPI", pictures.DPI // 4)
+        yield
 
 
 @pytest.fixture(scope="session")

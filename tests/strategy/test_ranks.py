@@ -35,8 +35,10 @@ def test_two_ranks_killed_three_times_equal_two_that_never_were_bit_for_bit(tmp_
     assert (tmp_path / "killed" / "result.json").is_file()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("problems", [1, 5])
+@pytest.mark.parametrize(
+    ("strategy", "problems"),
+    [("ddp", 1), ("fsdp2", 5), *(pytest.param(*each, marks=pytest.mark.weekly) for each in (("ddp", 5), ("fsdp2", 1)))],
+)
 def test_fewer_held_out_problems_than_batches_of_all_ranks(strategy, problems, tmp_path):
     """One problem for two ranks; five in batches of one, three and two of them."""
     settings = (

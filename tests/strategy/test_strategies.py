@@ -38,7 +38,7 @@ def test_two_ranks_take_the_steps_of_one_and_go_on_after_a_kill(name, one, tmp_p
     assert "recommended to use" not in output
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=pytest.mark.weekly), "fsdp2"])
 def test_two_ranks_leave_out_the_rows_without_signal_as_one_does(name, tmp_path):
     """Fewer micro-batches than are planned for a step, on every rank as many."""
     folder_of_runs(tmp_path)
@@ -66,7 +66,7 @@ def test_a_rank_may_score_where_another_does_not(tmp_path):
     assert [row["zero_reward/prompts"] > 0 for row in measured(tmp_path / "run")] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=pytest.mark.weekly), "fsdp2"])
 def test_mixed_precision_computes_in_16_bits_under_every_strategy(name, one, tmp_path):
     run = ("trainer.precision=bf16-mixed", "trainer.max_epochs=1", "output=run")
     ended(started(*SETTINGS, *STRATEGIES[name], *run, cwd=folder_of_runs(tmp_path)))
@@ -75,7 +75,11 @@ def test_mixed_precision_computes_in_16_bits_under_every_strategy(name, one, tmp
     assert mine != pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("overrides", [("strategy=fsdp",), ("strategy=fsdp2",), STRATEGIES["fsdp"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(("strategy=fsdp",), marks=pytest.mark.weekly), ("strategy=fsdp2",), STRATEGIES["fsdp"]],
+    ids=" ".join,
+)
 def test_layers_that_compute_in_16_bits_begin_with_nearly_the_same_gradient(overrides, one, tmp_path):
     precision = ("trainer.strategy.reduced_precision=bfloat16", "reference=ema", "reference.decay=0")
     run = ("trainer.max_epochs=1", "output=run")
@@ -146,7 +150,9 @@ def other_policies(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["single", "fsdp", "fsdp2", "fsdp2, sharded"])
+@pytest.mark.parametrize(
+    "name", ["single", *(pytest.param(name, marks=pytest.mark.weekly) for name in ("fsdp", "fsdp2")), "fsdp2, sharded"]
+)
 def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused_in_a_sentence(name, other_policies, tmp_path):
     folder_of_runs(tmp_path)
     alone = (*STRATEGIES.get(name, ("strategy=single",)), "trainer.devices=1")

@@ -12,7 +12,7 @@ RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "ex
 TOY = ("size=toy", "optimizer.lr=1e-5")
 
 
-@pytest.mark.parametrize("iterations", [4, pytest.param(20, marks=pytest.mark.weekly)])
+@pytest.mark.parametrize("iterations", [2, pytest.param(20, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs(recipe, iterations, tmp_path, monkeypatch):
     run_train(monkeypatch, f"experiment={recipe}", *SHORT, *TOY, "batch.minibatches=1",

@@ -166,6 +166,7 @@ DAMAGE = {
     "zeros": lambda file, older: file.write_bytes(bytes(file.stat().st_size)),
     "missing": lambda file, older: file.unlink(),
     "longer": lambda file, older: file.write_bytes(file.read_bytes() + b" "),
+    "a folder": lambda file, older: (file.unlink(), file.mkdir()),
     "of the step before": lambda file, older: shutil.copy(older, file),
 }
 
@@ -179,13 +180,15 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_is_taken
     for name in files:
         content = (newest / name).read_bytes()
         DAMAGE[damage](newest / name, before / name)
-        if (newest / name).exists() and (newest / name).read_bytes() == content:
+        if (newest / name).is_file() and (newest / name).read_bytes() == content:
             continue  # the tokenizer is that of the step before
         altered += 1
         caplog.clear()
         assert checkpoints.find_newest_checkpoint(run) == before, name
         assert f"{newest} is damaged and is skipped: " in caplog.text
         assert str(name) in caplog.text
+        if (newest / name).is_dir():
+            (newest / name).rmdir()
         (newest / name).write_bytes(content)
     assert checkpoints.find_newest_checkpoint(run) == newest
     assert len(files) == 9

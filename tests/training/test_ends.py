@@ -177,41 +177,6 @@ def test_a_run_in_a_folder_that_is_in_use_is_refused(tmp_path, monkeypatch):
     assert not (run / "metrics.csv").exists()
 
 
-DAMAGE = {
-    "one byte altered": lambda file, _: file.write_bytes(_flip(file.read_bytes())),
-    "zeroed": lambda file, _: file.write_bytes(bytes(file.stat().st_size)),
-    "truncated": lambda file, _: file.write_bytes(file.read_bytes()[:-1]),
-    "longer": lambda file, _: file.write_bytes(file.read_bytes() + b"\n"),
-    "missing": lambda file, _: file.unlink(),
-    "of another checkpoint": lambda file, other: shutil.copy(other, file),
-    "a folder": lambda file, _: (file.unlink(), file.mkdir()),
-}
-
-
-def _flip(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(
-    "name", ["trainer.ckpt", "policy/model.safetensors", "policy/config.json", "config.yaml", "metrics.csv"]
-)
-def test_a_damaged_file_is_named_and_its_checkpoint_passed_over(undisturbed, tmp_path, name, damage, caplog):
-    run = tmp_path / "a"
-    (run / "checkpoints").mkdir(parents=True)
-    whole = checkpoints.list_checkpoints(undisturbed)[-1]
-    good, bad = run / "checkpoints" / "step-000003", run / "checkpoints" / "step-000004"
-    shutil.copytree(whole, good)
-    shutil.copytree(whole, bad)
-    other = tmp_path / "other"
-    content = (good / name).read_bytes()
-    other.write_bytes(_flip(content))
-    DAMAGE[damage](bad / name, other)
-    assert checkpoints.find_newest_checkpoint(run) == good
-    assert f"{bad} is damaged and is skipped: {name} " in caplog.text
-
-
 def test_a_foreign_file_and_swapped_files_are_named(undisturbed, tmp_path):
     whole = checkpoints.list_checkpoints(undisturbed)[-1]
     bad = tmp_path / "step-000004"

@@ -20,7 +20,11 @@ from tests.processes import ended, kill, started, wait_until
 from tests.runs import QUICK, metrics, weights
 
 
-@pytest.mark.parametrize("schedule", [(), ("schedule=constant", "schedule.num_warmup_steps=3")], ids=["", "warm-up"])
+@pytest.mark.parametrize(
+    "schedule",
+    [(), pytest.param(("schedule=constant", "schedule.num_warmup_steps=3"), marks=pytest.mark.weekly)],
+    ids=["", "warm-up"],
+)
 def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, schedule):
     if schedule:
         run_train(monkeypatch, *QUICK, *schedule, f"output={(run := tmp_path / 'run')}")
@@ -152,7 +156,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_what_is_ther
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.weekly)])
 def test_killed_with_nothing_left_but_the_result_equals_uninterrupted(every, tmp_path, monkeypatch, capsys):
     """The last validation stands in the checkpoint where it came before it, and is made again where it came after."""
     settings = (*QUICK, "trainer.max_epochs=3", f"trainer.check_val_every_n_epoch={every}", f"output={tmp_path / 'a'}")
