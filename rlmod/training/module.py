@@ -352,7 +352,7 @@ class RLModule(L.LightningModule):
             log.warning(
                 "the shaper %s gave every completion of this rollout batch one advantage for all of its tokens (shaper/spread_within is "
                 "about 0), so it works like a sequence-level one: all entropies of a class may be on one bound (shaper.entropy_clip=null "
-                "has none), or equal at each position",
+                "has none), or equal at each position, or each completion is the only one of its class",
                 component_name(self.shaper),
             )
 
