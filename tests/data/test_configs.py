@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rlmod.rollout.prompts import PromptEncoder
+from tests.config.composing import composed
 
 FOLDER = Path(__file__).parents[2] / "conf" / "data"
 
@@ -23,7 +24,10 @@ def save(path: Path, count: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("*.yaml")])
+NAMES = [path.stem for path in FOLDER.glob("*.yaml") if "_target_:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_shape_of_every_file(name):
     data = group(name)
     assert {"train", "validation", "encoder"} <= data.keys()
@@ -33,6 +37,21 @@ def test_the_shape_of_every_file(name):
     sources: Any = OmegaConf.to_container(data, resolve=False)
     shared = {"prompt_field", "answer_field", "template", "answer_pattern", "modulus", "seed"} & sources.keys()
     assert all(sources[part][key] == f"${{data.{key}}}" for part in ("train", "validation") for key in shared)
+
+
+def test_gsm8k_is_problem_file_with_the_fields_of_its_files(tmp_path):
+    line = {"question": "Ann has 3 apples and eats 1.", "answer": "3 - 1 = <<3-1=2>>2\n#### 2"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    data = composed(
+        "data=gsm8k", f"data.path={tmp_path / 'a.jsonl'}", f"data.validation_path={tmp_path / 'a.jsonl'}"
+    ).data
+    assert set(data) == set(group("problem_file"))
+    (problem,) = instantiate(data.train)()
+    assert problem.answer == "2"
+    assert (
+        problem.prompt
+        == "Ann has 3 apples and eats 1.\nReason step by step, and put the final answer within \\boxed{}.\n"
+    )
 
 
 def test_arithmetic():
