@@ -46,8 +46,8 @@ def test_three_hundred_collections_leave_memory_descriptors_and_threads_flat(rew
     """``math_verify`` grades in worker processes, while the policy samples."""
     Watch.seen.clear()
     run_train(
-        monkeypatch, *WHOLE, f"reward={reward}", "trainer.max_epochs=300", "trainer.check_val_every_n_epoch=100", f"output={tmp_path / 'a'}",
-        "+callbacks.watch._target_=tests.training.test_endurance.Watch", "callbacks.checkpoints.every=25",
+        monkeypatch, *WHOLE, f"reward={reward}", "trainer.max_epochs=300", "trainer.check_val_every_n_epoch=100",
+        f"output={tmp_path / 'a'}", "+callbacks.watch._target_=tests.training.test_endurance.Watch", "callbacks.checkpoints.every=25",
     )  # fmt: skip
     memory, *counts = zip(*Watch.seen, strict=True)
     assert len(memory) == 300
