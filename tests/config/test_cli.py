@@ -170,7 +170,11 @@ def test_help_lists_groups_and_options():
         [Path(sys.executable).with_name("rlmod-train"), "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for line in ("shaper: group_baseline, grpo_s", "loss: cispo, clip_higher", "size: gsm8k, paper_32b, paper_7b, toy"):
+    for line in (
+        "shaper: entropy_advantage, group_baseline",
+        "loss: cispo, clip_higher",
+        "size: gsm8k, paper_32b, paper_7b, toy",
+    ):
         assert line in done.stdout
     assert "clip_low: 0.2" in done.stdout
     assert "experiment=gtpo" in done.stdout
