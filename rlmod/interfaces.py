@@ -14,6 +14,7 @@ reads a declaration, and ``DEFAULTS`` holds the default of each:
     granularity                "token" or "sequence": the advantages that a shaper or correction returns, or that a loss accepts
     max_generation_batches     batches of prompts that a filter may request per rollout batch, refills included; default 1: no refill
     min_group_size             the smallest number of completions per prompt for which a shaper can return advantages other than 0
+    accepts_penalties          False if a shaper cannot use a reward with terms that do not count for correctness, such as a length penalty
     proportional_to_advantage  True if a loss is 0 where the advantage is 0, so completions without advantage need no forward pass
     counts_for_correctness     True if a reward tells correct from incorrect completions (a length penalty does not)
     pointwise                  True if a reward scores each completion independently and may run in a thread during sampling
@@ -30,14 +31,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlmod.types import TENSOR_FIELDS, Problem, Prompts, Rollouts, Texts
+from rlmod.types import MAPPINGS, TENSOR_FIELDS, Problem, Prompts, Rollouts, Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Granularity = Literal["token", "sequence"]
 
-ALL_FIELDS = frozenset(TENSOR_FIELDS) | {"extra"}
+ALL_FIELDS = frozenset((*TENSOR_FIELDS, *MAPPINGS))
 """The fields of Rollouts. A component that does not declare ``reads`` is taken to read all of them."""
 
 DEFAULTS: dict[str, Any] = {
@@ -45,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "granularity": "sequence",
     "max_generation_batches": 1,
     "min_group_size": 1,
+    "accepts_penalties": True,
     "proportional_to_advantage": False,
     "counts_for_correctness": True,
     "pointwise": False,
@@ -107,7 +109,13 @@ def check_declarations(component: object, key: str) -> None:
             raise ValueError(
                 f"{key}: {component_name(target)}.{name} must be a whole number of at least 1, got {value!r}"
             )
-    for name in ("proportional_to_advantage", "counts_for_correctness", "pointwise", "skip_special_tokens"):
+    for name in (
+        "accepts_penalties",
+        "proportional_to_advantage",
+        "counts_for_correctness",
+        "pointwise",
+        "skip_special_tokens",
+    ):
         if not isinstance(value := declared(component, name), bool):
             raise ValueError(f"{key}: {component_name(target)}.{name} must be True or False, got {value!r}")
 
@@ -260,7 +268,7 @@ class MovingReference(Reference, Protocol):
 
 @runtime_checkable
 class Shaper(Protocol):
-    """Declares ``reads``, ``granularity`` and ``min_group_size``."""
+    """Declares ``reads``, ``granularity``, ``min_group_size`` and ``accepts_penalties``."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         """Return the advantage of every token; 0 where ``rollouts.mask`` is False. The rollouts hold complete groups."""

@@ -114,6 +114,9 @@ class Rollouts:
     """The sum of all reward terms."""
     outcomes: Float[Tensor, " R"] | None = None
     """The sum of the reward terms that count for correctness, without length penalties and the like."""
+    terms: Mapping[str, Float[Tensor, " R"]] = field(default_factory=dict)
+    """The reward's named terms, with their weights: they add up to ``rewards``. Empty if the reward has none. A row from which the reward
+    abstained holds the mean of its group."""
     abstained: Bool[Tensor, " R"] | None = None
     """True if the reward has no value for the row. Its mask is False everywhere, so that nothing counts it. ``rewards`` and ``outcomes``
     hold the mean of its group."""
@@ -150,8 +153,8 @@ class Rollouts:
         return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Rollouts":
-        extra = {name: change(value) for name, value in self.extra.items()}
-        return replace(self, **{name: change(value) for name, value in self._filled_fields().items()}, extra=extra)
+        mappings = {name: {key: change(value) for key, value in getattr(self, name).items()} for name in MAPPINGS}
+        return replace(self, **{name: change(value) for name, value in self._filled_fields().items()}, **mappings)
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +189,9 @@ def require(value: Tensor | None, name: str) -> Tensor:
 
 PROMPT_FIELDS = frozenset({"prompt_ids", "prompt_mask"})
 ROW_FIELDS = frozenset({"group", "rewards", "outcomes", "truncated", "abstained", "from_guide", "sub_batch"})
-TENSOR_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name != "extra")
+MAPPINGS = ("terms", "extra")
+"""The fields that hold several tensors by name."""
+TENSOR_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name not in MAPPINGS)
 TOKEN_FIELDS = frozenset(TENSOR_FIELDS) - PROMPT_FIELDS - ROW_FIELDS
 PADDING = {**dict.fromkeys(PROMPT_FIELDS, "left"), **dict.fromkeys(TOKEN_FIELDS, "right")}
 
@@ -233,7 +238,13 @@ def concatenate(records: Sequence[Rollouts]) -> Rollouts:
         side = "right" if records[0].extra[name].ndim == 2 else None
         if (stacked := stack(values, side)) is not None:
             extra[name] = stacked
-    return Rollouts(**cast(dict[str, Any], columns), extra=extra)
+    # A record of which no row has a reward has no terms; nothing counts its rows.
+    named = dict.fromkeys(name for record in records for name in record.terms)
+    terms = {
+        name: torch.cat([r.terms.get(name, r.mask.new_zeros(len(r), dtype=torch.float32)) for r in records])
+        for name in named
+    }
+    return Rollouts(**cast(dict[str, Any], columns), extra=extra, terms=terms)
 
 
 def _pad(value: Tensor, width: int, side: str) -> Tensor:

@@ -1,10 +1,11 @@
 """Declarations of components: each shipped one reads the fields that it declares, and no others."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,14 @@ def full(seed: int = 0) -> Rollouts:
         weights=rollouts.mask / rollouts.mask.sum(), from_guide=torch.arange(len(rollouts)) % 3 == 0,
         truncated=torch.arange(len(rollouts)) % 4 == 0, sub_batch=torch.zeros_like(rollouts.group),
         abstained=torch.zeros(len(rollouts), dtype=torch.bool),
+        terms={"a": torch.rand(len(rollouts), generator=draw), "b": torch.rand(len(rollouts), generator=draw)},
     )  # fmt: skip
 
 
-def poison(name: str, value: torch.Tensor) -> torch.Tensor:
+def poison(name: str, value: Any) -> Any:
     """Return other values of a field: NaN if it can hold one, otherwise values that are possible but wrong."""
+    if isinstance(value, Mapping):
+        return {key: poison(name, each) for key, each in value.items()}
     if value.is_floating_point():
         return torch.full_like(value, torch.nan)
     if name == "mask":
@@ -96,11 +100,11 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 def fields_read(stage: str, made) -> set[str]:
     """Return the fields that change something the component returns."""
-    records = [full(0), replace(full(1), outcomes=None)]
+    records = [full(0), replace(full(1), outcomes=None, terms={})]
     expected = [outputs(stage, made, record) for record in records]
     return {
         name
-        for name in TENSOR_FIELDS
+        for name in (*TENSOR_FIELDS, "terms")
         for record, value in zip(records, expected, strict=True)
         if not same(outputs(stage, made, poisoned(record, {name})), value)
     }
@@ -110,7 +114,7 @@ def fields_read(stage: str, made) -> set[str]:
 def test_a_component_reads_what_it_declares_and_nothing_else(stage, option):
     made, rollouts = component(stage, option), full()
     check_declarations(made, stage)
-    everything_else = set(TENSOR_FIELDS) - made.reads
+    everything_else = {*TENSOR_FIELDS, "terms"} - made.reads
     expected = outputs(stage, made, rollouts)
     assert same(outputs(stage, made, poisoned(rollouts, everything_else)), expected)
     assert torch.isfinite(next(iter(expected.values())).double()).all()
@@ -157,6 +161,7 @@ def test_what_a_component_does_not_declare_is_assumed_to_be_the_safe_value():
     """A loss may have a gradient where the advantage is 0, and a reward may compare completions."""
     expected = {
         "reads": ALL_FIELDS, "granularity": "sequence", "max_generation_batches": 1, "min_group_size": 1,
+        "accepts_penalties": True,
         "proportional_to_advantage": False, "counts_for_correctness": True, "pointwise": False, "skip_special_tokens": False,
     }  # fmt: skip
     assert {name: declared(lambda rollouts: rollouts.mask, name) for name in DEFAULTS} == expected

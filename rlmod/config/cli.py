@@ -43,6 +43,16 @@ log = logging.getLogger(__name__)
 # For sizes that follow from others, as in ${multiply:20,${batch.minibatches}}.
 OmegaConf.register_new_resolver("multiply", lambda *factors: math.prod(factors), replace=True)
 
+
+def _term_weights(*, _root_: DictConfig) -> dict[str, float]:
+    """Return the weights of a weighted reward's terms by name; empty for a reward without terms."""
+    terms = OmegaConf.select(_root_, "reward.terms") or {}
+    return {str(name): term.weight for name, term in terms.items() if term is not None}
+
+
+# For components that read the terms of the reward, as in ${term_weights:}.
+OmegaConf.register_new_resolver("term_weights", _term_weights, replace=True)
+
 USER_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 """Exceptions that are answered with a message; others, which are errors in the code, with a traceback."""
 

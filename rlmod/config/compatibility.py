@@ -81,6 +81,7 @@ def check(algorithm: Algorithm, ranks: int = 1) -> None:
             "mean of its tokens' advantages would count; use loss=clipped_surrogate, shaper=sequence_entropy, or "
             "correction.truncated_importance.level=sequence"
         )
+    _check_penalties(algorithm)
     _check_corrected_once(algorithm)
     extra = algorithm.zero_reward.max_rows(algorithm.batch.prompts // ranks, ranks, g)
     algorithm.batch.micro_batches(g, ranks, extra)
@@ -127,6 +128,16 @@ def _stages(algorithm: Algorithm) -> dict[str, object]:
     stages: dict[str, object] = {name: getattr(algorithm, name) for name in names}
     stages |= {f"correction.{name}": component for name, component in algorithm.correction.items()}
     return stages | {f"regularizer.{name}": component for name, component in algorithm.regularizer.items()}
+
+
+def _check_penalties(algorithm: Algorithm) -> None:
+    penalties = tuple(getattr(unwrap(algorithm.reward), "excluded_terms", ()))
+    if penalties and not declared(algorithm.shaper, "accepts_penalties"):
+        name = component_name(algorithm.shaper)
+        raise ValueError(
+            f"shaper {name} with a reward that holds a penalty ({', '.join(penalties)}): {name} divides by the success rate, which a "
+            "penalty is not part of; give reward=exact_match or reward=math_verify, or another shaper"
+        )
 
 
 def _check_corrected_once(algorithm: Algorithm) -> None:

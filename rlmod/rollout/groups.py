@@ -23,8 +23,6 @@ class RewardedGroups:
     prompts: Prompts
     rollouts: Rollouts
     texts: Texts
-    terms: dict[str, Float[Tensor, " R"]]
-    """The reward's named terms, one value per completion."""
     failed: dict[str, FailedRows]
     """The completions on which a reward failed, by term."""
     kept: Bool[Tensor, " groups"]
@@ -50,7 +48,7 @@ class RewardedGroups:
         group = new_index[self.group_of_row]
         chosen = group >= 0
         rows = self.rollouts.rows(chosen)
-        return replace(rows, group=group[chosen], rewards=None, outcomes=None, abstained=None)
+        return replace(rows, group=group[chosen], rewards=None, outcomes=None, terms={}, abstained=None)
 
     def any_correct(self, threshold: float) -> Bool[Tensor, " groups"]:
         """Return True for groups with a correct completion, on-policy or the guide's."""
@@ -87,10 +85,12 @@ def reward_groups(
     check_failure_shares(result)
     group, groups = rollouts.group, len(prompts)
     abstained, device = result.abstained.to(group.device), group.device
-    rewards, outcomes = (
-        _fill_abstained(values.to(device), abstained, group, groups) for values in (result.rewards, result.outcomes)
+    rewards, outcomes, *terms = (
+        _fill_abstained(values.to(device), abstained, group, groups)
+        for values in (result.rewards, result.outcomes, *result.terms.values())
     )
-    rollouts = replace(rollouts, rewards=rewards, outcomes=outcomes, abstained=abstained)
+    named = dict(zip(result.terms, terms, strict=True))
+    rollouts = replace(rollouts, rewards=rewards, outcomes=outcomes, terms=named, abstained=abstained)
     own = ~abstained if rollouts.from_guide is None else ~abstained & ~rollouts.from_guide
     correct = outcomes > threshold
     any_own = group_sum(own.float(), group, groups) > 0
@@ -98,7 +98,6 @@ def reward_groups(
         prompts=prompts,
         rollouts=replace(rollouts, group=group + first_group),
         texts=replace(texts, group=[int(g) + first_group for g in group]),
-        terms=result.terms,
         failed=result.failed,
         kept=_apply_filter(group_filter, without_abstained(rollouts), groups).to(device),
         signal=has_signal(outcomes, group, groups, threshold, rows=~abstained),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlmod import ops
@@ -31,11 +31,12 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
     lengths = rollouts.mask.sum(1).float()
     scored = on_policy if rollouts.abstained is None else on_policy & ~rollouts.abstained
     metrics = {
-        "reward/mean": require(rollouts.rewards, "rewards")[scored].mean(),
+        "reward/mean": require(rollouts.rewards, "rewards")[scored].mean(),  # NaN if the reward abstained from all
         "completions/length": lengths[on_policy].mean(),
         "completions/longest": lengths[on_policy].max(),
         "completions/truncated": rollouts.truncated[on_policy].float().mean(),
         "completions/tokens": lengths[on_policy].sum(),
+        "completions/scored": float(scored.sum()),
         "prompts/seen": float(len(signal)),
         "prompts/all_correct": all_correct.float().mean(),
         "prompts/mixed": (~all_correct & ~all_incorrect).float().mean(),
@@ -44,11 +45,9 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
         "prompts/unfilled": float(max(prompts - int(kept.sum()), 0)),
         "prompts/generation_batches": float(len(batches)),
     }
-    for term in dict.fromkeys(term for batch in batches for term in batch.terms):
-        # A batch of which no completion has a value has no terms.
-        columns = [batch.terms.get(term, torch.zeros(len(batch.texts))) for batch in batches]
-        values = torch.cat(columns).to(on_policy.device)
-        metrics[f"reward/{term}"] = values[scored].mean()
+    if bool(scored.any()):
+        for name, values in rollouts.terms.items():
+            metrics |= _term_metrics(name, values[scored])
     metrics |= failure_metrics([batch.failed for batch in batches], rollouts.abstained)
     metrics |= mean_entropy(rollouts)
     if rollouts.from_guide is not None:
@@ -62,6 +61,17 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
         )
     _log_warnings(metrics, int(on_policy.sum()), signal, torch.cat([batch.kept for batch in batches]), prompts)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _term_metrics(name: str, values: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """Return the mean of a reward term, and its std (ddof 0), minimum and maximum. The std and the extremes do not hide in a sum."""
+    spread = values.double().std(correction=0)
+    return {
+        f"reward/{name}": values.mean(),
+        f"reward/{name}/std": spread,
+        f"reward/{name}/min": values.min(),
+        f"reward/{name}/max": values.max(),
+    }
 
 
 def mean_entropy(rollouts: Rollouts) -> dict[str, float]:
@@ -149,34 +159,64 @@ def _on_policy_tokens(rollouts: Rollouts) -> Bool[Tensor, "R T"]:
     return rollouts.mask if rollouts.from_guide is None else rollouts.mask & ~rollouts.from_guide[:, None]
 
 
-TOTALS = ("completions/tokens", "prompts/seen", "prompts/unfilled", "guide/tokens", "zero_reward/prompts")
+TOTALS = (
+    "completions/tokens",
+    "completions/scored",
+    "prompts/seen",
+    "prompts/unfilled",
+    "guide/tokens",
+    "zero_reward/prompts",
+)
 """Metrics that are summed across ranks, like all failures/ counts."""
 
 
 def reduce_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Reduce across ranks: sum totals, take the maximum of ``_max`` and ``longest`` and the minimum of ``_min``, otherwise average.
+    """Reduce across ranks: sum totals, take the extremes of those named longest, min and max, combine each std, otherwise average.
 
-    Averages are weighted by the number of prompts that each rank has seen, the entropy by each rank's number of tokens. Ranks may have
-    different metrics, for example if only some had failed prompts.
+    Averages are weighted by the number of prompts that each rank has seen; those of rewards by its completions with a reward, the
+    entropy by its tokens. Ranks may have different metrics, for example if only some had failed prompts.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return dict(metrics)
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, dict(metrics))
+    return merge_ranks(ranks)
+
+
+def merge_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of all ranks together, as ``reduce_across_ranks`` says."""
     reduced: dict[str, float] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         measured = [rank for rank in ranks if name in rank]
+        values = [rank[name] for rank in measured]
         if name in TOTALS or name.startswith("failures/"):
-            reduced[name] = sum(rank[name] for rank in measured)
-        elif name == "completions/longest" or name.endswith("_max"):
-            reduced[name] = max(rank[name] for rank in measured)
-        elif name.endswith("_min"):
-            reduced[name] = min(rank[name] for rank in measured)
+            reduced[name] = sum(values)
+        elif name == "completions/longest" or name.endswith(("_max", "/max")):
+            reduced[name] = max(values)
+        elif name.endswith(("_min", "/min")):
+            reduced[name] = min(values)
+        elif name.startswith("reward/") and name.endswith("/std"):
+            # E[x^2] - E[x]^2 over all ranks, from each rank's std and mean.
+            mean = name.removesuffix("/std")
+            squares = _weighted_mean(
+                measured, [v**2 + rank[mean] ** 2 for v, rank in zip(values, measured, strict=True)], name
+            )
+            reduced[name] = (
+                max(squares - _weighted_mean(measured, [rank[mean] for rank in measured], name) ** 2, 0.0) ** 0.5
+            )
         else:
-            weight = "completions/tokens" if name == "completions/entropy" else "prompts/seen"
-            total = sum(rank[weight] for rank in measured)
-            reduced[name] = sum(rank[name] * rank[weight] for rank in measured) / max(total, 1)
+            reduced[name] = _weighted_mean(measured, values, name)
     return reduced
+
+
+def _weighted_mean(ranks: Sequence[Mapping[str, float]], values: Sequence[float], name: str) -> float:
+    """Average the ranks' values of a metric. A rank of weight 0 has no value to speak of: NaN if all have."""
+    weight = {"reward": "completions/scored"}.get(name.split("/")[0], "prompts/seen")
+    weight = "completions/tokens" if name == "completions/entropy" else weight
+    weights = [rank[weight] for rank in ranks]
+    if not sum(weights):
+        return values[0]
+    return sum(value * share for value, share in zip(values, weights, strict=True) if share) / sum(weights)
 
 
 def guide_metrics(batches: Sequence[RewardedGroups]) -> dict[str, float]:

@@ -29,6 +29,7 @@ class Maxrl:
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "outcomes", "group", "mask"})
     min_group_size: ClassVar[int] = 2
+    accepts_penalties: ClassVar[bool] = False
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         index, groups = group_index(rollouts.group)

@@ -3,9 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlmod.config import compatibility
+from rlmod.config.build import Components
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.shaper.maxrl import Maxrl
 from tests.agreed import agreed, value_and_norm
+from tests.config.composing import composed
 from tests.rollouts import SEEDS, group_of_four, ragged
 
 
@@ -37,6 +40,13 @@ def test_the_step_on_the_shared_data():
     rows = replace(rows, advantages=Maxrl()(rows))
     found = value_and_norm(ClippedSurrogate(clip_low=0.2, clip_high=0.28), lp, rows)
     assert found == pytest.approx((-0.16012177, 0.10258902), abs=1e-8)
+
+
+def test_a_reward_with_a_penalty_is_refused_before_weights_load():
+    for reward in ("weighted", "grop"):
+        components = Components.from_config(composed("experiment=maxrl", f"reward={reward}", "output=unused"))
+        with pytest.raises(ValueError, match=r"shaper Maxrl with a reward that holds a penalty \((overlong|grop)\)"):
+            compatibility.check(components)
 
 
 def test_rewards_that_are_no_success_rate_are_refused():

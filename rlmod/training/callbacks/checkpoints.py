@@ -127,7 +127,10 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, RLModule)
         if pl_module.suspects:
             file = self.folder.parent / f"not_finite-rank-{trainer.global_rank}.pt"
-            torch.save([{**vars(rows), "extra": dict(rows.extra)} for rows in pl_module.suspects], file)
+            torch.save(
+                [{**vars(rows), "terms": dict(rows.terms), "extra": dict(rows.extra)} for rows in pl_module.suspects],
+                file,
+            )
             log.warning("the micro-batches of the step that was not finite are in %s", file)
         at_once = isinstance(exception, Stopped) and not self.waited
         agreed = trainer.world_size == 1 or isinstance(exception, RewardError)
