@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 
 from rlmod.interfaces import ALL_FIELDS, DEFAULTS, check_declarations, declared
-from rlmod.types import TENSOR_FIELDS, Rollouts
+from rlmod.types import MAPPINGS, TENSOR_FIELDS, Rollouts
 from tests.config.composing import composed
 from tests.rollouts import ragged
 
@@ -56,6 +56,7 @@ def full(seed: int = 0) -> Rollouts:
         weights=rollouts.mask / rollouts.mask.sum(), from_guide=torch.arange(len(rollouts)) % 3 == 0,
         truncated=torch.arange(len(rollouts)) % 4 == 0, sub_batch=torch.zeros_like(rollouts.group),
         abstained=torch.zeros(len(rollouts), dtype=torch.bool),
+        extra={"kl_cov": rollouts.mask & (torch.arange(len(rollouts)) % 2 == 0)[:, None]},
         terms={"a": torch.rand(len(rollouts), generator=draw), "b": torch.rand(len(rollouts), generator=draw)},
     )  # fmt: skip
 
@@ -79,6 +80,7 @@ def poisoned(rollouts: Rollouts, names: Collection[str]) -> Rollouts:
 
 def outputs(stage: str, made, rollouts: Rollouts) -> dict[str, torch.Tensor]:
     """Return everything that the component computes, its metrics included."""
+    torch.manual_seed(0)  # clip_cov draws
     if stage in ("loss", "regularizer"):
         logprobs = torch.full(rollouts.mask.shape, -0.7, dtype=torch.float64, requires_grad=True)
         per_token, metrics = made(logprobs, rollouts)
@@ -87,8 +89,10 @@ def outputs(stage: str, made, rollouts: Rollouts) -> dict[str, torch.Tensor]:
     if not isinstance(found, Rollouts):
         return {"": found}
     # What a correction passes on unchanged is not its own.
-    values = {name: getattr(found, name) for name in TENSOR_FIELDS}
-    return {name: value for name, value in values.items() if value is not getattr(rollouts, name)}
+    before, after = (
+        {name: getattr(each, name) for name in TENSOR_FIELDS} | dict(each.extra) for each in (rollouts, found)
+    )
+    return {name: value for name, value in after.items() if value is not before.get(name)}
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -104,7 +108,7 @@ def fields_read(stage: str, made) -> set[str]:
     expected = [outputs(stage, made, record) for record in records]
     return {
         name
-        for name in (*TENSOR_FIELDS, "terms")
+        for name in (*TENSOR_FIELDS, *MAPPINGS)
         for record, value in zip(records, expected, strict=True)
         if not same(outputs(stage, made, poisoned(record, {name})), value)
     }
@@ -114,7 +118,7 @@ def fields_read(stage: str, made) -> set[str]:
 def test_a_component_reads_what_it_declares_and_nothing_else(stage, option):
     made, rollouts = component(stage, option), full()
     check_declarations(made, stage)
-    everything_else = {*TENSOR_FIELDS, "terms"} - made.reads
+    everything_else = {*TENSOR_FIELDS, *MAPPINGS} - made.reads
     expected = outputs(stage, made, rollouts)
     assert same(outputs(stage, made, poisoned(rollouts, everything_else)), expected)
     assert torch.isfinite(next(iter(expected.values())).double()).all()

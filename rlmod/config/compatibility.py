@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from rlmod.config.build import Components
 from rlmod.config.sizes import Batch, Validation
+from rlmod.correction.kl_cov import KLCov
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
@@ -27,6 +28,7 @@ from rlmod.interfaces import (
     unwrap,
 )
 from rlmod.reference.base import Base
+from rlmod.regularizer.kl_cov import KLCov as KLCovPenalty
 from rlmod.rollout.zero_reward import ZeroReward
 
 
@@ -89,6 +91,7 @@ def check(algorithm: Algorithm, ranks: int = 1) -> None:
     _check_guide(algorithm)
     _check_reference(algorithm)
     _check_corrections(algorithm)
+    _check_kl_cov(algorithm)
     if not declared(algorithm.reward, "counts_for_correctness"):
         warnings.warn(
             f"the only reward, {component_name(algorithm.reward)}, does not tell correct from incorrect completions "
@@ -239,6 +242,20 @@ def _check_reference(algorithm: Algorithm) -> None:
             "reference is unused: no component reads reference_logprobs, and every iteration pays for its forward pass; "
             "set reference=none",
             stacklevel=3,
+        )
+
+
+def _check_kl_cov(algorithm: Algorithm) -> None:
+    """Raise ValueError if only one half of KL-Cov is there."""
+    selects = [key for key, component in algorithm.correction.items() if isinstance(component, KLCov)]
+    penalizes = [key for key, component in algorithm.regularizer.items() if isinstance(component, KLCovPenalty)]
+    if penalizes and not selects:
+        raise ValueError(
+            f"regularizer.{penalizes[0]} penalizes tokens that no correction selects: give correction=[kl_cov] too"
+        )
+    if selects and not penalizes:
+        raise ValueError(
+            f"correction.{selects[0]} selects tokens that no regularizer penalizes: give regularizer=[kl_cov] too"
         )
 
 

@@ -171,7 +171,7 @@ def test_help_lists_groups_and_options():
     )
     assert done.returncode == 0
     for line in (
-        "shaper: entropy_advantage, group_baseline",
+        "shaper: entropy_advantage, gdpo, group_baseline",
         "loss: cispo, clip_higher",
         "size: gsm8k, paper_32b, paper_7b, toy",
     ):
