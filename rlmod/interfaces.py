@@ -313,6 +313,22 @@ class Loss(Protocol):
 
 
 @runtime_checkable
+class AdaptiveRegularizer(Loss, Protocol):
+    """A regularizer whose coefficient changes from step to step. Its state is saved in the run's checkpoint."""
+
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        """Called on every rank after each optimizer step, with the means of its metrics over the step's tokens on all ranks.
+
+        It is not called after a step that is skipped because its gradient is not finite.
+        """
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
 class SupportsPrepare(Protocol):
     """A component that checks the problems or loads its own weights.
 

@@ -16,6 +16,7 @@ from rlmod.guide._fields import check_completions
 from rlmod.interfaces import Sampler
 from rlmod.model.logprobs import completion_logprobs
 from rlmod.model.policy import HFPolicy
+from rlmod.model.vocabulary import check_same_vocabulary
 from rlmod.types import Problem, Prompts, Rollouts
 
 if TYPE_CHECKING:
@@ -50,20 +51,12 @@ class Policy:
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Load the model. Raise ValueError if the guide's vocabulary differs from the policy's."""
-        own = self.policy.tokenizer()
-        mine, theirs = own.get_vocab(), tokenizer.get_vocab()
-        if mine != theirs or own.eos_token_id != tokenizer.eos_token_id:
-            differ = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-            example = (
-                f", for example {differ[0]!r}"
-                if differ
-                else f", but the EOS token is {own.eos_token!r}, not {tokenizer.eos_token!r}"
-            )
-            raise ValueError(
-                f"guide.policy.path={self.policy.path}: its vocabulary differs from the policy's: "
-                f"{len(differ)} of {len(theirs)} tokens differ{example}. The policy trains on the guide's token ids: "
-                "use a guide of the same model family, or guide=demonstrations with its texts"
-            )
+        check_same_vocabulary(
+            self.policy,
+            tokenizer,
+            "guide.policy",
+            "The policy trains on the guide's token ids: use a guide of the same model family, or guide=demonstrations with its texts",
+        )
         _ = self.model
 
     @torch.no_grad()

@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlmod.model.logprobs import completion_logprobs
 from rlmod.model.policy import HFPolicy
+from rlmod.model.vocabulary import check_same_vocabulary
 from rlmod.types import Problem, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,14 @@ class Frozen:
     def __call__(self, policy: nn.Module, rollouts: Rollouts, temperature: float) -> Float[Tensor, "R T"]:
         return completion_logprobs(self.model.to(rollouts.device), rollouts, temperature)
 
-    def prepare(self, problems: Sequence[Problem], tokenizer: object) -> None:
+    def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Load the model. Raise ValueError if its vocabulary differs from the policy's."""
+        check_same_vocabulary(
+            self.policy,
+            tokenizer,
+            "reference.policy",
+            "The reference, or teacher, scores the policy's token ids: use one of the same model family",
+        )
         _ = self.model
 
     @cached_property

@@ -53,6 +53,8 @@ class Stages:
     zero_reward: ZeroReward
     threshold: float = 0.5
     """A completion is correct if its correctness score is above this."""
+    rewards_train: bool = True
+    """False if no advantage depends on a reward, as in distillation alone: groups without signal train then too."""
     seed: Callable[..., int]
     """``seed(i)`` for batch i of prompts, ``seed(i, 1)`` for call i of the guide. With the same seed, a guide that resembles the policy
     would repeat the policy's completions."""
@@ -103,7 +105,7 @@ def collect(stages: Stages, *, num_groups: int, max_guided_groups: int = 0) -> R
     batches = sample_until_full(stages, num_groups)
     kept = torch.cat([batch.kept for batch in batches])
     kept = kept & (kept.cumsum(0) <= num_groups)
-    batch = fill_batch(batches, kept, num_groups)
+    batch = fill_batch(batches, kept, num_groups, rewards_train=stages.rewards_train)
     return add_zero_reward(batch, batches, stages, max_guided_groups) if stages.zero_reward.active else batch
 
 
@@ -123,7 +125,9 @@ def sample_until_full(stages: Stages, num_groups: int) -> list[RewardedGroups]:
         wanted = min(num_groups, math.ceil((num_groups - kept) / share_kept))
 
 
-def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], num_groups: int) -> RolloutBatch:
+def fill_batch(
+    batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], num_groups: int, *, rewards_train: bool = True
+) -> RolloutBatch:
     """Return the kept groups. Dropped groups, with a mask that is False everywhere, fill up the number to ``num_groups``."""
     rollouts = concatenate([batch.rollouts for batch in batches])
     missing = num_groups - int(kept.sum())
@@ -132,4 +136,5 @@ def fill_batch(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"],
     rollouts = without_abstained(rollouts)
     rollouts = replace(rollouts, mask=rollouts.mask & kept[rollouts.group][:, None]).rows(rows)
     texts = select_texts([batch.texts for batch in batches], rows)
-    return RolloutBatch(rollouts=rollouts, texts=texts, metrics=rollout_metrics(batches, kept, num_groups))
+    metrics = rollout_metrics(batches, kept, num_groups, rewards_train=rewards_train)
+    return RolloutBatch(rollouts=rollouts, texts=texts, metrics=metrics)

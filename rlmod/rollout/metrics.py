@@ -21,8 +21,13 @@ from rlmod.types import Rollouts, concatenate, require
 log = logging.getLogger(__name__)
 
 
-def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], prompts: int) -> dict[str, float]:
-    """Return the metrics of a rollout batch of ``prompts`` groups. ``kept`` is True for the groups that train."""
+def rollout_metrics(
+    batches: Sequence[RewardedGroups], kept: Bool[Tensor, " groups"], prompts: int, *, rewards_train: bool = True
+) -> dict[str, float]:
+    """Return the metrics of a rollout batch of ``prompts`` groups. ``kept`` is True for the groups that train.
+
+    With ``rewards_train=False`` no warning is logged about groups whose rewards hold no signal.
+    """
     rollouts = concatenate([batch.rollouts for batch in batches])
     signal, all_correct, all_incorrect = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("signal", "all_correct", "all_incorrect")
@@ -59,7 +64,13 @@ def rollout_metrics(batches: Sequence[RewardedGroups], kept: Bool[Tensor, " grou
             "policy learns nothing: scale the reward.",
             float(largest),
         )
-    _log_warnings(metrics, int(on_policy.sum()), signal, torch.cat([batch.kept for batch in batches]), prompts)
+    _log_warnings(
+        metrics,
+        int(on_policy.sum()),
+        signal | (not rewards_train),
+        torch.cat([batch.kept for batch in batches]),
+        prompts,
+    )
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -38,6 +38,7 @@ from rlmod.distributed import is_rank_zero
 from rlmod.filter.keep_all import KeepAll
 from rlmod.interfaces import (
     LOSS_GRANULARITY,
+    AdaptiveRegularizer,
     Aggregation,
     Correction,
     Filter,
@@ -158,6 +159,9 @@ class RLModule(L.LightningModule):
         """Entries of a checkpoint that replace the current state, after an iteration that failed."""
         self.step_metrics = StepMetrics()
         """Metrics of this iteration's training steps."""
+        self.adaptive = {name: each for name, each in self.regularizer.items() if isinstance(each, AdaptiveRegularizer)}
+        self.adaptive_metrics = {name: StepMetrics() for name in self.adaptive}
+        """Metrics of the adaptive regularizers in the current optimizer step."""
         self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
         """Held-out accuracy before training, and seconds of training before the run was resumed."""
         self.fit_started = time.perf_counter()
@@ -196,6 +200,7 @@ class RLModule(L.LightningModule):
                 filter=self.filter,
                 zero_reward=self.zero_reward,
                 threshold=self.threshold,
+                rewards_train=bool(declared(self.shaper, "reads") & {"rewards", "outcomes", "terms"}),
                 seed=lambda *position: self.derived_seed(self.current_epoch, *position),
             )
             max_guided_groups = self.zero_reward.max_groups(prompts, self.trainer.world_size, self.global_rank)
@@ -252,15 +257,20 @@ class RLModule(L.LightningModule):
                 added, measured = check_loss_result(regularizer(logprobs, batch), batch, stage, regularizer)
             per_token = per_token + added
             metrics = {**metrics, **measured}
+            if name in self.adaptive:
+                self._add_metrics(self.adaptive_metrics[name], measured, batch.mask)
         loss = (per_token * require(batch.weights, "weights")).sum()
         self.step_micro_batches.append((replace(batch, policy_entropy=None), loss.detach()))
         self.step_metrics.add("loss", loss)
-        for name, value in metrics.items():
-            values = value if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
-            self.step_metrics.add(name.removeprefix("train/"), values, batch.mask)
+        self._add_metrics(self.step_metrics, metrics, batch.mask)
         # The weights span the optimizer step over all ranks. Lightning divides by the number of accumulated micro-batches, and DDP and
         # FSDP average over the ranks: both are undone here.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _add_metrics(self, to: StepMetrics, metrics: Mapping[str, Any], mask: Bool[Tensor, "R T"]) -> None:
+        for name, value in metrics.items():
+            values = value if isinstance(value, Tensor) else torch.tensor(float(value), device=self.device)
+            to.add(name.removeprefix("train/"), values, mask)
 
     def logprob_pass(
         self, policy: nn.Module, rollouts: Rollouts, *, pi_old: bool = True, reference: Reference | None = None
@@ -377,6 +387,7 @@ class RLModule(L.LightningModule):
             torch.stack([(~finite).to(norm.dtype), torch.where(finite, norm, 1)])
         ).tolist()
         self.step_metrics.add("skipped_steps", torch.tensor(not_finite, device=self.device))
+        self._adapt(step_counts=not not_finite)
         if not_finite or largest == 0:
             optimizer.zero_grad(set_to_none=True)
         # In float16 the first steps may overflow until the loss scale has halved often enough; that is no fault of the run.
@@ -399,6 +410,13 @@ class RLModule(L.LightningModule):
                 )
 
         self.step_micro_batches.clear()
+
+    def _adapt(self, *, step_counts: bool) -> None:
+        """Tell the adaptive regularizers the means of their metrics over this optimizer step, if the step counts."""
+        for name, regularizer in self.adaptive.items():
+            totals = self.adaptive_metrics[name].reduce_and_reset()
+            if step_counts:
+                regularizer.after_step({key: total / count for key, (total, count) in totals.items() if count})
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -478,6 +496,8 @@ class RLModule(L.LightningModule):
         checkpoint |= self.checkpoint_changes or {}
         if isinstance(self.reference, MovingReference):
             checkpoint["reference"] = dict(self.reference.state_dict())
+        if self.adaptive:
+            checkpoint["regularizer"] = {name: dict(each.state_dict()) for name, each in self.adaptive.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_policy(checkpoint.get("state_dict", {}), self.state_dict())
@@ -497,6 +517,12 @@ class RLModule(L.LightningModule):
                     "resume: the checkpoint holds no moving reference; use the reference of the run that wrote it"
                 )
             self.reference.load_state_dict(checkpoint["reference"])
+        for name, regularizer in self.adaptive.items():
+            if name not in checkpoint.get("regularizer", {}):
+                raise ValueError(
+                    f"resume: the checkpoint holds no state of regularizer.{name}; use the regularizers of the run that wrote it"
+                )
+            regularizer.load_state_dict(checkpoint["regularizer"][name])
 
     def training_seconds(self) -> float:
         """Return the seconds of training so far, including those before the run was resumed."""

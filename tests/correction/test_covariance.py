@@ -13,7 +13,7 @@ from rlmod.correction.kl_cov import KLCov
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
 from rlmod.regularizer.kl_cov import KLCov as KLCovPenalty
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import build_rollouts
+from rlmod.types import build_rollouts, require
 from tests.agreed import agreed, value_and_norm
 from tests.config.composing import composed
 from tests.ranks import on_ranks
@@ -70,14 +70,15 @@ def test_kl_cov_by_hand():
 
 def test_the_step_with_clip_cov_on_the_shared_data():
     lp, rows = agreed()
-    rows = replace(rows, advantages=Uniform()(rows))
+    advantages = Uniform()(rows)
+    rows = replace(rows, advantages=advantages)
     loss = ClippedSurrogate(clip_low=0.2, clip_high=0.28)
     found = value_and_norm(loss, lp, replace(rows, advantages=ClipCov(share=1)(rows).advantages))
     assert found == pytest.approx((-0.13402415, 0.07508848), abs=1e-8)
     # verl and SkyRL read the current policy's log-probabilities. Tokens that the ratio's clip leaves without a gradient keep their value.
     left_out = ClipCov(share=1)(replace(rows, logprobs=lp.detach())).advantages
     clipped = loss(lp, rows)[1]["clip_fraction"].bool()
-    theirs = replace(rows, advantages=torch.where(clipped, rows.advantages, left_out))
+    theirs = replace(rows, advantages=torch.where(clipped, advantages, require(left_out, "advantages")))
     assert value_and_norm(loss, lp, theirs) == pytest.approx((-0.10997364, 0.08717165), abs=1e-8)
 
 
