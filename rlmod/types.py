@@ -41,6 +41,8 @@ class Problem:
     answer: Answer
     source: str
     """File and line of the problem, for error messages: ``train.jsonl:12``."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the record, for rewards and guides."""
     entry: Mapping[str, Any] | None = None
     """Data that a task's own scorer needs beyond the answer."""
 
