@@ -37,7 +37,7 @@ def encoded(*problems: Problem) -> Prompts:
 
 
 def text_of(prompts: Prompts) -> list[str]:
-    return [TOKENIZER.decode(row[kept]) for row, kept in zip(prompts.ids, prompts.mask, strict=True)]
+    return [str(TOKENIZER.decode(row[kept])) for row, kept in zip(prompts.ids, prompts.mask, strict=True)]
 
 
 def test_the_prompt_holds_the_first_tokens_of_the_solution_by_hand():
