@@ -7,6 +7,7 @@ import argparse
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from rich.progress import track
 from rlmod.aggregation.constant import Constant
 from rlmod.aggregation.rollout_mean import RolloutMean
 from rlmod.aggregation.token_mean import TokenMean
+from rlmod.correction.clip_cov import ClipCov
 from rlmod.correction.forking_tokens import ForkingTokens
+from rlmod.correction.kl_cov import KLCov
 from rlmod.correction.truncated_importance import TruncatedImportance
 from rlmod.interfaces import Aggregation, Correction, Loss, Regularizer, Shaper
 from rlmod.loss.cispo import Cispo
@@ -28,10 +31,11 @@ from rlmod.loss.sequence_surrogate import SequenceSurrogate
 from rlmod.model.policy import SHIPPED
 from rlmod.regularizer.entropy_bonus import EntropyBonus
 from rlmod.regularizer.kl import KL
+from rlmod.regularizer.kl_cov import KLCov as KLCovPenalty
 from rlmod.shaper.group_baseline import GroupBaseline
 from rlmod.shaper.leave_one_out import LeaveOneOut
 from rlmod.shaper.uniform import Uniform
-from rlmod.types import build_rollouts
+from rlmod.types import Rollouts, build_rollouts
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "oracle.md"
@@ -62,6 +66,8 @@ NOT_COMPARED = """
 | KL times the ratio | `use_bias_correction_kl`: with the ratio's gradient | no | `regularizer.kl.importance`: without it |
 | entropy bonus | always a mean over tokens | the loss's aggregation | the loss's weights: TRL's under token_mean |
 | forking tokens by the entropy of | the policy in each step | (none in its losses) | pi_old, over the rollout batch |
+| covariance of Clip-Cov and KL-Cov | (no such loss) | of the current policy, in each step | of pi_old; compared with verl's |
+| GDPO's last step | over the completions | over the tokens | over the completions |
 | log-ratios beyond +-20 | kept | clamped | clamped |
 | GTPO, GRPO-S, GROP, FIPO, the guide, the zero-reward batch | none | none | implemented; no counterpart to compare with |
 """
@@ -106,7 +112,8 @@ def ours(
         logprobs, entropy = (case[name].clone().requires_grad_() for name in ("logprobs", "entropy"))
         rollouts = build_rollouts(
             mask=mask, logprobs=case["old"], sampler_logprobs=case["sampler"], entropy=case["entropy"],
-            reference_logprobs=case["reference"], policy_entropy=entropy, advantages=case["advantages"][:, None] * mask,
+            reference_logprobs=case["reference"], policy_entropy=entropy,
+            extra={"current": case["logprobs"]}, advantages=case["advantages"][:, None] * mask,
         )  # fmt: skip
         rollouts = rollouts if correction is None else correction(rollouts)
         per_token = loss(logprobs, rollouts)[0]
@@ -137,6 +144,19 @@ def advantage(shaper: Shaper) -> Callable[[Answer], Answer]:
     }
 
 
+def of_current(correction: Correction) -> Correction:
+    """Let a correction read the current policy's log-probabilities in place of pi_old's, as verl does."""
+
+    def corrected(rollouts: Rollouts) -> Rollouts:
+        found = correction(replace(rollouts, logprobs=rollouts.extra["current"]))
+        return replace(found, logprobs=rollouts.logprobs)
+
+    return corrected
+
+
+UNCLIPPED = {"clip_low": 1.0, "clip_high": torch.inf}
+
+
 def kl(**fields: Any) -> Callable[[Answer], Answer]:
     return ours(ClippedSurrogate(**CLIP), RolloutMean(), penalty=KL(weight=0.1, **fields))
 
@@ -156,6 +176,10 @@ OURS: dict[str, Callable[[Answer], Answer]] = {
     "dppo, total variation": ours(Dppo(cap=1.5, anchor="pi_old"), TokenMean()),
     "dppo, kl": ours(Dppo(divergence="kl", cap=1.5, anchor="pi_old"), TokenMean()),
     "gmpo": ours(Gmpo(), RolloutMean()),
+    "clip-cov, all candidates": ours(
+        ClippedSurrogate(**UNCLIPPED), TokenMean(), of_current(ClipCov(share=1.0, low=0.2))
+    ),
+    "kl-cov": ours(ClippedSurrogate(**UNCLIPPED), TokenMean(), of_current(KLCov(share=0.1)), KLCovPenalty()),
     "kl penalty, k1": kl(value="k1", gradient="k1"),
     "kl penalty, k2": kl(value="k2", gradient="k2"),
     "kl penalty, k3": kl(value="k3", gradient="k3"),

@@ -20,6 +20,14 @@ def config(low: float = 0.2, high: float = 0.28, cap: float = WIDE) -> ActorConf
     )  # fmt: skip
 
 
+def covariance_config(**numbers: float) -> ActorConfig:
+    """A config with these numbers for Clip-Cov or KL-Cov, and no clip of the ratio."""
+    made = config(1.0, WIDE)
+    for name, value in numbers.items():
+        object.__setattr__(made.policy_loss, name, value)
+    return made
+
+
 def policy_loss(name: str, mode: str, **more: Any) -> Callable[..., torch.Tensor]:
     def loss(case: dict[str, torch.Tensor], logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights = (case["old"] - case["sampler"]).exp().clamp(max=2.0) if more.get("importance") else None
@@ -55,6 +63,10 @@ LOSSES = {
     "dppo, total variation": policy_loss("dppo_tv", "token-mean", config=config(0.15, 0.15, cap=1.5)),
     "dppo, kl": policy_loss("dppo_kl", "token-mean", config=config(0.05, 0.05, cap=1.5)),
     "gmpo": policy_loss("geo_mean", "seq-mean-token-mean", config=config(0.4, 0.4)),
+    "clip-cov, all candidates": policy_loss(
+        "clip_cov", "token-mean", config=covariance_config(clip_cov_ratio=1.0, clip_cov_lb=0.2, clip_cov_ub=5.0)
+    ),
+    "kl-cov": policy_loss("kl_cov", "token-mean", config=covariance_config(kl_cov_ratio=0.1, ppo_kl_coef=1.0)),
     "kl penalty, k1": with_kl("k1"),
     "kl penalty, k2": with_kl("k2"),
     "kl penalty, k3": with_kl("k3"),
