@@ -9,17 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rlmod import jsonl
 from rlmod.guide._fields import parse_prompt, prompt_key, shorten
-from rlmod.rollout.prompts import PromptEncoder
 from rlmod.types import Problem, Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """An encoder of problems, as rlmod/rollout/prompts.py has it."""
+
+    def encode(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Prefix:
     Degenerate: if the policy solves every prompt, or no failed problem has a solution, nothing changes.
     """
 
-    encoder: PromptEncoder
+    encoder: Encoder
     """The encoder of the data, so that the guided prompt goes through the same chat template."""
     path: str | None = None
     """A JSONL file with ``prompt`` (the same as in the problems) and ``completion`` (the solution), as guide=demonstrations reads it."""
@@ -119,7 +124,7 @@ class Prefix:
     def guided_prompts(self, prompts: Prompts, attempt: int) -> Prompts:
         """Return the guided prompt of each of these problems, with the ``attempt``-th length."""
         guided = [self._guided(problem, self.lengths[attempt]) for problem in prompts.problems]
-        encoded = replace(self.encoder, max_tokens=None).encode(guided, self.tokenizer[0])
+        encoded = replace(cast(Any, self.encoder), max_tokens=None).encode(guided, self.tokenizer[0])
         return encoded.batch(range(len(guided))).to(prompts.ids.device)
 
     def _guided(self, problem: Problem, share: float) -> Problem:
