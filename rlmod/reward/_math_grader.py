@@ -106,7 +106,7 @@ def _answer_text(value: Any) -> str:
         return _answer_text(value.rhs)
     if getattr(value, "is_Integer", False):
         return str(int(value))
-    number = value.evalf(30) if getattr(value, "is_number", False) else None
+    number = value.doit().evalf(30) if getattr(value, "is_number", False) else None
     if number is None or not number.is_real:
         return str(value)
     if 0 < abs(number) < RELATIVE_TOLERANCE:
