@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from rlmod.config.sizes import Validation
@@ -86,7 +86,8 @@ def build_benchmarks(
             check_value(value, hints[each], f"{key}.{each}")
         if not keys.get("_target_"):
             raise ValueError(f"{key}._target_ is missing: give a source of problems, as in rlmod.data.problem_file.ProblemFile")
-        problems[name] = build(key, OmegaConf.create(keys))
+        with naming_benchmark(name):
+            problems[name] = build(key, OmegaConf.create(keys))
         settings[name] = BenchmarkSettings(**given).apply(validation, name)
     return problems, settings
 
@@ -97,8 +98,11 @@ def naming_benchmark(name: str) -> Iterator[None]:
     key = f"{GROUP}.{name}"
     try:
         yield
-    except ValueError as error:
-        own_keys = re.sub(r"(data\.\w+)(?: \(or data\.validation_\w+\))", r"\1", str(error))
+    except (ValueError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if not isinstance(cause, ValueError):
+            raise
+        own_keys = re.sub(r"(data\.\w+)(?: \(or data\.validation_\w+\))", r"\1", str(cause))
         message = re.sub(r"\bdata\.(?!encoder|unreadable_answer|validation)(\w+)", rf"{key}.\1", own_keys)
         raise ValueError(message if key in message else f"{key}: {message}") from error
 
