@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GROUP = "benchmark"
+LISTS = ("pass_at", "maj_at", "best_at")
 NAME = r"[A-Za-z0-9_-]+"
 
 
@@ -33,10 +34,13 @@ class BenchmarkSettings:
     maj_at: Sequence[int] | None = None
     best_at: Sequence[int] | None = None
 
-    def apply(self, validation: Validation, name: str) -> Validation:
-        """Return the settings of the validation for this benchmark. ValueError that names the key if they do not fit together."""
-        lists = {key: getattr(self, key) for key in ("pass_at", "maj_at", "best_at")}
-        changed: dict[str, Any] = {key: value for key, value in lists.items() if value is not None}
+    def apply(self, validation: Validation, name: str, numbers: Mapping[str, Sequence[int]]) -> Validation:
+        """Return the settings of the validation for this benchmark, with the lists of ``numbers`` where its own are null.
+
+        ValueError that names the key if they do not fit together.
+        """
+        own = {key: getattr(self, key) for key in LISTS}
+        changed: dict[str, Any] = {key: numbers[key] if value is None else value for key, value in own.items()}
         if self.completions_per_prompt is not None:
             changed["sampler"] = _resized(validation.sampler, self.completions_per_prompt, name)
         return replace(validation, benchmark=name, **changed)
@@ -58,12 +62,17 @@ def _resized(sampler: Sampler, number: int, name: str) -> Sampler:
 
 
 def build_benchmarks(
-    nodes: Any, validation: Validation, build: Callable[[str, DictConfig], Any]
+    nodes: Any,
+    validation: Validation,
+    build: Callable[[str, DictConfig], Problems],
+    numbers: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[dict[str, Problems], dict[str, Validation]]:
     """Return the problems and the settings of each benchmark, by name. ValueError that names the key if a value is wrong.
 
-    ``build(key, node)`` builds the problems from the keys that are not ``BenchmarkSettings``.
+    ``build(key, node)`` builds the problems from the keys that are not ``BenchmarkSettings``. ``numbers`` replaces the validation's lists
+    of k.
     """
+    numbers = numbers or {key: getattr(validation, key) for key in LISTS}
     if nodes is None:
         return {}, {}
     package = f"a YAML of your own must begin with the line `# @package {GROUP}.NAME`"
@@ -88,7 +97,7 @@ def build_benchmarks(
             raise ValueError(f"{key}._target_ is missing: give a source of problems, as in rlmod.data.problem_file.ProblemFile")
         with naming_benchmark(name):
             problems[name] = build(key, OmegaConf.create(keys))
-        settings[name] = BenchmarkSettings(**given).apply(validation, name)
+        settings[name] = BenchmarkSettings(**given).apply(validation, name, numbers)
     return problems, settings
 
 

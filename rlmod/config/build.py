@@ -87,7 +87,7 @@ class Components:
         check_value(cfg.threshold, float, "threshold")
         build, build_all = partial(_build, cfg), partial(_build_all, cfg)
         validation = _build_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg)))
-        benchmark_problems, benchmark = build_benchmarks(OmegaConf.select(cfg, "benchmark"), validation, build)
+        benchmark_problems, benchmark = build_benchmarks(cfg.get("benchmark"), validation, build_problems)
         return cls(
             policy=build("policy"),
             train=build("data.train"),
@@ -143,6 +143,11 @@ def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
             f"rlmod/interfaces.py says what a {name} must have"
         )
     return component
+
+
+def build_problems(key: str, node: DictConfig) -> Problems:
+    """Return the problems of a config node. ValueError that names the key if a value is wrong."""
+    return _build(OmegaConf.create(), key, node)
 
 
 OPTIONAL = ("data.validation", "guide", "reference")
