@@ -75,7 +75,9 @@ def _write_rewards(source: Path, reward: Any, output: str | None, column: str) -
     located = read_recordings(source)
     _check_columns(located, column)
     records = [record for _, record in located]
-    texts = Texts(completions=[record["completion"] for record in records], answers=[answer_of(record) for record in records])
+    texts = Texts(
+        completions=[record["completion"] for record in records], answers=[answer_of(record) for record in records]
+    )
     try:
         result = compute_rewards(reward, texts)
     except ValueError as error:
@@ -198,7 +200,7 @@ def _sets(cfg: DictConfig, sampler: Any, reward: Any) -> tuple[dict[str, Any], d
     from rlmod.config.build import build_problems
     from rlmod.config.sizes import Validation
 
-    numbers = {name: tuple(cfg[name]) for name in ("pass_at", "maj_at", "best_at")}
+    numbers: dict[str, Any] = {name: tuple(cfg[name]) for name in ("pass_at", "maj_at", "best_at")}
     shared = {"sampler": sampler, "reward": reward, "threshold": cfg.threshold}
     if not cfg.get("benchmark"):
         problems = instantiate(cfg.data.validation, _convert_="all")
@@ -234,7 +236,13 @@ def _resolve_device(name: str) -> str:
 
 
 def _sample_and_write(
-    cfg: DictConfig, policy: Any, tokenizer: Any, encoded: Mapping[str, Any], sets: Mapping[str, Any], device: str, file: Path
+    cfg: DictConfig,
+    policy: Any,
+    tokenizer: Any,
+    encoded: Mapping[str, Any],
+    sets: Mapping[str, Any],
+    device: str,
+    file: Path,
 ) -> dict[str, list[dict[str, Any]]]:
     """Sample and grade batch by batch, as the validation of a training run does. Each batch is written as soon as it is graded."""
     from rich.progress import track

@@ -91,17 +91,23 @@ def _lm_eval(source: Path, lines: list[Located]) -> Iterator[Located]:
     for where, record in lines:
         for field in ("doc", "target", "resps"):
             if field not in record:
-                raise ValueError(f"{where}: no field {field}, as samples of lm-eval have; it has {', '.join(record) or 'none'}")
+                raise ValueError(
+                    f"{where}: no field {field}, as samples of lm-eval have; it has {', '.join(record) or 'none'}"
+                )
         if record.get("filter") != first:
             repeated += 1
             continue
         answer = _check_target(record, where)
         responses = record["resps"]
         # A list per request of the document, each with one text per repeat.
-        texts = [text for each in responses for text in (each if isinstance(each, list) else [each])] if isinstance(responses, list) else []
+        texts = (
+            [text for each in responses for text in (each if isinstance(each, list) else [each])]
+            if isinstance(responses, list)
+            else []
+        )
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"{where}: resps must hold generated texts, as [[\"text\"]], got {json.dumps(responses)[:80]}; tasks that compare the "
+                f'{where}: resps must hold generated texts, as [["text"]], got {json.dumps(responses)[:80]}; tasks that compare the '
                 "likelihoods of given answers generate none"
             )
         shared = {name: record[name] for name in ("doc_id", "doc") if name in record}
@@ -118,7 +124,9 @@ def _inspect(source: Path) -> Iterator[Located]:
     try:
         record = json.loads(source.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}:{error.lineno}: not a JSON file: {error.msg}; lines of objects need the ending .jsonl") from error
+        raise ValueError(
+            f"{source}:{error.lineno}: not a JSON file: {error.msg}; lines of objects need the ending .jsonl"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not a JSON file: {error}") from error
     samples = record.get("samples") if isinstance(record, dict) else None
@@ -133,7 +141,9 @@ def _inspect(source: Path) -> Iterator[Located]:
             raise ValueError(f"{where}: a sample must be an object, got {type(sample).__name__}")
         where += f" (id {sample['id']}, epoch {sample.get('epoch', 1)})" if "id" in sample else ""
         if half := jsonl.SURROGATE.search(json.dumps(sample, ensure_ascii=False)):
-            raise ValueError(f"{where}: {half[0]!r} is half a character: a surrogate without its pair is not valid text")
+            raise ValueError(
+                f"{where}: {half[0]!r} is half a character: a surrogate without its pair is not valid text"
+            )
         answer = _check_target(sample, where)
         shared = {name: sample[name] for name in ("id", "epoch", "input") if name in sample}
         for text in _choices(sample, where):
@@ -144,8 +154,12 @@ def _choices(sample: Mapping[str, Any], where: str) -> list[str]:
     output = sample.get("output")
     choices = output.get("choices") if isinstance(output, dict) else None
     if not isinstance(choices, list) or not choices:
-        failed = f": the sample failed ({sample['error'].get('message')})" if isinstance(sample.get("error"), dict) else ""
-        raise ValueError(f"{where}: output.choices must hold at least one choice{failed}; remove the sample, or run it again")
+        failed = (
+            f": the sample failed ({sample['error'].get('message')})" if isinstance(sample.get("error"), dict) else ""
+        )
+        raise ValueError(
+            f"{where}: output.choices must hold at least one choice{failed}; remove the sample, or run it again"
+        )
     return [_content(choice, f"{where}: output.choices[{number}]") for number, choice in enumerate(choices)]
 
 

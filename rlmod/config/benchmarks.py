@@ -94,7 +94,9 @@ def build_benchmarks(
         for each, value in given.items():
             check_value(value, hints[each], f"{key}.{each}")
         if not keys.get("_target_"):
-            raise ValueError(f"{key}._target_ is missing: give a source of problems, as in rlmod.data.problem_file.ProblemFile")
+            raise ValueError(
+                f"{key}._target_ is missing: give a source of problems, as in rlmod.data.problem_file.ProblemFile"
+            )
         with naming_benchmark(name):
             problems[name] = build(key, OmegaConf.create(keys))
         settings[name] = BenchmarkSettings(**given).apply(validation, name, numbers)

@@ -114,8 +114,10 @@ class Validation:
         for name in ("pass_at", "maj_at", "best_at"):
             for k in getattr(self, name):
                 if not 1 <= k <= n:
-                    inherited = f" (null there means the numbers of the other sets)" if self.benchmark else ""
-                    raise ValueError(f"{place}.{name} holds {k}, but k must be between 1 and {sampled} = {n}{inherited}")
+                    inherited = " (null there means the numbers of the other sets)" if self.benchmark else ""
+                    raise ValueError(
+                        f"{place}.{name} holds {k}, but k must be between 1 and {sampled} = {n}{inherited}"
+                    )
         if self.maj_at and find_answer_reader(self.reward) is None:
             raise ValueError(
                 f"{place}.maj_at={list(self.maj_at)}: the reward {component_name(self.reward)} does not tell the final answer of a "

@@ -34,7 +34,9 @@ class HubOrFile:
             return self._source()()
         except ValueError as error:
             if self.path is None and ("cannot be loaded" in str(error) or "needs datasets" in str(error)):
-                raise ValueError(f"{error}; without the hub, give a local file with the same fields: data.path=FILE") from error
+                raise ValueError(
+                    f"{error}; without the hub, give a local file with the same fields: data.path=FILE"
+                ) from error
             raise
 
     def _source(self) -> HubDataset | ProblemFile:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Equality, FiniteSet, Interval, Tuple
+from sympy import Basic, Equality, FiniteSet, Integer, Interval, Tuple
 from sympy.matrices import MatrixBase
 
 from rlmod.reward._math_text import final_answer, gold_text
@@ -102,11 +102,13 @@ def read(completion: str) -> str | None:
 
 def _answer_text(value: Any) -> str:
     """Return a number rounded as in ``_close``, and any other expression as SymPy writes it."""
-    if isinstance(value, Equality) and getattr(value.lhs, "is_Symbol", False):
-        return _answer_text(value.rhs)
-    if getattr(value, "is_Integer", False):
-        return str(int(value))
-    number = value.doit().evalf(30) if getattr(value, "is_number", False) else None
+    if isinstance(value, Equality):
+        left, right = value.args
+        if getattr(left, "is_Symbol", False):
+            return _answer_text(right)
+    if isinstance(value, Integer):
+        return str(value.p)
+    number: Any = value.doit().evalf(30) if getattr(value, "is_number", False) else None
     if number is None or not number.is_real:
         return str(value)
     if 0 < abs(number) < RELATIVE_TOLERANCE:

@@ -281,7 +281,9 @@ class RLData(L.LightningDataModule):
         assert self.trainer is not None
         rank, ranks, module = self.trainer.global_rank, self.trainer.world_size, self.module
         return [
-            PromptLoader(problems, rank, ranks, (module.benchmark[name] if name else module.validation).prompts_per_batch)
+            PromptLoader(
+                problems, rank, ranks, (module.benchmark[name] if name else module.validation).prompts_per_batch
+            )
             for name, problems in self.validation_sets.items()
         ]
 

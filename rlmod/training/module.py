@@ -462,7 +462,8 @@ class RLModule(L.LightningModule):
     def _validation_engines(self) -> list[Sampler]:
         return one_per_engine(self._settings(name).sampler for name in self.validation_sets)
 
-    def _metrics_of(self, name: str) -> SetMetrics:
+    def metrics_of(self, name: str) -> SetMetrics:
+        """Return the metrics of a validation set; "" is the held-out one."""
         metrics = self.set_metrics[["", *self.benchmark].index(name)]
         assert isinstance(metrics, SetMetrics)
         return metrics
@@ -478,7 +479,7 @@ class RLModule(L.LightningModule):
                 decode=self._decoder(settings.reward, settings.sampler),
                 seed=validation_seed(self.seed, settings.seed, batch_idx, rank=self.global_rank),
             )
-        self._metrics_of(name).update(graded, padding=batch.padding)
+        self.metrics_of(name).update(graded, padding=batch.padding)
         if not batch.padding:
             samples = RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={})
             self.validated.setdefault(name, []).append(samples)
@@ -488,7 +489,7 @@ class RLModule(L.LightningModule):
             sleep(sampler)
         results: dict[str, dict[str, Any]] = {}
         for name in self.validation_sets:
-            metrics = self._metrics_of(name)
+            metrics = self.metrics_of(name)
             computed = metrics.compute()
             self.log_dict(computed, batch_size=1)
             problems = int(ops.all_sum(torch.tensor(metrics.problems, device=self.device)))

@@ -218,10 +218,15 @@ def test_benchmarks_are_evaluated_in_place_of_the_held_out_problems(tmp_path, mo
     """One with its own number of completions and lists, one with those of the command."""
     words = [
         f"+benchmark.{name}.{key}={value}"
-        for name, keys in {"easy": {"size": 6}, "hard": {"size": 5, "completions_per_prompt": 2, "maj_at": "[]"}}.items()
+        for name, keys in {
+            "easy": {"size": 6},
+            "hard": {"size": 5, "completions_per_prompt": 2, "maj_at": "[]"},
+        }.items()
         for key, value in {"_target_": "rlmod.data.arithmetic.Arithmetic", "split": "held_out", **keys}.items()
     ]
-    run_eval(monkeypatch, *SMALL, *words, "maj_at=[4]", "best_at=[1,2]", "prompts_per_batch=4", f"output={tmp_path / 'a'}")
+    run_eval(
+        monkeypatch, *SMALL, *words, "maj_at=[4]", "best_at=[1,2]", "prompts_per_batch=4", f"output={tmp_path / 'a'}"
+    )
     found = json.loads((tmp_path / "a" / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
     assert [(name, each["problems"], each["completions_per_problem"]) for name, each in found.items()] == [
         ("easy", 6, 4),
@@ -233,7 +238,11 @@ def test_benchmarks_are_evaluated_in_place_of_the_held_out_problems(tmp_path, mo
         assert found[name]["best@1"]["value"] == pytest.approx(found[name][f"mean@{n}"]["value"])
     samples = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").open(encoding="utf-8")]
     assert [sample["benchmark"] for sample in samples] == ["easy"] * 24 + ["hard"] * 10
-    assert all(sample["final_answer"] == sample["completion"].rpartition("#")[2] for sample in samples[:24] if sample["correct"])
+    assert all(
+        sample["final_answer"] == sample["completion"].rpartition("#")[2]
+        for sample in samples[:24]
+        if sample["correct"]
+    )
     assert "final_answer" not in samples[-1]
 
 
@@ -246,9 +255,7 @@ def test_a_benchmark_has_the_number_that_a_run_reports(tmp_path, monkeypatch):
     ]  # fmt: skip
     run_train(monkeypatch, *SHORT, *words, "trainer.max_epochs=1", f"output={tmp_path / 'run'}")
     before = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["benchmarks"]["hard"]["before"]
-    run_eval(
-        monkeypatch, *words, "sampler.max_new_tokens=40", "prompts_per_batch=64", f"output={tmp_path / 'eval'}"
-    )
+    run_eval(monkeypatch, *words, "sampler.max_new_tokens=40", "prompts_per_batch=64", f"output={tmp_path / 'eval'}")
     found = json.loads((tmp_path / "eval" / "summary.json").read_text(encoding="utf-8"))["benchmarks"]["hard"]
     assert found["mean@2"]["value"] == pytest.approx(before, abs=1e-6)
 

@@ -58,7 +58,9 @@ def scored(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def test_every_response_of_lm_eval_is_scored(tmp_path, monkeypatch):
-    source = save_lines(tmp_path / "samples_sums.jsonl", lm_eval(0, "It is 7.", "It is 8."), lm_eval(1, "\\boxed{7}", target=7))
+    source = save_lines(
+        tmp_path / "samples_sums.jsonl", lm_eval(0, "It is 7.", "It is 8."), lm_eval(1, "\\boxed{7}", target=7)
+    )
     records = scored(source, tmp_path, monkeypatch)
     assert [record["reward"] for record in records] == [1.0, 0.0, 1.0]
     assert [record["doc_id"] for record in records] == [0, 0, 1]
@@ -66,15 +68,26 @@ def test_every_response_of_lm_eval_is_scored(tmp_path, monkeypatch):
 
 
 def test_a_response_that_is_recorded_for_two_filters_is_scored_once(tmp_path, caplog):
-    lines = (lm_eval(0, "7"), lm_eval(0, "7", filter="flexible-extract"), lm_eval(1, "8"), lm_eval(1, "8", filter="flexible-extract"))
+    lines = (
+        lm_eval(0, "7"),
+        lm_eval(0, "7", filter="flexible-extract"),
+        lm_eval(1, "8"),
+        lm_eval(1, "8", filter="flexible-extract"),
+    )
     found = read_recordings(save_lines(tmp_path / "a.jsonl", *lines))
     assert [record["completion"] for _, record in found] == ["7", "8"]
     assert "2 lines repeat the responses for another filter than strict-match" in caplog.text
 
 
 def test_every_choice_of_inspect_is_scored(tmp_path, monkeypatch):
-    parts = [{"type": "reasoning", "reasoning": "maybe 9"}, {"type": "text", "text": "It is 7"}, {"type": "text", "text": "."}]
-    source = save_log(tmp_path / "log.json", inspect(1, "\\boxed{7}", "8"), inspect(2, parts, target=["6", "7"], epoch=2))
+    parts = [
+        {"type": "reasoning", "reasoning": "maybe 9"},
+        {"type": "text", "text": "It is 7"},
+        {"type": "text", "text": "."},
+    ]
+    source = save_log(
+        tmp_path / "log.json", inspect(1, "\\boxed{7}", "8"), inspect(2, parts, target=["6", "7"], epoch=2)
+    )
     records = scored(source, tmp_path, monkeypatch)
     assert [record["reward"] for record in records] == [1.0, 0.0, 1.0]
     assert [(record["id"], record["epoch"]) for record in records] == [(1, 1), (1, 1), (2, 2)]
@@ -106,9 +119,15 @@ def test_a_bad_line_of_lm_eval_is_named(lines, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([inspect(1, "7"), inspect(5)], "log.json: samples[1] (id 5, epoch 1): output.choices must hold at least one choice"),
+        (
+            [inspect(1, "7"), inspect(5)],
+            "log.json: samples[1] (id 5, epoch 1): output.choices must hold at least one choice",
+        ),
         ([inspect(1, error={"message": "rate limit"})], "the sample failed (rate limit); remove the sample"),
-        ([inspect(1, 7)], "samples[0] (id 1, epoch 1): output.choices[0].message.content must be text or a list of parts, got int"),
+        (
+            [inspect(1, 7)],
+            "samples[0] (id 1, epoch 1): output.choices[0].message.content must be text or a list of parts, got int",
+        ),
         ([inspect(1, "7", target={})], "samples[0] (id 1, epoch 1): target must be text or a number, got {}"),
         (["7"], "samples[0]: a sample must be an object, got str"),
         ([], "a .json file must be a log of Inspect"),

@@ -78,7 +78,7 @@ def test_settings_that_a_set_leaves_null_are_those_of_the_validation():
         (["benchmark=[aime24,aime24]"], "benchmark=[aime24,aime24]: aime24 is given twice; give each set once"),
         (["benchmark=aime24", "benchmark.aime24.pth=a.jsonl"], "unknown key benchmark.aime24.pth; did you mean benchmark.aime24.path"),
         (["benchmark=aime24", "benchmark.aime24.maj_at=[64]"], "benchmark.aime24.maj_at holds 64, but k must be between 1 and benchmark"),
-        (["benchmark=gsm8k", "validation.sampler.completions_per_prompt=8", "validation.pass_at=[8]"], "null there means the numbers of the other sets"),
+        (["benchmark=gsm8k", "validation.sampler.completions_per_prompt=8", "validation.pass_at=[8]"], "null there means"),
         (["benchmark=aime24", "benchmark.aime24.completions_per_prompt=0"], "completions_per_prompt must be null or at least 1, got 0"),
         (["benchmark=aime24", "benchmark.aime24.completions_per_prompt=two"], "completions_per_prompt must be a whole number or null"),
         (["benchmark=aime24", "benchmark.aime24.path=a.txt"], "benchmark.aime24.path must end in .jsonl"),
@@ -132,7 +132,11 @@ def test_a_set_of_ones_own_is_a_yaml_of_a_few_lines(tmp_path, monkeypatch):
 
 
 def test_ones_own_set_under_a_name_that_is_taken_is_refused(tmp_path, monkeypatch):
-    folder = own(tmp_path, "aime24", "# @package benchmark.aime24\n_target_: rlmod.data.problem_file.ProblemFile\npath: a.jsonl\n")
+    folder = own(
+        tmp_path,
+        "aime24",
+        "# @package benchmark.aime24\n_target_: rlmod.data.problem_file.ProblemFile\npath: a.jsonl\n",
+    )
     message = refused_with(folder, tmp_path, monkeypatch, "benchmark=aime24")
     assert "there are two files of the name aime24" in message
     assert "give yours another name" in message
@@ -148,7 +152,11 @@ def test_a_file_whose_set_has_another_name_is_refused(package, tmp_path, monkeyp
 def test_an_answer_that_cannot_be_read_names_the_benchmark(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_text('{"problem": "1+1", "answer": "\\\\boxed{"}\n', encoding="utf-8")
-    words = ("benchmark=aime24", f"benchmark.aime24.path={file}", "validation.reward={_target_: rlmod.reward.math_verify.MathVerify}")
+    words = (
+        "benchmark=aime24",
+        f"benchmark.aime24.path={file}",
+        "validation.reward={_target_: rlmod.reward.math_verify.MathVerify}",
+    )
     message = refused(monkeypatch, tmp_path, *SHORT, *words)
     assert message.startswith("rlmod-train: benchmark.aime24: 1 of 1 answers cannot be read by the reward")
     assert f"{file}:1" in message

@@ -23,7 +23,9 @@ def test_a_pattern_that_takes_too_long_gives_no_answer(monkeypatch):
 
 def test_math_verify_gives_one_text_to_equal_numbers():
     halves = ["\\boxed{\\frac{1}{2}}", "it is 0.5", "#### 0.50", "\\boxed{50\\%}", "x = 1/2 so \\boxed{x=\\frac12}"]
-    answers = MathVerify(workers=1).final_answers([*halves, "\\boxed{0.51}", "\\boxed{", "nothing", "\\boxed{1+2x}", "\\boxed{2x+1}"])
+    answers = MathVerify(workers=1).final_answers(
+        [*halves, "\\boxed{0.51}", "\\boxed{", "nothing", "\\boxed{1+2x}", "\\boxed{2x+1}"]
+    )
     assert set(answers[:5]) == {"0.5"}
     assert answers[5] == "0.51"
     assert answers[6:8] == [None, None]
@@ -31,7 +33,14 @@ def test_math_verify_gives_one_text_to_equal_numbers():
 
 
 def test_tiny_and_huge_numbers_keep_their_digits():
-    texts = ["\\boxed{0.0000012}", "\\boxed{0.0000013}", f"\\boxed{{{10**40}}}", f"\\boxed{{{10**40 + 1}}}", "\\boxed{-0.0}", "\\boxed{0}"]
+    texts = [
+        "\\boxed{0.0000012}",
+        "\\boxed{0.0000013}",
+        f"\\boxed{{{10**40}}}",
+        f"\\boxed{{{10**40 + 1}}}",
+        "\\boxed{-0.0}",
+        "\\boxed{0}",
+    ]
     answers = MathVerify(workers=1).final_answers(texts)
     assert len(set(answers[:4])) == 4
     assert answers[4] == answers[5] == "0"
@@ -54,13 +63,15 @@ def test_a_function_may_tell_answers_and_one_that_does_not_is_known():
         return [scale for _ in texts.completions]
 
     assert find_answer_reader(own) is None
-    own.final_answers = lambda completions: [text[-1:] for text in completions]
+    own.final_answers = lambda completions: [text[-1:] for text in completions]  # pyright: ignore[reportFunctionMemberAccess]
     read = find_answer_reader(partial(own, scale=2.0))
     assert read is not None
     assert read(["17"]) == ["7"]
 
 
-@pytest.mark.parametrize("completion", ["\\boxed{" + "9" * 5000 + "}", "\\boxed{\\int_0^1 x^x dx}", "\\boxed{\\text{yes}}"])
+@pytest.mark.parametrize(
+    "completion", ["\\boxed{" + "9" * 5000 + "}", "\\boxed{\\int_0^1 x^x dx}", "\\boxed{\\text{yes}}"]
+)
 def test_unusual_answers_are_texts_or_none(completion):
     (answer,) = MathVerify(workers=1).final_answers([completion])
     assert answer is None or isinstance(answer, str)

@@ -73,7 +73,10 @@ def test_the_order_of_the_completions_does_not_matter():
         for each in (rows, mixed):
             answers, correct, rewards = (list(column) for column in zip(*each, strict=True))
             values.append(
-                (majority_at_k(torch.tensor([correct]), answers, 5).item(), best_at_k(torch.tensor([rewards]), 5).item())
+                (
+                    majority_at_k(torch.tensor([correct]), answers, 5).item(),
+                    best_at_k(torch.tensor([rewards]), 5).item(),
+                )
             )
         assert values[0] == pytest.approx(values[1])
 
@@ -108,7 +111,7 @@ def test_more_than_were_sampled_is_refused(k):
 
 
 def test_many_completions_are_counted_in_floating_point():
-    answers: list[str | None] = ["right"] * 130 + ["wrong"] * 126
+    answers: list[str | None] = [*["right"] * 130, *["wrong"] * 126]
     value = majority(answers, "right", 128)
     assert 0.5 < value < 1
     assert math.isclose(value + majority(answers, "wrong", 128), 1, rel_tol=1e-9)
