@@ -258,6 +258,15 @@ class AnswerReader(Protocol):
 
 
 @runtime_checkable
+class FinalAnswerReader(Protocol):
+    """A reward that says which answer a completion gives, so that the completions of a problem can vote (maj@k)."""
+
+    def final_answers(self, completions: Sequence[str]) -> Sequence[str | None]:
+        """Return the final answer of each completion; None without one. Two completions vote for one answer if these texts are equal."""
+        ...
+
+
+@runtime_checkable
 class Filter(Protocol):
     """Selects the groups to train on. Declares ``max_generation_batches``."""
 

@@ -88,6 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: float) -> dict[str, Any]:
     """Load data and policy, validate, train and report, in a folder that no other run uses."""
     from rlmod import distributed
+    from rlmod.config.benchmarks import encode_benchmarks, load_benchmarks
     from rlmod.training import checkpoint as checkpoints
     from rlmod.training.precision import explain_slow_bf16
 
@@ -104,17 +105,19 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
                 log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
         checkpoints.write_config(folder, cfg)
     train_set, held_out_set = components.train(), components.held_out() if components.held_out else None
+    benchmark_sets = load_benchmarks(components.benchmark_problems)
     # The tokenizer is loaded after the problems, so that a missing file is reported before the hub is contacted.
     tokenizer = components.policy.tokenizer()
     problems = components.encoder.encode(train_set, tokenizer)
     held_out = components.encoder.encode(held_out_set, tokenizer) if held_out_set is not None else None
-    problems, held_out = _with_readable_answers(problems, held_out, components, cfg, folder)
+    benchmark = encode_benchmarks(benchmark_sets, components.encoder, tokenizer)
+    problems, held_out, benchmark = _with_readable_answers(problems, held_out, benchmark, components, cfg, folder)
 
     import lightning as L
 
     from rlmod.training.datamodule import RLData
 
-    data = RLData(train=problems, held_out=held_out)
+    data = RLData(train=problems, held_out=held_out, benchmark=benchmark)
     data.prepare_components(components, tokenizer)
     cli.silence_libraries()
     L.seed_everything(cfg.seed, verbose=False)
@@ -129,9 +132,10 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
 
 
 def _with_readable_answers(
-    problems: Any, held_out: Any, components: "Components", cfg: DictConfig, folder: Path
-) -> tuple[Any, Any]:
-    """Return both sets without the problems whose answers the rewards cannot read, or raise ValueError."""
+    problems: Any, held_out: Any, benchmark: dict[str, Any], components: "Components", cfg: DictConfig, folder: Path
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return all sets without the problems whose answers the rewards cannot read, or raise ValueError."""
+    from rlmod.config.benchmarks import naming_benchmark
     from rlmod.training.answers import readable_problems
 
     def readable(encoded: Any, reward: Any, node: Any, name: str) -> Any:
@@ -142,7 +146,11 @@ def _with_readable_answers(
     problems = readable(problems, components.reward, cfg.reward, "train")
     if held_out is not None:
         held_out = readable(held_out, components.validation.reward, cfg.validation.reward, "validation")
-    return problems, held_out
+    for name in benchmark:
+        with naming_benchmark(name):
+            reward, file = components.benchmark[name].reward, f"benchmark_{name}"
+            benchmark[name] = readable(benchmark[name], reward, cfg.validation.reward, file)
+    return problems, held_out, benchmark
 
 
 def _count_ranks(trainer: DictConfig) -> int:
@@ -249,6 +257,7 @@ def _build_module(cfg: DictConfig, components: "Components", tokenizer: Any) -> 
         optimizer=components.optimizer,
         schedule=instantiate(cfg.schedule),
         validation=components.validation,
+        benchmark=components.benchmark,
         batch=components.batch,
         guard=components.guard,
         seed=cfg.seed,
@@ -269,6 +278,7 @@ def _fit(
         check_same_policy(saved, trained_weights(module.policy, saved))
     if checkpoint is None:
         module.history["before"] = _held_out_accuracy(trainer, module, data)
+        module.history["benchmarks"] = _accuracies(module.held_out)
     module.fit_started = time.perf_counter()
     state = checkpoint / "trainer.ckpt" if checkpoint else None
     try:
@@ -283,15 +293,7 @@ def _fit(
     validated = module.held_out["step"] == trainer.global_step
     after = _held_out_accuracy(trainer, module, data) if validated or not interrupted else None
     result = {
-        "held_out": None
-        if data.held_out is None
-        else {
-            "metric": module.validation.objective,
-            "problems": module.held_out["problems"],
-            "before": module.history["before"],
-            "after": after,
-            "last": {name: module.held_out[name] for name in ("step", "accuracy")},
-        },
+        **_held_out_results(module, data, after),
         "seconds": {"training": training, "total": time.perf_counter() - started},
         "steps": trainer.global_step,
         "tokens": module.tokens_sampled,
@@ -313,6 +315,33 @@ def _fit(
             signal.raise_signal(interrupted)  # a launcher's handler: submitit's queues the job again
         raise cli.Stopped(interrupted, f"resume={folder}, or with the same command if it names output={folder}")
     return result
+
+
+def _held_out_results(module: Any, data: Any, after: float | None) -> dict[str, Any]:
+    """Return the parts of a run's result about the objective and about each benchmark. ``after`` is None without a last validation."""
+    last = {name: module.held_out[name] for name in ("step", "accuracy")}
+    objective = {
+        "metric": module.objective,
+        "problems": module.held_out["problems"],
+        "before": module.history["before"],
+        "after": after,
+        "last": last,
+    }
+    benchmarks = {
+        name: {
+            "metric": module.benchmark[name].objective,
+            "problems": found["problems"],
+            "before": module.history["benchmarks"].get(name),
+            "after": None if after is None else found["accuracy"],
+            "last": {"step": last["step"], "accuracy": found["accuracy"]},
+        }
+        for name, found in module.held_out["benchmarks"].items()
+    }
+    return {"held_out": objective if data.validation_sets else None, "benchmarks": benchmarks}
+
+
+def _accuracies(held_out: dict[str, Any]) -> dict[str, float]:
+    return {name: result["accuracy"] for name, result in held_out["benchmarks"].items()}
 
 
 def _write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -338,8 +367,8 @@ def _reached_its_end(trainer: "L.Trainer") -> bool:
 
 
 def _held_out_accuracy(trainer: "L.Trainer", module: Any, data: Any) -> float | None:
-    """Return the held-out accuracy of the policy. Validation runs only if the last one was at another step."""
-    if data.held_out is None:
+    """Return the accuracy of the policy on the first validation set. Validation runs only if the last one was at another step."""
+    if not data.validation_sets:
         return None
     if module.held_out["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -360,6 +389,11 @@ def _print_summary(result: dict[str, Any], page: Path) -> None:
                 else f"the last one gave {last['accuracy']:.4f} at step {last['step']}"
             )
             print(f"held-out {name}: no validation after the last step, {earlier}; {training}")
+        for each in result.get("benchmarks", {}).values():
+            if each["metric"] != held_out["metric"] and each["after"] is not None:
+                start = "" if each["before"] is None else f"{each['before']:.4f} -> "
+                name = each["metric"].removeprefix("val/")
+                print(f"benchmark {name}: {start}{each['after']:.4f} on {each['problems']} problems")
     print(f"report: {page}")
 
 

@@ -1,6 +1,7 @@
 """Evaluate a policy, or compute the rewards of recorded completions.
 
 ``rlmod-eval policy=hf policy.path=... data.validation_path=test.jsonl`` evaluates a policy on held-out problems.
+``rlmod-eval policy=hf policy.path=... benchmark=[aime24,math500]`` evaluates it on named sets.
 ``rlmod-eval completions=FILE.jsonl output=OUT.jsonl`` computes the rewards of recorded completions, without a model.
 """
 
@@ -8,7 +9,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlmod import jsonl
+from rlmod.commands.recordings import answer_of, read_recordings
 from rlmod.config import cli
 
 log = logging.getLogger(__name__)
@@ -26,10 +28,13 @@ Z = 1.959964  # standard normal quantile of a 95 % interval
 
 
 def evaluate(cfg: DictConfig) -> float:
-    """Run the command; return mean@n, or the mean reward of recorded completions."""
+    """Run the command; return mean@n, of the first benchmark if there are any, or the mean reward of recorded completions."""
     summary = run(cfg)
     if cfg.completions is not None:
         return summary["mean_reward"]
+    if cfg.get("benchmark"):
+        first = next(iter(summary["benchmarks"].values()))
+        return first[f"mean@{first['completions_per_problem']}"]["value"]
     return summary[f"mean@{cfg.sampler.completions_per_prompt}"]["value"]
 
 
@@ -67,10 +72,12 @@ def _write_rewards(source: Path, reward: Any, output: str | None, column: str) -
     target = Path(output)
     if target.resolve() == source.resolve():
         raise ValueError(f"output={output} is the input file: give another path")
-    located = list(_read_completions(source))
+    located = read_recordings(source)
     _check_columns(located, column)
     records = [record for _, record in located]
-    texts = Texts(completions=[r["completion"] for r in records], answers=[_answer_text(r["answer"]) for r in records])
+    texts = Texts(
+        completions=[record["completion"] for record in records], answers=[answer_of(record) for record in records]
+    )
     try:
         result = compute_rewards(reward, texts)
     except ValueError as error:
@@ -117,80 +124,100 @@ def _find_refused_line(reward: Any, located: list[tuple[str, dict[str, Any]]]) -
 
     for where, record in located:
         try:
-            compute_rewards(reward, Texts(completions=[record["completion"]], answers=[_answer_text(record["answer"])]))
+            compute_rewards(reward, Texts(completions=[record["completion"]], answers=[answer_of(record)]))
         except ValueError:
             return where
     return None
 
 
-def _read_completions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the location and the record of each line. Raise ValueError for a missing file or an invalid line."""
-    if not source.is_file():
-        raise ValueError(f"completions={source}: there is no such file; relative paths start at {Path.cwd()}")
-    found = False
-    for where, record in jsonl.read_objects(source):
-        for field in ("completion", "answer"):
-            if field not in record:
-                raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
-        if not isinstance(record["completion"], str):
-            raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
-        if not isinstance(record["answer"], str | int | float) or isinstance(record["answer"], bool):
-            raise ValueError(f"{where}: answer must be text or a number, got {record['answer']!r}")
-        if isinstance(record["answer"], float) and not math.isfinite(record["answer"]):
-            raise ValueError(f"{where}: answer must be a finite number, got {record['answer']}")
-        found = True
-        yield where, record
-    if not found:
-        raise ValueError(f"completions={source}: the file is empty")
-
-
-def _answer_text(answer: str | int | float) -> str:
-    """Return the answer as text; a float that is a whole number has no decimals (27.0 is 27)."""
-    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
-
-
 def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
+    """Sample and grade each set, and return the summary: of the held-out problems, or of each benchmark by name."""
     from rlmod.config.build import check_completion_prefix, find_unreadable, unreadable_answer
-    from rlmod.config.sizes import check_seed
-    from rlmod.config.validation import check_types, check_value
+    from rlmod.config.validation import check_types
     from rlmod.interfaces import prepare
     from rlmod.model.policy import HFPolicy
 
-    n = cfg.sampler.completions_per_prompt
-    check_seed(cfg.seed, "seed")
-    check_seed(cfg.run_seed, "run_seed")
-    check_value(cfg.pass_at, Sequence[int], "pass_at")
-    check_value(cfg.threshold, float, "threshold")
-    check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
-    if cfg.prompts_per_batch < 1:
-        raise ValueError(f"prompts_per_batch must be at least 1, got {cfg.prompts_per_batch}")
+    _check_settings(cfg)
     device, unreadable = _resolve_device(cfg.device), unreadable_answer(cfg)
-    for k in cfg.pass_at:
-        if not 1 <= k <= n:
-            raise ValueError(f"pass_at holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
-    if cfg.data.validation is None:
-        raise ValueError(
-            "data.validation=null: rlmod-eval samples completions of these problems; give data.validation_path=FILE"
-        )
     for key in ("policy", "sampler"):
         check_types(cfg[key], key)
     sampler = instantiate(cfg.sampler)
+    sources, settings = _sets(cfg, sampler, reward)
     specification: HFPolicy = instantiate(cfg.policy)
     folder = Path(cfg.output or f"runs/eval/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    problems = instantiate(cfg.data.validation, _convert_="all")()
+    problems = {name: _naming(name, source) for name, source in sources.items()}
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
-    encoded = instantiate(cfg.data.encoder, _convert_="all").encode(problems, tokenizer)
-    encoded = encoded.without_unreadable(find_unreadable(encoded, reward), unreadable)
-    prepare([sampler, reward], encoded.problems, tokenizer)
-    check_completion_prefix(reward, encoded, tokenizer)
-    encoded.check_max_model_len(sampler, "sampler")
+    encoder = instantiate(cfg.data.encoder, _convert_="all")
+    encoded: dict[str, Any] = {}
+    for name, each in problems.items():
+        found = _naming(name, partial(encoder.encode, each, tokenizer))
+        encoded[name] = _naming(name, partial(found.without_unreadable, find_unreadable(found, reward), unreadable))
+        check_completion_prefix(reward, encoded[name], tokenizer)
+        encoded[name].check_max_model_len(sampler, "sampler")
+    prepare([sampler, reward], [problem for each in encoded.values() for problem in each.problems], tokenizer)
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)
-    samples = _sample_and_write(cfg, policy, tokenizer, encoded, sampler, reward, device, folder / "samples.jsonl")
-    return _summarize(samples, n, cfg, encoded.dropped, folder)
+    sampled = _sample_and_write(cfg, policy, tokenizer, encoded, settings, device, folder / "samples.jsonl")
+    summaries = {
+        name: _summarize(samples, settings[name], cfg, encoded[name].dropped) for name, samples in sampled.items()
+    }
+    summary = {"benchmarks": summaries} if cfg.get("benchmark") else summaries[""]
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(f"results: {folder}")
+    return {**summary, "folder": str(folder)}
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    """Raise ValueError that names the key for a value that cannot be right."""
+    from rlmod.config.sizes import check_seed
+    from rlmod.config.validation import check_value
+
+    n = cfg.sampler.completions_per_prompt
+    check_seed(cfg.seed, "seed")
+    check_seed(cfg.run_seed, "run_seed")
+    check_value(cfg.threshold, float, "threshold")
+    check_value(cfg.prompts_per_batch, int, "prompts_per_batch")
+    if cfg.prompts_per_batch < 1:
+        raise ValueError(f"prompts_per_batch must be at least 1, got {cfg.prompts_per_batch}")
+    for name in ("pass_at", "maj_at", "best_at"):
+        check_value(cfg[name], Sequence[int], name)
+        for k in cfg[name]:
+            if not cfg.get("benchmark") and not 1 <= k <= n:
+                raise ValueError(f"{name} holds {k}, but k must be between 1 and sampler.completions_per_prompt = {n}")
+    if cfg.data.validation is None and not cfg.get("benchmark"):
+        raise ValueError(
+            "data.validation=null: rlmod-eval samples completions of these problems; give data.validation_path=FILE, or "
+            "benchmark=[NAME]"
+        )
+
+
+def _sets(cfg: DictConfig, sampler: Any, reward: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the problems and the settings of each set by name; "" is data.validation, which benchmarks replace."""
+    from rlmod.config.benchmarks import build_benchmarks
+    from rlmod.config.build import build_problems
+    from rlmod.config.sizes import Validation
+
+    numbers: dict[str, Any] = {name: tuple(cfg[name]) for name in ("pass_at", "maj_at", "best_at")}
+    shared = {"sampler": sampler, "reward": reward, "threshold": cfg.threshold}
+    if not cfg.get("benchmark"):
+        problems = instantiate(cfg.data.validation, _convert_="all")
+        try:
+            return {"": problems}, {"": Validation(**shared, **numbers)}
+        except ValueError as error:  # these are keys of validation in a run
+            raise ValueError(str(error).removeprefix("validation.")) from error
+    # The numbers are for the benchmarks: a set of another number of completions does not have to allow them.
+    return build_benchmarks(cfg.get("benchmark"), Validation(**shared), build_problems, numbers)
+
+
+def _naming(name: str, task: Callable[[], Any]) -> Any:
+    """Return the task's result; a ValueError names the benchmark, if it is one."""
+    from rlmod.config.benchmarks import naming_benchmark
+
+    with naming_benchmark(name) if name else nullcontext():
+        return task()
 
 
 def _resolve_device(name: str) -> str:
@@ -209,50 +236,64 @@ def _resolve_device(name: str) -> str:
 
 
 def _sample_and_write(
-    cfg: DictConfig, policy: Any, tokenizer: Any, encoded: Any, sampler: Any, reward: Any, device: str, file: Path
-) -> list[dict[str, Any]]:
+    cfg: DictConfig,
+    policy: Any,
+    tokenizer: Any,
+    encoded: Mapping[str, Any],
+    sets: Mapping[str, Any],
+    device: str,
+    file: Path,
+) -> dict[str, list[dict[str, Any]]]:
     """Sample and grade batch by batch, as the validation of a training run does. Each batch is written as soon as it is graded."""
     from rich.progress import track
 
-    from rlmod.config.sizes import Validation
     from rlmod.interfaces import declared, sync
     from rlmod.model.policy import completion_texts
-    from rlmod.rollout.validation import sample_and_grade, validation_seed
+    from rlmod.rollout.validation import one_per_engine, sample_and_grade, validation_seed
 
-    samples: list[dict[str, Any]] = []
-    skip = bool(declared(reward, "skip_special_tokens"))
-    decode = partial(completion_texts, tokenizer, skip_special_tokens=skip, stop=getattr(sampler, "stop", ()))
-    settings = Validation(sampler=sampler, reward=reward, threshold=cfg.threshold)
-    sync(sampler, policy)
-    starts = range(0, len(encoded.problems), cfg.prompts_per_batch)
+    sampled: dict[str, list[dict[str, Any]]] = {name: [] for name in encoded}
+    for sampler in one_per_engine(settings.sampler for settings in sets.values()):
+        sync(sampler, policy)
+    size = cfg.prompts_per_batch
+    batches = [(name, start) for name, problems in encoded.items() for start in range(0, len(problems), size)]
     with file.open("w", encoding="utf-8") as stream:
-        for batch, start in enumerate(track(starts, description="evaluating")):
-            stop = min(start + cfg.prompts_per_batch, len(encoded.problems))
+        for name, start in track(batches, description="evaluating"):
+            settings, problems = sets[name], encoded[name]
+            skip = bool(declared(settings.reward, "skip_special_tokens"))
+            stop = getattr(settings.sampler, "stop", ())
             graded = sample_and_grade(
                 policy,
-                encoded.batch(range(start, stop)).to(device),
+                problems.batch(range(start, min(start + size, len(problems)))).to(device),
                 settings,
-                decode=decode,
-                seed=validation_seed(cfg.run_seed, cfg.seed, batch),
+                decode=partial(completion_texts, tokenizer, skip_special_tokens=skip, stop=stop),
+                seed=validation_seed(cfg.run_seed, cfg.seed, start // size),
             )
-            texts = graded.texts
-            for row, problem in enumerate(texts.problems or ()):
-                sample = {
-                    "source": problem.source,
-                    "prompt": problem.prompt,
-                    "answer": problem.answer,
-                    "completion": texts.completions[row],
-                    "reward": None if graded.abstained[row] else float(graded.rewards[row]),
-                    "correct": None if graded.abstained[row] else bool(graded.correct[row]),
-                    "truncated": (texts.truncated or ())[row],
-                    "length": (texts.lengths or ())[row],
-                }
-                if cfg.record_tokens:
-                    sample |= _token_fields(graded.rollouts, row)
-                samples.append(sample)
+            for row in range(len(graded.texts)):
+                sample = _sample_fields(graded, row, name, cfg.record_tokens)
+                sampled[name].append(sample)
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
             stream.flush()
-    return samples
+    return sampled
+
+
+def _sample_fields(graded: Any, row: int, name: str, record_tokens: bool) -> dict[str, Any]:
+    """Return the line of samples.jsonl for a completion."""
+    texts = graded.texts
+    problem = texts.problems[row]
+    sample = {
+        **({"benchmark": name} if name else {}),
+        "source": problem.source,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "completion": texts.completions[row],
+        "reward": None if graded.abstained[row] else float(graded.rewards[row]),
+        "correct": None if graded.abstained[row] else bool(graded.correct[row]),
+        "truncated": (texts.truncated or ())[row],
+        "length": (texts.lengths or ())[row],
+    }
+    if graded.answers:
+        sample["final_answer"] = graded.answers[row]
+    return sample | _token_fields(graded.rollouts, row) if record_tokens else sample
 
 
 def _token_fields(rollouts: Any, row: int) -> dict[str, Any]:
@@ -268,32 +309,27 @@ def _token_fields(rollouts: Any, row: int) -> dict[str, Any]:
     }
 
 
-def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: int, folder: Path) -> dict[str, Any]:
-    """Print and write the metrics (summary.json), and return them with the folder."""
-    import torch
+def _summarize(samples: list[dict[str, Any]], settings: Any, cfg: DictConfig, dropped: int) -> dict[str, Any]:
+    """Print and return the metrics of a set."""
     from rich.console import Console
     from rich.table import Table
 
-    from rlmod.training.accuracy import pass_at_k
-
-    counted = torch.tensor([sample["correct"] is not None for sample in samples]).view(-1, n)
-    correct = torch.tensor([bool(sample["correct"]) for sample in samples]).view(-1, n)
-    # A problem without a reward for any of its completions is left out: 0 / 0 is NaN.
-    values = {f"mean@{n}": correct.double().sum(1) / counted.sum(1)}
-    values |= {f"pass@{k}": pass_at_k(correct, k, counted) for k in cfg.pass_at}
-    summary: dict[str, Any] = {"problems": len(correct), "completions_per_problem": n, "dropped_problems": dropped}
-    summary["completions_without_reward"] = int((~counted).sum())
-    without = summary["completions_without_reward"]
-    table = Table("metric", "value", "95 % interval", title=f"{cfg.policy.path} on {len(correct)} problems")
-    for name, per_problem in values.items():
-        per_problem = per_problem[~per_problem.isnan()]
-        if not len(per_problem):
+    n, counted, values = _per_problem(samples, settings)
+    name = settings.benchmark
+    summary: dict[str, Any] = {"problems": len(counted), "completions_per_problem": n, "dropped_problems": dropped}
+    without = summary["completions_without_reward"] = int((~counted).sum())
+    of_set = f"{len(counted)} problems{f' of {name}' if name else ''}"
+    table = Table("metric", "value", "95 % interval", title=f"{cfg.policy.path} on {of_set}")
+    for metric, per_problem in values.items():
+        per_problem = per_problem[~per_problem.isnan()].tolist()
+        if not per_problem:
             raise ValueError(
-                f"{name} cannot be computed: the reward abstained from too many completions of every problem"
+                f"{metric} cannot be computed: the reward abstained from too many completions of every problem"
             )
-        low, high = interval(per_problem.tolist())
-        summary[name] = {"value": float(per_problem.mean()), "interval": [low, high]}
-        table.add_row(name, f"{float(per_problem.mean()):.4f}", f"{low:.4f} to {high:.4f}")
+        low, high = interval(per_problem)
+        value = sum(per_problem) / len(per_problem)
+        summary[metric] = {"value": value, "interval": [low, high]}
+        table.add_row(metric, f"{value:.4f}", f"{low:.4f} to {high:.4f}")
     summary["length"] = sum(sample["length"] for sample in samples) / len(samples)
     summary["truncated"] = sum(sample["truncated"] for sample in samples) / len(samples)
     if summary["truncated"] == 1:
@@ -302,16 +338,36 @@ def _summarize(samples: list[dict[str, Any]], n: int, cfg: DictConfig, dropped: 
             len(samples),
             cfg.sampler.max_new_tokens,
         )
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     Console().print(table)
-    print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated; {folder}")
+    print(f"mean length {summary['length']:.1f} tokens, {summary['truncated']:.1%} truncated")
     if without:
         print(f"the reward abstained from {without} of {len(samples)} completions, which do not count")
-    return {**summary, "folder": str(folder)}
+    return summary
+
+
+def _per_problem(samples: list[dict[str, Any]], settings: Any) -> tuple[int, Any, dict[str, Any]]:
+    """Return the completions per problem, which of them count [problems n], and each metric's value per problem."""
+    import torch
+
+    from rlmod.training.accuracy import best_at_k, majority_at_k, pass_at_k
+
+    n = settings.sampler.completions_per_prompt
+    counted = torch.tensor([sample["correct"] is not None for sample in samples]).view(-1, n)
+    correct = torch.tensor([bool(sample["correct"]) for sample in samples]).view(-1, n)
+    rewards = torch.tensor([sample["reward"] or 0.0 for sample in samples], dtype=torch.float64).view(-1, n)
+    answers = [sample.get("final_answer") for sample in samples]
+    # A problem without a reward for any of its completions is left out: 0 / 0 is NaN.
+    values = {f"mean@{n}": correct.double().sum(1) / counted.sum(1)}
+    values |= {f"pass@{k}": pass_at_k(correct, k, counted) for k in settings.pass_at}
+    values |= {f"maj@{k}": majority_at_k(correct, answers, k, counted) for k in settings.maj_at}
+    values |= {f"best@{k}": best_at_k(rewards, k, counted) for k in settings.best_at}
+    return n, counted, values
 
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Return a 95 % interval for the mean of per-problem values in [0, 1]: Wilson's interval for the mean p.
+
+    If a value lies outside, as best@k of other rewards may, it is the normal one: mean +- z std / sqrt(n).
 
     The units are problems, because completions of one problem are not independent. n problems with values of 0 and 1, as with one
     completion per problem, count as n. Other values vary less and count as more: (n + 4) q (1 - q) / variance - 4. Here the mean q and the
@@ -319,6 +375,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     the variance alone is too small. Thus the interval of 0 of 30 is wider than 0, and a mean just below 1 has no narrower interval than 1.
     """
     p = sum(values) / len(values)
+    if min(values) < 0 or max(values) > 1:
+        half = Z * math.sqrt(sum((v - p) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
+        return p - half, p + half
     more = [*values, 0.0, 0.0, 1.0, 1.0]
     q = sum(more) / len(more)
     effective = q * (1 - q) / (sum((v - q) ** 2 for v in more) / len(more)) * len(more) - 4

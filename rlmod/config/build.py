@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from rlmod.config.benchmarks import build_benchmarks
 from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.config.validation import check_arguments, check_takes_texts, check_types, check_value
 from rlmod.interfaces import (
@@ -70,6 +71,10 @@ class Components:
     batch: Batch
     guard: Guard
     validation: Validation
+    benchmark_problems: Mapping[str, Problems]
+    """Problems of each benchmark, by name."""
+    benchmark: Mapping[str, Validation]
+    """Settings of each benchmark: the validation's, with its own numbers."""
 
     @property
     def completions_per_prompt(self) -> int:
@@ -81,6 +86,8 @@ class Components:
         """Build the components of a composed config. ValueError that names the key if a value is wrong."""
         check_value(cfg.threshold, float, "threshold")
         build, build_all = partial(_build, cfg), partial(_build_all, cfg)
+        validation = _build_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg)))
+        benchmark_problems, benchmark = build_benchmarks(cfg.get("benchmark"), validation, build_problems)
         return cls(
             policy=build("policy"),
             train=build("data.train"),
@@ -102,7 +109,9 @@ class Components:
             optimizer=_dry_run(build("optimizer")),
             batch=build("batch"),
             guard=build("guard"),
-            validation=_build_validation(cfg.validation, build("validation.sampler", _validation_sampler(cfg))),
+            validation=validation,
+            benchmark_problems=benchmark_problems,
+            benchmark=benchmark,
         )
 
 
@@ -136,9 +145,15 @@ def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
     return component
 
 
+def build_problems(key: str, node: DictConfig) -> Problems:
+    """Return the problems of a config node. ValueError that names the key if a value is wrong."""
+    return _build(OmegaConf.create(), key, node)
+
+
 OPTIONAL = ("data.validation", "guide", "reference")
 
 STAGES: dict[str, Any] = {
+    "benchmark": Problems,
     "sampler": Sampler,
     "guide": Guide | PromptGuide,
     "filter": Filter,
@@ -198,7 +213,7 @@ def _validation_sampler(cfg: DictConfig) -> DictConfig:
 
 def _build_validation(node: DictConfig, sampler: Sampler) -> Validation:
     hints = get_type_hints(Validation)
-    plain = {name: node[name] for name in ("threshold", "pass_at", "prompts_per_batch", "seed")}
+    plain = {name: node[name] for name in ("threshold", "pass_at", "maj_at", "best_at", "prompts_per_batch", "seed")}
     for name, value in plain.items():
         check_value(value, hints[name], f"validation.{name}")
     return Validation(sampler=sampler, reward=build_reward(node.reward, "validation.reward"), **plain)

@@ -92,7 +92,17 @@ def compose(config_name: str, overrides: Sequence[str] | DictConfig) -> DictConf
             f'overrides must be a list of texts, as in ["experiment=quickstart", "seed=1"], got {overrides!r}'
         )
     with mistakes_as_value_errors(), hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return hydra.compose(config_name, overrides=list(overrides))
+        cfg = hydra.compose(config_name, overrides=list(overrides))
+        _check_benchmarks(cfg, overrides, [config_folder()])
+        return cfg
+
+
+def _check_benchmarks(cfg: DictConfig, overrides: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raise ValueError for ``benchmark=[...]`` with options that Hydra would read as fewer sets than were named."""
+    if any("benchmark=" in text for text in overrides):
+        from rlmod.config.benchmarks import check_options  # imports torch
+
+        check_options(overrides, OmegaConf.select(cfg, "benchmark"), folders)
 
 
 @contextmanager
@@ -146,6 +156,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     def with_original_setting(cfg: DictConfig) -> object:
         os.environ["HYDRA_FULL_ERROR"] = str(int(with_traceback))  # inherited by the ranks that this process starts
         try:
+            hydra_cfg = HydraConfig.get()
+            folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
+            _check_benchmarks(cfg, list(hydra_cfg.overrides.task), folders)
             return task(cfg)
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlmod.interfaces import Reward, Sampler
+from rlmod.interfaces import Reward, Sampler, component_name
+from rlmod.reward._final_answers import find_answer_reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +86,50 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Settings of validation on held-out problems: mean@n over the sampler's n completions, and pass@k for each k in ``pass_at``."""
+    """Settings of validation on one set of problems: mean@n over the sampler's n completions, and what the lists of k ask for."""
 
     sampler: Sampler
     reward: Reward
     threshold: float = 0.5
     """A completion is correct if its correctness score is above this."""
     pass_at: Sequence[int] = ()
+    """Numbers k of pass@k: the chance that one of k completions is correct."""
+    maj_at: Sequence[int] = ()
+    """Numbers k of maj@k: the chance that the most frequent answer among k completions is correct."""
+    best_at: Sequence[int] = ()
+    """Numbers k of best@k: the expected highest reward among k completions."""
     prompts_per_batch: int = 512
     """Prompts sampled together. It affects memory and the random numbers of sampling."""
     seed: int = 0
+    benchmark: str = ""
+    """Name of the benchmark; empty: the held-out problems of ``data``."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "validation.seed")
         if self.prompts_per_batch < 1:
             raise ValueError(f"validation.prompts_per_batch must be at least 1, got {self.prompts_per_batch}")
         n = self.sampler.completions_per_prompt
-        for k in self.pass_at:
-            if not 1 <= k <= n:
-                raise ValueError(
-                    f"validation.pass_at holds {k}, but k must be between 1 and validation.sampler.completions_per_prompt = {n}"
-                )
+        place = f"benchmark.{self.benchmark}" if self.benchmark else "validation"
+        sampled = f"{place}.completions_per_prompt" if self.benchmark else "validation.sampler.completions_per_prompt"
+        for name in ("pass_at", "maj_at", "best_at"):
+            for k in getattr(self, name):
+                if not 1 <= k <= n:
+                    inherited = " (null there means the numbers of the other sets)" if self.benchmark else ""
+                    raise ValueError(
+                        f"{place}.{name} holds {k}, but k must be between 1 and {sampled} = {n}{inherited}"
+                    )
+        if self.maj_at and find_answer_reader(self.reward) is None:
+            raise ValueError(
+                f"{place}.maj_at={list(self.maj_at)}: the reward {component_name(self.reward)} does not tell the final answer of a "
+                "completion, so there is nothing to vote for; use reward=math_verify or exact_match, give your own reward a method "
+                "final_answers(completions), or set maj_at=[]"
+            )
 
     @property
     def objective(self) -> str:
-        """The metric that a sweep maximizes and result.json reports."""
-        return f"val/mean@{self.sampler.completions_per_prompt}"
+        """The metric of this set that result.json reports."""
+        return self.metric("mean", self.sampler.completions_per_prompt)
+
+    def metric(self, name: str, k: int) -> str:
+        """Return the logged name of a metric at k, as ``val/pass@4`` or ``val/aime24/pass@4``."""
+        return f"val/{self.benchmark}/{name}@{k}" if self.benchmark else f"val/{name}@{k}"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Equality, FiniteSet, Interval, Tuple
+from sympy import Basic, Equality, FiniteSet, Integer, Interval, Tuple
 from sympy.matrices import MatrixBase
 
 from rlmod.reward._math_text import final_answer, gold_text
@@ -19,6 +19,8 @@ from rlmod.reward._math_text import final_answer, gold_text
 CONFIG = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 RELATIVE_TOLERANCE = 1e-3
+LARGEST_FLOAT = 1e15
+"""Numbers from here on have no six decimals in a float."""
 
 
 def _parse(text: str) -> list:
@@ -87,6 +89,33 @@ def _grade(completion: str, answer: str) -> tuple[str, str]:
     except Exception as error:
         return "error", type(error).__name__  # without its text: str() of a SymPy expression may never return
     return ("correct" if correct else "incorrect"), ""
+
+
+def read(completion: str) -> str | None:
+    """Return the final answer of a completion as text; None if it has none. Numbers that ``grade`` calls equal have one text."""
+    try:
+        found = _parse(final_answer(completion))
+        return _answer_text(found[0]) if found else None
+    except Exception:  # SymPy raises many types; such a completion has no answer
+        return None
+
+
+def _answer_text(value: Any) -> str:
+    """Return a number rounded as in ``_close``, and any other expression as SymPy writes it."""
+    if isinstance(value, Equality):
+        left, right = value.args
+        if getattr(left, "is_Symbol", False):
+            return _answer_text(right)
+    if isinstance(value, Integer):
+        return str(value.p)
+    number: Any = value.doit().evalf(30) if getattr(value, "is_number", False) else None
+    if number is None or not number.is_real:
+        return str(value)
+    if 0 < abs(number) < RELATIVE_TOLERANCE:
+        return f"{float(number):.2e}"
+    if abs(number) >= LARGEST_FLOAT:
+        return str(number)
+    return f"{float(number):.6f}".rstrip("0").rstrip(".")
 
 
 def warm_up() -> None:

@@ -68,9 +68,9 @@ class PooledScorer(RewardSettings):
                 rows[row] = Row(None, failure=failure, detail=str(reply.value))
         return rows
 
-    def _score(self, items: Sequence[tuple[Any, ...]]) -> list[Reply]:
+    def _score(self, items: Sequence[tuple[Any, ...]], function: str | None = None) -> list[Reply]:
         settings = PoolSettings(
-            function=self.function,
+            function=function or self.function,
             workers=self.workers or default_workers(),
             seconds=self.timeout_seconds,
             memory_gib=MEMORY_GIB,

@@ -1,9 +1,10 @@
 """String equality with the answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlmod.reward._patterns import check_pattern, last_match
+from rlmod.reward._patterns import PatternTimeout, check_pattern, last_match
 from rlmod.types import Texts, accepted_answers
 
 
@@ -36,6 +37,16 @@ class ExactMatch:
             else self.incorrect
             for completion, answer in zip(texts.completions, texts.answers, strict=True)
         ]
+
+    def final_answers(self, completions: Sequence[str]) -> list[str | None]:
+        """Return ``extracted`` of each completion; None where the pattern does not match, or takes too long."""
+        answers: list[str | None] = []
+        for completion in completions:
+            try:
+                answers.append(self._extracted(completion))
+            except PatternTimeout:  # the reward has reported it
+                answers.append(None)
+        return answers
 
     def _extracted(self, completion: str) -> str | None:
         if self.pattern is None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from rlmod.reward._failures import Row
 from rlmod.reward._math_text import gold_text, is_number
 from rlmod.reward._pool import Reply
-from rlmod.reward._pooled import PooledScorer
+from rlmod.reward._pooled import LONGEST_TEXT, PooledScorer
 from rlmod.types import Problem, Texts, accepted_answers
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,19 @@ class MathVerify(PooledScorer):
             if wrong:
                 found[index] = wrong[0]
         return found
+
+    def final_answers(self, completions: Sequence[str]) -> list[str | None]:
+        """Return the final answer of each completion in a form that is equal for equal numbers: 0.5 for 1/2.
+
+        None without an answer that can be read within ``timeout_seconds``.
+        """
+        texts = [self.completion_prefix + completion for completion in completions]
+        read = {row: text for row, text in enumerate(texts) if len(text) <= LONGEST_TEXT}
+        replies = self._score([(text,) for text in read.values()], "rlmod.reward._math_grader:read")
+        answers: list[str | None] = [None] * len(texts)
+        for row, reply in zip(read, replies, strict=True):
+            answers[row] = reply.value if reply.status == "ok" else None
+        return answers
 
     def _arguments(self, texts: Texts, row: int) -> tuple[Any, ...]:
         return texts.completions[row], accepted_answers(texts.answers[row])

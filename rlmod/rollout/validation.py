@@ -3,8 +3,8 @@
 Both use the same seeds and batches, so a checkpoint has one accuracy.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from rlmod.interfaces import Reward, Sampler, WeightSyncedSampler
 from rlmod.model.logprob_pass import logprob_pass
 from rlmod.reward._compute import compute_rewards
 from rlmod.reward._failures import check_failure_shares
+from rlmod.reward._final_answers import find_answer_reader
 from rlmod.rollout.groups import texts_for_reward
 from rlmod.rollout.metrics import check_agreement, sampler_agreement
 from rlmod.sampler._sampling import VLLMSamplingParameters
@@ -32,6 +33,8 @@ class ValidationSettings(Protocol):
     def reward(self) -> Reward: ...
     @property
     def threshold(self) -> float: ...
+    @property
+    def maj_at(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class GradedBatch:
     correct: Bool[Tensor, " R"]
     abstained: Bool[Tensor, " R"]
     """True if the reward has no value for the completion: it counts neither as correct nor as incorrect."""
+    answers: Sequence[str | None] = ()
+    """The final answer of each completion, as the reward reads it; None without one. Empty if no maj@k is computed."""
 
 
 def validation_seed(run_seed: int, validation_seed: int, batch: int, rank: int = 0) -> int:
@@ -70,6 +75,7 @@ def sample_and_grade(
     texts = texts_for_reward(rollouts, prompts.problems, decode)
     result = compute_rewards(settings.reward, texts)
     check_failure_shares(result)
+    read_answers = find_answer_reader(settings.reward) if settings.maj_at else None
     device = rollouts.device
     return GradedBatch(
         rollouts=replace(rollouts, rewards=result.rewards.to(device), abstained=result.abstained.to(device)),
@@ -77,7 +83,18 @@ def sample_and_grade(
         rewards=result.rewards,
         correct=(result.outcomes > settings.threshold).to(device) & ~result.abstained.to(device),
         abstained=result.abstained.to(device),
+        answers=() if read_answers is None else read_answers(texts.completions),
     )
+
+
+def one_per_engine(samplers: Iterable[Sampler]) -> list[Sampler]:
+    """Return the samplers without those that differ from an earlier one only in the number of completions: they share its engine."""
+    found: list[tuple[object, Sampler]] = []
+    for sampler in samplers:
+        engine = replace(cast(Any, sampler), completions_per_prompt=1) if is_dataclass(sampler) else sampler
+        if not any(engine == other for other, _ in found):
+            found.append((engine, sampler))
+    return [sampler for _, sampler in found]
 
 
 COMPARED_COMPLETIONS = 8

@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -137,16 +137,22 @@ class PromptLoader:
 
 
 class RLData(L.LightningDataModule):
-    """Prompts for the rollout batches, reshuffled after each pass over the problems, and held-out prompts for validation.
+    """Prompts for the rollout batches, reshuffled after each pass over the problems, and prompts for validation: held-out ones, benchmarks.
 
     Each rank gets its own prompts: every world_size-th of the shuffled order. A checkpoint holds the position of each rank. Components,
     sizes and seed are ``RLModule``'s. ``setup`` checks them, sets ``Trainer.accumulate_grad_batches``, which follows from the sizes, and
     refuses settings of the Trainer that would train something else.
     """
 
-    def __init__(self, *, train: EncodedProblems, held_out: EncodedProblems | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        train: EncodedProblems,
+        held_out: EncodedProblems | None = None,
+        benchmark: Mapping[str, EncodedProblems] | None = None,
+    ) -> None:
         super().__init__()
-        self.train, self.held_out = train, held_out
+        self.train, self.held_out, self.benchmark = train, held_out, dict(benchmark or {})
         self.components_ready = False
         """True if the components have been checked and prepared. The command does so before it loads the policy."""
         self.trainer_settings: dict[str, Any] = {}
@@ -159,7 +165,13 @@ class RLData(L.LightningDataModule):
     def __str__(self) -> str:
         """Return the numbers of problems. Lightning's own form asks each loader for its data, which would sample a rollout batch."""
         held_out = 0 if self.held_out is None else len(self.held_out.problems)
-        return f"{type(self).__name__}: {len(self.train.problems)} problems, {held_out} held-out problems"
+        benchmarks = "".join(f", {len(each.problems)} of {name}" for name, each in self.benchmark.items())
+        return f"{type(self).__name__}: {len(self.train.problems)} problems, {held_out} held-out problems{benchmarks}"
+
+    @property
+    def validation_sets(self) -> dict[str, EncodedProblems]:
+        """The sets to validate on by name, the held-out one first, under the name ""."""
+        return ({} if self.held_out is None else {"": self.held_out}) | self.benchmark
 
     @property
     def module(self) -> "RLModule":
@@ -173,14 +185,20 @@ class RLData(L.LightningDataModule):
         """
         trainer, module = self.trainer, self.module
         assert trainer is not None
-        for problems in filter(None, (self.train, self.held_out)):
+        if unknown := set(self.benchmark) - set(module.benchmark):
+            raise ValueError(
+                f"RLData has the benchmark {min(unknown)!r}, but RLModule has no settings for it: give it as "
+                f"benchmark={{{min(unknown)!r}: Validation(...)}}"
+            )
+        module.validation_sets = tuple(self.validation_sets)
+        for problems in (self.train, *self.validation_sets.values()):
             problems.check_token_ids(embedding_rows(module.policy))
             _check_same_on_all_ranks(problems)
         if not self.components_ready:
             compatibility.check(module, trainer.world_size)
             self.train.without_unreadable(find_unreadable(self.train, module.reward), "error")
             self.prepare_components(module, module.tokenizer)
-        if self.held_out is None:
+        if not self.validation_sets:
             self._change(trainer, "limit_val_batches", 0)
         if stage == "fit":
             needed = self.micro_batches(trainer.world_size)
@@ -193,13 +211,17 @@ class RLData(L.LightningDataModule):
             [algorithm.sampler, algorithm.guide, algorithm.reward, algorithm.reference], self.train.problems, tokenizer
         )
         self.train.check_max_model_len(algorithm.sampler, "sampler")
+        check_completion_prefix(algorithm.reward, self.train, tokenizer)
         validation = algorithm.validation
-        prepare([validation.sampler, validation.reward], self.held_out.problems if self.held_out else (), tokenizer)
-        if self.held_out:
-            self.held_out.check_max_model_len(validation.sampler, "validation.sampler")
-        for problems, reward in ((self.train, algorithm.reward), (self.held_out, validation.reward)):
-            if problems is not None:
-                check_completion_prefix(reward, problems, tokenizer)
+        # A benchmark's sampler and reward are those of the validation, with another number of completions.
+        everything = [problem for each in self.validation_sets.values() for problem in each.problems]
+        prepare([validation.sampler, validation.reward], everything, tokenizer)
+        for name, problems in self.validation_sets.items():
+            settings = algorithm.benchmark[name] if name else validation
+            if settings.reward is not validation.reward:
+                prepare([settings.reward], problems.problems, tokenizer)
+            problems.check_max_model_len(settings.sampler, "validation.sampler")
+            check_completion_prefix(settings.reward, problems, tokenizer)
         self.components_ready = True
 
     def _change(self, trainer: L.Trainer, name: str, value: Any) -> None:
@@ -254,13 +276,16 @@ class RLData(L.LightningDataModule):
         extra = self.module.zero_reward.max_rows(batch.prompts // ranks, ranks, rows_per_prompt)
         return batch.micro_batches(rows_per_prompt, ranks, extra)
 
-    def val_dataloader(self) -> "PromptLoader | list[Any]":
-        """Build the loader of this rank's held-out prompts; an empty list if there are none."""
+    def val_dataloader(self) -> "list[PromptLoader]":
+        """Build the loaders of this rank's prompts, one per validation set."""
         assert self.trainer is not None
-        if self.held_out is None:
-            return []
-        prompts_per_batch = self.module.validation.prompts_per_batch
-        return PromptLoader(self.held_out, self.trainer.global_rank, self.trainer.world_size, prompts_per_batch)
+        rank, ranks, module = self.trainer.global_rank, self.trainer.world_size, self.module
+        return [
+            PromptLoader(
+                problems, rank, ranks, (module.benchmark[name] if name else module.validation).prompts_per_batch
+            )
+            for name, problems in self.validation_sets.items()
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the random states of all ranks. Every rank must call this; Lightning saves rank 0's result."""

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from rlmod import ops
@@ -76,12 +75,12 @@ from rlmod.rollout.metrics import (
     sampler_agreement,
     shapes_no_token,
 )
-from rlmod.rollout.validation import sample_and_grade, validation_seed
+from rlmod.rollout.validation import one_per_engine, sample_and_grade, validation_seed
 from rlmod.rollout.zero_reward import ZeroReward
 from rlmod.shaper.uniform import Uniform
 from rlmod.strategy._sharding import Sharding, full_precision_policy, gather_full_parameters, gradient_norm
-from rlmod.training.accuracy import MeanAtK, PassAtK
 from rlmod.training.checkpoint import check_iterations, check_same_policy
+from rlmod.training.held_out import SetMetrics
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer, check_learning_rate
 from rlmod.training.step_metrics import StepMetrics
 from rlmod.types import Prompts, Rollouts, concatenate, require
@@ -119,6 +118,7 @@ class RLModule(L.LightningModule):
         optimizer: Optimizer = ADAMW,
         schedule: Schedule | None = None,
         validation: Validation | None = None,
+        benchmark: Mapping[str, Validation] | None = None,
         batch: Batch | None = None,
         threshold: float = 0.5,
         guard: Guard | None = None,
@@ -134,16 +134,16 @@ class RLModule(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.validation = validation or Validation(sampler=sampler, reward=reward, threshold=threshold)
         self.batch, self.guard, self.threshold, self.seed = batch or Batch(), guard or Guard(), threshold, seed
-        self.validation_metrics = MetricCollection(
-            {self.validation.objective: MeanAtK(), **{f"val/pass@{k}": PassAtK(k) for k in self.validation.pass_at}},
-            compute_groups=False,
-        )
+        self.benchmark = {name: replace(each, benchmark=name) for name, each in (benchmark or {}).items()}
+        self.set_metrics = nn.ModuleList(map(SetMetrics, (self.validation, *self.benchmark.values())))
+        self.validation_sets: tuple[str, ...] = ("", *self.benchmark)
+        """Names of the validation sets with problems, in the order of their loaders; "" is the held-out set. ``RLData`` sets it."""
         self.rollout_batch: RolloutBatch | None = None
         """The current iteration's rollout batch, with advantages, for callbacks to read."""
-        self.validated: list[RolloutBatch] = []
-        """Samples of the current or last validation, one entry per batch, for callbacks to read."""
-        self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None}
-        """Result of the last validation, and the optimizer step after which it ran."""
+        self.validated: dict[str, list[RolloutBatch]] = {}
+        """Samples of the current or last validation by the name of the set, one entry per batch, for callbacks to read."""
+        self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None, "benchmarks": {}}
+        """Result of the last validation, and the optimizer step after which it ran. ``benchmarks`` has problems and accuracy of each."""
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
         self.tokens_sampled, self.skipped_in_a_row = 0, 0
@@ -163,14 +163,22 @@ class RLModule(L.LightningModule):
         self.adaptive = {name: each for name, each in self.regularizer.items() if isinstance(each, AdaptiveRegularizer)}
         self.adaptive_metrics = {name: StepMetrics() for name in self.adaptive}
         """Metrics of the adaptive regularizers in the current optimizer step."""
-        self.history: dict[str, float | None] = {"before": None, "seconds": 0.0}
-        """Held-out accuracy before training, and seconds of training before the run was resumed."""
+        self.history: dict[str, Any] = {"before": None, "benchmarks": {}, "seconds": 0.0}
+        """Accuracy before training on the held-out problems and on each benchmark, and seconds of training before the run was resumed."""
         self.fit_started = time.perf_counter()
 
     @property
     def completions_per_prompt(self) -> int:
         """Completions per prompt: on-policy ones and the guide's."""
         return self.sampler.completions_per_prompt + (self.guide.completions_per_prompt if self.guide else 0)
+
+    @property
+    def objective(self) -> str:
+        """The metric that a sweep maximizes and best/ follows: of the held-out set or, without one, of the first benchmark."""
+        return self._settings(self.validation_sets[0] if self.validation_sets else "").objective
+
+    def _settings(self, name: str) -> Validation:
+        return self.benchmark[name] if name else self.validation
 
     @property
     def every_row_trains(self) -> bool:
@@ -446,33 +454,49 @@ class RLModule(L.LightningModule):
             self.reference.update(full_precision_policy(self.trainer.strategy, self.policy))
 
     def on_validation_epoch_start(self) -> None:
-        self.validated = []
+        self.validated = {name: [] for name in self.validation_sets}
         with self.evaluating() as policy:
-            sync(self.validation.sampler, policy)
+            for sampler in self._validation_engines():
+                sync(sampler, policy)
 
-    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+    def _validation_engines(self) -> list[Sampler]:
+        return one_per_engine(self._settings(name).sampler for name in self.validation_sets)
+
+    def metrics_of(self, name: str) -> SetMetrics:
+        """Return the metrics of a validation set; "" is the held-out one."""
+        metrics = self.set_metrics[["", *self.benchmark].index(name)]
+        assert isinstance(metrics, SetMetrics)
+        return metrics
+
+    def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> None:
+        name = self.validation_sets[dataloader_idx]
+        settings = self._settings(name)
         with self.evaluating() as policy:
             graded = sample_and_grade(
                 policy,
                 batch,
-                self.validation,
-                decode=self._decoder(self.validation.reward, self.validation.sampler),
-                seed=validation_seed(self.seed, self.validation.seed, batch_idx, rank=self.global_rank),
+                settings,
+                decode=self._decoder(settings.reward, settings.sampler),
+                seed=validation_seed(self.seed, settings.seed, batch_idx, rank=self.global_rank),
             )
-        counted = torch.zeros_like(graded.abstained) if batch.padding else ~graded.abstained
-        self.validation_metrics.update(graded.correct.view(len(batch), -1), counted=counted.view(len(batch), -1))
+        self.metrics_of(name).update(graded, padding=batch.padding)
         if not batch.padding:
-            self.validated.append(RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={}))
+            samples = RolloutBatch(rollouts=graded.rollouts, texts=graded.texts, metrics={})
+            self.validated.setdefault(name, []).append(samples)
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.validation_metrics.compute()
-        self.log_dict(metrics, batch_size=1)
-        self.validation_metrics.reset()
-        sleep(self.validation.sampler)
-        rows = torch.tensor(sum(len(batch.texts) for batch in self.validated), device=self.device)
-        problems = int(ops.all_sum(rows)) // self.validation.sampler.completions_per_prompt
-        accuracy = float(metrics[self.validation.objective])
-        self.held_out = {"step": self.global_step, "problems": problems, "accuracy": accuracy}
+        for sampler in self._validation_engines():
+            sleep(sampler)
+        results: dict[str, dict[str, Any]] = {}
+        for name in self.validation_sets:
+            metrics = self.metrics_of(name)
+            computed = metrics.compute()
+            self.log_dict(computed, batch_size=1)
+            problems = int(ops.all_sum(torch.tensor(metrics.problems, device=self.device)))
+            results[name] = {"problems": problems, "accuracy": float(computed[self._settings(name).objective])}
+            metrics.reset()
+        benchmarks = {name: result for name, result in results.items() if name}
+        self.held_out = {"step": self.global_step, **results[self.validation_sets[0]], "benchmarks": benchmarks}
 
     def configure_optimizers(self) -> Any:
         weights = [p for p in self.policy.parameters() if p.requires_grad]
@@ -490,7 +514,7 @@ class RLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_sampled"] = self.tokens_sampled
-        checkpoint["history"] = {"before": self.history["before"], "seconds": self.training_seconds()}
+        checkpoint["history"] = {**self.history, "seconds": self.training_seconds()}
         checkpoint["held_out"] = self.held_out
         batches = self.trainer.fit_loop.epoch_loop.batch_progress
         checkpoint["iteration_complete"] = batches.is_last_batch or batches.current.ready == 0
@@ -510,8 +534,8 @@ class RLModule(L.LightningModule):
                 "without every_n_train_steps"
             )
         self.tokens_sampled = checkpoint["tokens_sampled"]
-        self.history = checkpoint["history"]
-        self.held_out = checkpoint.get("held_out", self.held_out) if self.own_checkpoint else self.held_out
+        self.history = {"benchmarks": {}, **checkpoint["history"]}
+        self.held_out = {**self.held_out, **checkpoint.get("held_out", {})} if self.own_checkpoint else self.held_out
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:
                 raise ValueError(

@@ -212,3 +212,61 @@ def test_a_runs_folder_as_the_policy_is_answered_with_its_newest_policy(tmp_path
     (tmp_path / "checkpoints" / "step-000004" / "policy").mkdir(parents=True)
     message = refused_eval(monkeypatch, "policy=hf", f"policy.path={tmp_path}")
     assert f"its newest policy is policy.path={tmp_path / 'checkpoints' / 'step-000004' / 'policy'}" in message
+
+
+def test_benchmarks_are_evaluated_in_place_of_the_held_out_problems(tmp_path, monkeypatch):
+    """One with its own number of completions and lists, one with those of the command."""
+    words = [
+        f"+benchmark.{name}.{key}={value}"
+        for name, keys in {
+            "easy": {"size": 6},
+            "hard": {"size": 5, "completions_per_prompt": 2, "maj_at": "[]"},
+        }.items()
+        for key, value in {"_target_": "rlmod.data.arithmetic.Arithmetic", "split": "held_out", **keys}.items()
+    ]
+    run_eval(
+        monkeypatch, *SMALL, *words, "maj_at=[4]", "best_at=[1,2]", "prompts_per_batch=4", f"output={tmp_path / 'a'}"
+    )
+    found = json.loads((tmp_path / "a" / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+    assert [(name, each["problems"], each["completions_per_problem"]) for name, each in found.items()] == [
+        ("easy", 6, 4),
+        ("hard", 5, 2),
+    ]
+    assert "maj@4" in found["easy"]
+    assert "maj@4" not in found["hard"]
+    for name, n in (("easy", 4), ("hard", 2)):
+        assert found[name]["best@1"]["value"] == pytest.approx(found[name][f"mean@{n}"]["value"])
+    samples = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").open(encoding="utf-8")]
+    assert [sample["benchmark"] for sample in samples] == ["easy"] * 24 + ["hard"] * 10
+    assert all(
+        sample["final_answer"] == sample["completion"].rpartition("#")[2]
+        for sample in samples[:24]
+        if sample["correct"]
+    )
+    assert "final_answer" not in samples[-1]
+
+
+def test_a_benchmark_has_the_number_that_a_run_reports(tmp_path, monkeypatch):
+    words = [
+        f"+benchmark.hard.{key}={value}"
+        for key, value in {
+            "_target_": "rlmod.data.arithmetic.Arithmetic", "split": "held_out", "size": 20, "completions_per_prompt": 2, "maj_at": "[2]",
+        }.items()
+    ]  # fmt: skip
+    run_train(monkeypatch, *SHORT, *words, "trainer.max_epochs=1", f"output={tmp_path / 'run'}")
+    before = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["benchmarks"]["hard"]["before"]
+    run_eval(monkeypatch, *words, "sampler.max_new_tokens=40", "prompts_per_batch=64", f"output={tmp_path / 'eval'}")
+    found = json.loads((tmp_path / "eval" / "summary.json").read_text(encoding="utf-8"))["benchmarks"]["hard"]
+    assert found["mean@2"]["value"] == pytest.approx(before, abs=1e-6)
+
+
+def test_a_majority_needs_a_reward_that_tells_the_answer(monkeypatch):
+    assert "the reward Format does not tell the final answer" in refused_eval(
+        monkeypatch, *SMALL, "maj_at=[2]", "reward=format"
+    )
+    assert "maj_at holds 9" in refused_eval(monkeypatch, "maj_at=[9]")
+
+
+def test_the_interval_of_values_outside_0_to_1_is_the_normal_one():
+    # -1 and 1: mean 0, std sqrt(2), so +- 1.959964 sqrt(2 / 2).
+    assert interval([-1.0, 1.0]) == pytest.approx((-1.959964, 1.959964))

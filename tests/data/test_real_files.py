@@ -2,7 +2,10 @@
 
 import pytest
 
+from rlmod.config.build import Components
 from rlmod.data.problem_file import ProblemFile
+from rlmod.types import Texts
+from tests.config.composing import composed
 from tests.real import real
 
 
@@ -31,3 +34,19 @@ def test_competitions(name, count):
     assert all(str(p.answer).lstrip("-").isdecimal() for p in problems)
     if name == "amc23":
         assert problems[0].answer == "27"
+
+
+@pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("amc23", 40), ("gsm8k", 1319), ("svamp", 1000)])
+def test_each_benchmark_reads_its_file_and_every_answer_is_correct(name, count):
+    """One key switches from the hub to the file, and math_verify accepts each problem's own answer in a box."""
+    cfg = composed(f"benchmark={name}", f"benchmark.{name}.path={real(f'{name}/test.jsonl')}", "reward=math_verify")
+    cfg.output = "unused"
+    parts = Components.from_config(cfg)
+    problems = parts.benchmark_problems[name]()
+    assert len(problems) == count
+    assert all(str(each.prompt).endswith("put the final answer within \\boxed{}.\n") for each in problems)
+    answers = [str(each.answer) for each in problems]
+    reward = parts.benchmark[name].reward
+    assert not reward.find_unreadable(problems)  # pyright: ignore[reportAttributeAccessIssue]
+    texts = Texts(completions=[f"So it is \\boxed{{{answer}}}." for answer in answers], answers=answers)
+    assert list(reward(texts)) == [1.0] * count

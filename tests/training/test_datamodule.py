@@ -196,11 +196,10 @@ def test_printing_the_data_samples_nothing():
 
 
 def test_held_out_problems_come_whole_in_order_over_ranks():
-    loader = data().val_dataloader()
-    assert isinstance(loader, PromptLoader)
+    (loader,) = data().val_dataloader()
     assert [names(batch) for batch in loader] == [["0", "1", "2", "3"], ["4", "5"]]
     assert len(loader) == 2
-    shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader() for name in names(batch)]
+    shared = [name for rank in range(2) for batch in data(rank, 2).val_dataloader()[0] for name in names(batch)]
     assert sorted(shared) == [str(i) for i in range(6)]
 
 

@@ -103,11 +103,11 @@ def test_validation_counts_neither_abstentions_nor_a_batch_of_padding():
     made.validation_step(prompts(1), 0)
     padding = prompts(1)
     made.validation_step(replace(padding, padding=True), 1)
-    measured = {name: float(value) for name, value in made.validation_metrics.compute().items()}
+    measured = {name: float(value) for name, value in made.metrics_of("").compute().items()}
     # One completion has a reward and is correct; the other one has none, so pass@2 has no problem.
     assert measured["val/mean@2"] == measured["val/pass@1"] == 1
     assert math.isnan(measured["val/pass@2"])
-    assert [len(batch.texts) for batch in made.validated] == [2]
+    assert [len(batch.texts) for batch in made.validated[""]] == [2]
 
 
 @pytest.mark.parametrize("which", ["train", "held_out"])

@@ -40,7 +40,7 @@ class Lengths:
     mean_completion_tokens: float | None = None
     """Mean completion length, used only for times; null: the longest."""
     held_out_problems: int | None = None
-    """Held-out problems over all ranks; null: enough to fill validation.prompts_per_batch on each rank."""
+    """Problems of the largest validation set over all ranks; null: enough to fill validation.prompts_per_batch on each rank."""
     draws: float = 1.0
     """Prompts sampled per prompt that trains. With dynamic sampling: 1 / share of groups with signal."""
 
@@ -215,12 +215,19 @@ def _sampling(cfg: DictConfig, rows: int) -> Sampling:
 
 
 def _validation_rows(cfg: DictConfig, ranks: int, lengths: Lengths) -> int:
-    if cfg.data.get("validation") is None:
+    """Return the most rows that the validation of any set samples at once on a rank."""
+    completions = [] if cfg.data.get("validation") is None else ["validation.sampler.completions_per_prompt"]
+    for name, node in (cfg.get("benchmark") or {}).items():
+        own = OmegaConf.is_dict(node) and node.get("completions_per_prompt") is not None
+        completions.append(
+            f"benchmark.{name}.completions_per_prompt" if own else "validation.sampler.completions_per_prompt"
+        )
+    if not completions:
         return 0
     prompts = whole_number(cfg, "validation.prompts_per_batch")
     if lengths.held_out_problems is not None:
         prompts = min(prompts, math.ceil(lengths.held_out_problems / ranks))
-    rows = prompts * whole_number(cfg, "validation.sampler.completions_per_prompt")
+    rows = prompts * max(whole_number(cfg, key) for key in completions)
     key = "validation.sampler" if "rows_per_batch" in cfg.validation.sampler else "sampler"
     if OmegaConf.select(cfg, f"{key}.rows_per_batch") is None:
         return rows

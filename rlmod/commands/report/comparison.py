@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmod.commands.report import plots
-from rlmod.commands.report.curves import short_name, window
+from rlmod.commands.report.curves import benchmark_means, short_name, window
 from rlmod.commands.report.html import format_duration, render_page
 from rlmod.commands.report.pictures import Theme, save_picture
 from rlmod.commands.report.runs import RecordedRun, read_run
@@ -58,7 +58,9 @@ def comparison_page(folder: Path, runs: Sequence[RecordedRun], unreadable: Seque
         groups.setdefault(group, []).append(run)
     metric = next((run.metric for run in runs if run.metric), None)
     pictures = []
-    held_out = ((metric, f"Held-out {short_name(metric)}"),) if metric else ()
+    means = dict.fromkeys(name for run in runs for name in benchmark_means(run.curves) if name != metric)
+    validated = [name for name in (metric, *means) if name]
+    held_out = [(name, f"Held-out {short_name(name)}") for name in validated]
     for column, title in (*held_out, *COMPARED_COLUMNS):
         curves = {g: [run.curves[column] for run in part if column in run.curves] for g, part in groups.items()}
         curves = {group: part for group, part in curves.items() if part}
@@ -66,8 +68,8 @@ def comparison_page(folder: Path, runs: Sequence[RecordedRun], unreadable: Seque
             continue
         width = max(window(len(curve)) for part in curves.values() for curve in part)
         smoothed = f"Centred mean over {width} steps." if width > 1 else "As logged."
-        caption = "At every validation." if column == metric else smoothed
-        is_accuracy = column == metric
+        is_accuracy = column in validated
+        caption = "At every validation." if is_accuracy else smoothed
         draw = partial(_draw_overlaid, curves, is_accuracy)
         file = "comparison-" + column.replace("/", "-").replace("@", "-at-")
         pictures.append(save_picture(draw, folder / "report", file, title, caption))

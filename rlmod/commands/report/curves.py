@@ -1,5 +1,6 @@
 """The columns of metrics.csv, and their smoothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 Curve = Mapping[int, float]
@@ -31,6 +32,11 @@ def smoothing_note(curves: Curves, columns: Sequence[str]) -> str:
 def short_name(metric: str) -> str:
     """Return the metric without its group: val/mean@4 -> mean@4."""
     return metric.removeprefix("val/")
+
+
+def benchmark_means(curves: Curves) -> list[str]:
+    """Return the columns of the benchmarks' accuracies, as val/aime24/mean@32."""
+    return [name for name in curves if re.fullmatch(r"val/[^/]+/mean@\d+", name)]
 
 
 def reward_terms(curves: Curves) -> list[str]:

@@ -181,7 +181,8 @@ def has_headline(run: RecordedRun) -> bool:
 def draw_headline(run: RecordedRun) -> Any:
     """Return the function that draws the main picture in a theme."""
     # Besides the main metric, show pass@K with the largest K: it says if any sample is correct.
-    passes = [name for name in run.held_out if name.startswith("val/pass@") and name not in (run.metric, "val/pass@1")]
+    prefix = f"{(run.metric or 'val/').rpartition('/')[0]}/pass@"
+    passes = [name for name in run.held_out if name.startswith(prefix) and name not in (run.metric, f"{prefix}1")]
     if run.metric and run.before is not None and run.after is not None:
         title = f"Held-out {short_name(run.metric)}: {run.before:.2f} → {run.after:.2f}"
         title += f" at step {run.validated_at}" if run.validated_at else ""

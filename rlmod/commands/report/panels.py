@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlmod.commands.report.curves import Curve, Curves, reward_terms, smooth, window
-from rlmod.commands.report.pictures import Theme, draw_line
+from rlmod.commands.report.curves import Curve, Curves, benchmark_means, reward_terms, short_name, smooth, window
+from rlmod.commands.report.pictures import Theme, draw_line, draw_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ def logged_panels(curves: Curves) -> list[Panel]:
     failures = [name for name in curves if name.startswith("failures/") and any(curves[name].values())]
     if failures:
         every = (*every, _failures_panel(failures))
+    if means := benchmark_means(curves):
+        every = (_benchmarks_panel(means), *every)
     return [panel for panel in every if any(column in curves for column in panel.columns)]
 
 
@@ -153,6 +155,18 @@ def _draw_speed(figure: Figure, curves: Curves, theme: Theme) -> None:
         time.legend(ncols=2, fontsize=8, handlelength=1.0, columnspacing=0.9, handletextpad=0.4, **place)
         time.set_ylim(bottom=0)
         time.yaxis.set_major_locator(MaxNLocator(nbins=3))
+
+
+def _benchmarks_panel(means: Sequence[str]) -> Panel:
+    def draw(figure: Figure, curves: Curves, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        for i, name in enumerate(means):
+            draw_points(axes, curves[name], theme.series[i % len(theme.series)], f" {short_name(name)}")
+        axes.set_ylim(-0.02, 1.02)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=1.0, columnspacing=0.9)
+
+    hint = "Share of correct completions on each set, at every validation."
+    return Panel(name="benchmarks", title="Benchmarks", hint=hint, columns=tuple(means), draw=draw)
 
 
 def _terms_panel(terms: Sequence[str]) -> Panel:

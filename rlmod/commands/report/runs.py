@@ -16,6 +16,9 @@ import yaml
 
 from rlmod.commands.report.curves import Curves
 
+KINDS = ("mean", "pass", "maj", "best")
+HELD_OUT = re.compile(rf"val/(?:(?P<set>[^/]+)/)?(?P<kind>{'|'.join(KINDS)})@(?P<k>\d+)")
+"""A column of a validation metric; ``set`` is the name of a benchmark."""
 CORRECT_ABOVE = 0.5
 """A sample is marked correct if its reward is above this value, as in the shapers."""
 
@@ -58,10 +61,10 @@ class RecordedRun:
 
     @property
     def held_out(self) -> list[str]:
-        """Columns of validation metrics, mean@K before pass@K, small K first."""
-        order = {"mean": 0, "pass": 1}
-        names = [name for name in self.curves if re.fullmatch(r"val/(mean|pass)@\d+", name)]
-        return sorted(names, key=lambda name: (order[name[4:8]], int(name.split("@")[1])))
+        """Columns of validation metrics: those of the held-out problems, then of each benchmark; mean@K first, small K first."""
+        found = [match for name in self.curves if (match := HELD_OUT.fullmatch(name))]
+        found.sort(key=lambda match: (match["set"] or "", KINDS.index(match["kind"]), int(match["k"])))
+        return [match[0] for match in found]
 
     @property
     def metric(self) -> str | None:

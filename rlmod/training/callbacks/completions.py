@@ -19,7 +19,8 @@ TOKENS_SHOWN = 512
 
 
 class Completions(L.Callback):
-    """Shows ``rows`` completions of a rollout batch every ``every`` iterations (0: never), and records ``recorded`` of each validation."""
+    """Shows ``rows`` completions of a rollout batch every ``every`` iterations (0: never), and records ``recorded`` of each validation
+    set."""
 
     def __init__(self, *, folder: str, every: int = 20, rows: int = 4, recorded: int = 16) -> None:
         if every < 0 or rows < 1 or recorded < 1:
@@ -43,9 +44,13 @@ class Completions(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)
-        if trainer.is_global_zero and not trainer.sanity_checking and pl_module.validated:
-            first = pl_module.validated[0]
-            self._append(list(sample_records(first, self.recorded, pl_module, trainer.global_step, "validation")))
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        for name, batches in pl_module.validated.items():
+            of_set = {"benchmark": name} if name else {}
+            for batch in batches[:1]:
+                records = sample_records(batch, self.recorded, pl_module, trainer.global_step, "validation")
+                self._append([record | of_set for record in records])
 
     def _append(self, samples: list[dict[str, Any]]) -> None:
         with self.file.open("a", encoding="utf-8") as file:

@@ -45,7 +45,7 @@ class ProgressBar(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RLModule)
-        objective = pl_module.validation.objective
+        objective = pl_module.objective
         if objective in trainer.callback_metrics:
             self.held_out = f"held-out {float(trainer.callback_metrics[objective]):.3f}"
             # In fit the current iteration is not counted yet. The validation before training comes after iteration 0.

@@ -212,3 +212,16 @@ def test_it_imports_neither_transformers_nor_lightning_which_take_seconds():
         check=False,
     )
     assert "heavy: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_rows_of_a_validation_are_those_of_the_set_with_most_completions():
+    """Thirty problems on 64 ranks are one per rank: 32 completions of each for AIME, one for GSM8K."""
+    words = (*PAPER, "plan.held_out_problems=30")
+    assert planned(*words, "benchmark=[gsm8k,aime24]").validation_rows == 32
+    assert planned(*words, "benchmark=[gsm8k,aime24]", "data.validation=null").validation_rows == 32
+    assert planned(*words, "benchmark=gsm8k", "data.validation=null").validation_rows == 1
+    assert planned(*words, "data.validation=null").validation_rows == 0
+    with pytest.raises(
+        ValueError, match=r"benchmark\.aime24\.completions_per_prompt must be a whole number, at least 1"
+    ):
+        planned(*words, "benchmark=aime24", "benchmark.aime24.completions_per_prompt=0")

@@ -224,3 +224,25 @@ def test_report_needs_no_torch():
     code = "import sys, rlmod.commands.report; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     root = Path(report.__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_each_benchmark_has_a_curve_and_a_row_for_each_of_its_metrics(tmp_path):
+    metrics = (
+        "step,reward/mean,val/mean@1,val/aime24/maj@8,val/aime24/mean@8,val/amc23/mean@2,val/aime24/best@8\n"
+        "0,,0.4,0.2,0.1,0.5,0.3\n1,0.5,,,,,\n2,,0.6,0.3,0.2,0.75,1.3\n"
+    )
+    run = write_run(tmp_path, metrics=metrics)
+    expected = ["val/mean@1", "val/aime24/mean@8", "val/aime24/maj@8", "val/aime24/best@8", "val/amc23/mean@2"]
+    assert runs.read_run(run).held_out == expected
+    text = page_of(run)
+    assert 'id="benchmarks"' in text
+    assert "aime24/mean@8 0.100 0.200 0.200 2 aime24/maj@8 0.200 0.300 0.300 2" in text_of(text)
+
+
+def test_a_run_on_benchmarks_alone_has_the_first_as_its_headline(tmp_path):
+    metrics = "step,val/aime24/mean@8,val/aime24/pass@8,val/amc23/pass@2\n0,0.1,0.3,0.4\n2,0.2,0.5,0.6\n"
+    result = RESULT | {"held_out": {"metric": "val/aime24/mean@8", "before": 0.1, "after": 0.2, "problems": 30}}
+    run = write_run(tmp_path, metrics=metrics, result=result)
+    text = text_of(page_of(run))
+    assert "held-out aime24/mean@8 0.10 → 0.20 (+0.10)" in text
+    assert "on 30 problems" in text
