@@ -41,8 +41,8 @@ class Problem:
     answer: Answer
     source: str
     """File and line of the problem, for error messages: ``train.jsonl:12``."""
-    entry: Mapping[str, Any] | None = None
-    """Data that a task's own scorer needs beyond the answer."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """All columns of the record, for rewards and guides: the record itself, not a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,8 @@ class Conversion:
     def _convert(self, record: object, source: str) -> Problem:
         if not isinstance(record, Mapping):
             raise ValueError(f"{source}: a record must be an object with named fields, got {type(record).__name__}")
-        return Problem(prompt=self._prompt(record, source), answer=self._answer(record, source), source=source)
+        prompt, answer = self._prompt(record, source), self._answer(record, source)
+        return Problem(prompt=prompt, answer=answer, source=source, extra=record)
 
     def _prompt(self, record: Mapping, source: str) -> str | tuple[Message, ...]:
         if self.template is not None:

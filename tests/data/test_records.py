@@ -19,7 +19,7 @@ def problem(record: object, **fields: object) -> Problem:
 def test_dotted_fields_lead_into_objects_and_lists():
     record = {"a.b": "literal", "q": {"text": ["no", "yes"]}, "r": {"truth": 3}}
     fields = {"prompt_field": "q.text.1", "answer_field": "r.truth"}
-    assert problem(record, **fields) == Problem(prompt="yes", answer="3", source="f:1")
+    assert problem(record, **fields) == Problem(prompt="yes", answer="3", source="f:1", extra=record)
     assert problem(record, **fields | {"prompt_field": "a.b"}).prompt == "literal"
 
 
@@ -32,7 +32,7 @@ def test_template():
 
 def test_numpys_objects_are_taken_as_pythons():
     record = {"prompt": np.array(CHAT, dtype=object), "answer": np.float64(27)}
-    assert problem(record) == Problem(prompt=tuple(CHAT), answer="27", source="f:1")
+    assert problem(record) == Problem(prompt=tuple(CHAT), answer="27", source="f:1", extra=record)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,14 @@ def test_a_list_holds_several_correct_answers():
 def test_the_answer_pattern_takes_its_last_match():
     record = {"prompt": "?", "answer": "#### 1\nno:\n####  1,234 \n"}
     assert problem(record, answer_pattern="#### (.+)").answer == "1,234"
+
+
+def test_every_column_is_in_extra_without_a_copy():
+    record = {"prompt": "?", "answer": 1, "level": Decimal("0.10"), "tests": {"inputs": ["1", "2"]}, "unused": None}
+    for fields in ({}, {"template": "{prompt} {level}"}):
+        extra = problem(record, **fields).extra
+        assert extra is record
+    assert str(extra["level"]) == "0.10"
 
 
 BAD_RECORDS = [
