@@ -25,7 +25,7 @@ from torch import Tensor
 Message = dict[str, str]
 """One turn of a chat: ``{"role": ..., "content": ...}``."""
 Answer = str | tuple[str, ...]
-"""The correct answer, or several of which each is correct."""
+"""The correct answer, or several of which each is correct; an empty tuple if the problem has none."""
 
 
 def accepted_answers(answer: Answer) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def accepted_answers(answer: Answer) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt and its correct answer."""
+    """A prompt and its correct answer, if it has one."""
 
     prompt: str | tuple[Message, ...]
     answer: Answer

@@ -30,7 +30,7 @@ class HubDataset:
     """The subset, if a data set has several: ``main`` of openai/gsm8k."""
     split: str = "train"
     prompt_field: str = "prompt"
-    answer_field: str = "answer"
+    answer_field: str | None = "answer"
     template: str | None = None
     answer_pattern: str | None = None
     limit: int | None = None

@@ -26,7 +26,9 @@ class ProblemFile:
     prompt_field: str = "prompt"
     """A field with text or a list of chat messages. A dotted name goes into objects and lists: ``reward_model.ground_truth``,
     ``prompt.0.content``."""
-    answer_field: str = "answer"
+    answer_field: str | None = "answer"
+    """A field with text, a number, or a list of correct answers. null: the assistant's last message is the answer, if the prompt is a chat
+    that ends in one; else the problem has no answer, for rewards that need none."""
     template: str | None = None
     """Builds the prompt from several fields, instead of prompt_field: ``{Body} {Question}``."""
     answer_pattern: str | None = None

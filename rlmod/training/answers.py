@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmod import distributed
-from rlmod.config.build import answer_readers, find_unreadable
+from rlmod.config.build import answer_readers, check_answers, find_unreadable
 from rlmod.interfaces import Reward
 from rlmod.reward._failures import heartbeat
 from rlmod.rollout.prompts import EncodedProblems, UnreadableAnswer
@@ -24,6 +24,7 @@ def readable_problems(
     Rank 0 checks them and writes the result to ``file``, which the other ranks wait for, at most ``seconds``. So all ranks have the same
     problems, although a time limit decides. ``settings`` are the reward's; with others, or with other answers, the check is repeated.
     """
+    check_answers(problems, reward)
     if not answer_readers(reward):
         return problems
     digest = _digest([[problem.answer for problem in problems.problems], settings, _version("math-verify")])

@@ -1,12 +1,19 @@
 """The check of the answers is done by rank 0, once, and is the same for all ranks and after a resume."""
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from rlmod.config.build import find_unreadable
+from rlmod.reward._supervised import Supervised
 from rlmod.reward.exact_match import ExactMatch
+from rlmod.reward.grop import Grop
+from rlmod.reward.math_verify import MathVerify
+from rlmod.reward.overlong import Overlong
+from rlmod.reward.weighted import Weighted
 from rlmod.rollout.prompts import EncodedProblems
 from rlmod.training.answers import readable_problems
 from rlmod.types import Problem
@@ -69,3 +76,24 @@ def test_no_problem_is_left(tmp_path):
     alone = replace(PROBLEMS, problems=PROBLEMS.problems[1:2], ids=((6,),))
     with pytest.raises(ValueError, match=r"1 of 1 answers cannot be read"):
         checked(tmp_path, Reader(), alone)
+
+
+def test_a_reward_that_compares_refuses_a_problem_without_an_answer(tmp_path):
+    """The other rewards, which judge the completion alone, take it."""
+    none = replace(PROBLEMS, problems=(*PROBLEMS.problems[:2], replace(PROBLEMS.problems[2], answer=())))
+    overlong = Overlong(max_tokens=10, buffer=4)
+    assert checked(tmp_path, overlong, none) == none
+    weighted = Weighted(
+        terms={"short": {"weight": 1, "reward": overlong}, "right": {"weight": 1, "reward": MathVerify()}}
+    )
+    grop = Grop(reward=Supervised(supervised=ExactMatch()), max_tokens=10, buffer=4)
+    for reward, key in (
+        (ExactMatch(), "reward=ExactMatch"),
+        (MathVerify(), "reward=MathVerify"),
+        (weighted, "reward.terms.right.reward=MathVerify"),
+        (grop, "reward.reward=ExactMatch"),
+    ):
+        message = rf"a:3: the problem has no answer \(data\.answer_field=null\), but {re.escape(key)} compares with it"
+        for check in (lambda r: checked(tmp_path, r, none), lambda r: find_unreadable(none, r)):
+            with pytest.raises(ValueError, match=message):
+                check(reward)
