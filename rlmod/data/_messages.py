@@ -1,6 +1,7 @@
 """Chat messages in the forms in which data sets hold them: with role and content, with content parts, and ShareGPT's."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlmod.types import Message
 
@@ -14,7 +15,7 @@ def to_messages(turns: Sequence, source: str) -> tuple[Message, ...]:
     return tuple(_to_message(turn, source) for turn in turns)
 
 
-def _to_message(turn: object, source: str) -> Message:
+def _to_message(turn: Any, source: str) -> Message:
     if isinstance(turn, Mapping) and {"role", "content"} <= turn.keys():
         role, content, accepted = turn["role"], turn["content"], ROLES
     elif isinstance(turn, Mapping) and {"from", "value"} <= turn.keys():
@@ -24,7 +25,7 @@ def _to_message(turn: object, source: str) -> Message:
         raise ValueError(f"{source}: a chat message must have role and content, or from and value, got {got}")
     if role not in accepted:
         raise ValueError(f"{source}: a chat message's role must be one of {', '.join(accepted)}, got {role!r}")
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": _to_content(content, source)}
+    return {"role": SHAREGPT_ROLES.get(str(role), str(role)), "content": _to_content(content, source)}
 
 
 def _to_content(content: object, source: str) -> str:

@@ -22,6 +22,10 @@ LONGEST_NUMBER = 400
 """Digits before or after the point beyond which a number stays in scientific notation."""
 
 
+class MissingField(ValueError):
+    """A record does not have a field that a problem needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """Selects records, and reads the prompt and the answer from each."""
@@ -153,8 +157,8 @@ def _describe_object(value: Mapping, field: str, source: str) -> str:
     names = [f"{field}.{name}" for name in value]
     choice = f"name one of its fields, {', '.join(names)}" if names else "it has no fields"
     return (
-        f"{source}: data.answer_field={field} is an object, and an answer is text, a number or a list of them: {choice}; data.answer_field=null "
-        f"trains without an answer, and a reward of your own finds the object in problem.extra"
+        f"{source}: data.answer_field={field} is an object, and an answer is text, a number or a list of them: {choice}; "
+        f"data.answer_field=null trains without an answer, and a reward of your own finds the object in problem.extra"
     )
 
 
@@ -194,7 +198,7 @@ def _lookup(record: Mapping, field: str, key: str, source: str) -> object:
     """Return the field of this name. A dotted name goes through objects by key and through lists by index."""
     value = _to_python(record[field]) if field in record else _lookup_nested(record, field)
     if value is None:
-        raise ValueError(f"{source}: {key}, but the record has no such field, or it is empty; {_list_fields(record)}")
+        raise MissingField(f"{source}: {key}, but the record has no such field, or it is empty; {_list_fields(record)}")
     return value
 
 

@@ -182,7 +182,11 @@ def test_a_file_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"path": "a.txt"}, r"data\.path .* must end in \.jsonl, \.json, \.csv, \.parquet, got a\.txt"),
+        ({"path": "a.txt"}, r"data\.path .* must end in \.jsonl, .*, \.jsonl\.gz, .*, got a\.txt"),
+        ({"path": "a.parquet.gz"}, r"data\.path .* must end in .*, got a\.parquet\.gz"),
+        ({"path": ["a.jsonl", "a.txt"]}, r"data\.path .* must end in .*, got a\.txt"),
+        ({"path": []}, r"data\.path .* must be a path, a list of paths, .*, got \[\]"),
+        ({"path": ["a.jsonl", 3]}, r"data\.path .* must be a path, a list of paths, .*, got \['a\.jsonl', 3\]"),
         ({"limit": 0}, r"data\.limit .* must be null \(all problems\) or at least 1, got 0"),
         ({"skip": -1}, r"data\.skip .* must be at least 0, got -1"),
         ({"template": "no field"}, r"data\.template='no field' must name the fields it uses"),
