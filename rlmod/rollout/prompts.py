@@ -1,6 +1,7 @@
 """Encode problems as prompts: token ids for the policy."""
 
 import difflib
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -120,16 +121,17 @@ class EncodedProblems:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Tokenizes prompts. Chat messages go through the tokenizer's chat template, with the generation prompt of the assistant.
-    Plain text stays unchanged, with the special tokens that the tokenizer puts before a text.
+    """Tokenizes prompts. They go through the tokenizer's chat template, if it has one, with the generation prompt of the assistant; plain
+    text is then a user message. Without a template, plain text stays unchanged, with the special tokens that the tokenizer puts before a
+    text.
 
     Some tokenizers append an EOS to every text. It would tell the policy that the text is over, so it is removed.
     The end of a chat template stays, because an EOS there may separate the turns.
     """
 
     chat: bool | None = None
-    """null: use the chat template for prompts that are messages; true: also for plain text, as one user message;
-    false: never, so messages are an error."""
+    """null: use the chat template if the tokenizer has one; true: a tokenizer without one is an error; false: never, so messages are an
+    error."""
     system: str | None = None
     """A system message at the start of every conversation."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +171,11 @@ class PromptEncoder:
 
     def encode(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> EncodedProblems:
         """Tokenize all prompts. ValueError, with the problem's source, for a prompt that cannot be encoded."""
+        if self.chat is None and tokenizer.chat_template:
+            _say_that_chat_is_on()
+            if problems:
+                _warn_of_formatted_text(problems[0], tokenizer)
+            return replace(self, chat=True).encode(problems, tokenizer)
         conversations = [self._to_conversation(problem) for problem in problems]
         messages = [each for each in conversations if each is not None]
         chats = iter(_encode_chats(messages, tokenizer, self.template_arguments))
@@ -196,8 +203,8 @@ class PromptEncoder:
             if not self.chat:
                 for key in self._chat_settings():
                     raise ValueError(
-                        f"{problem.source}: {key} is set, but the prompt is plain text; "
-                        "set data.encoder.chat=true to make it a user message"
+                        f"{problem.source}: {key} is set, but the prompt is plain text, and the policy's tokenizer has no chat template; "
+                        f"use an instruction-tuned policy, or remove {key}"
                     )
                 return None
             messages = [{"role": "user", "content": problem.prompt}]
@@ -232,6 +239,26 @@ class PromptEncoder:
         log.warning(
             "%d of %d prompts are longer than %s and are dropped; the first is %s",
             *(len(ids) - len(kept), len(ids), limit, problems[first].source),
+        )
+
+
+@functools.cache
+def _say_that_chat_is_on() -> None:
+    """Log, once per process, that plain text becomes a chat."""
+    log.info(
+        "the prompts go through the chat template of the policy's tokenizer, plain text as a user message; "
+        "data.encoder.chat=false leaves plain text as it is"
+    )
+
+
+def _warn_of_formatted_text(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Log a warning if the text of this problem, the first one, seems to have been through a chat template already."""
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    if isinstance(problem.prompt, str) and (found := [token for token in special if token in problem.prompt]):
+        log.warning(
+            "%s: the prompt holds the special token %s, so it may have been through a chat template already; "
+            "data.encoder.chat=false leaves it as it is",
+            *(problem.source, found[0]),
         )
 
 

@@ -58,8 +58,7 @@ def test_shares(folder, weights, counts):
 
 def test_a_part_of_the_pass_has_the_shares_too(folder):
     found = "".join(prompt[0] for prompt in prompts(mixture({"a": 2, "b": 1})))
-    for end in range(3, len(found) + 1, 3):
-        assert abs(found[:end].count("b") - end / 3) <= 1
+    assert found == 5 * "aba"
     assert found == "".join(prompt[0] for prompt in prompts(mixture({"a": 2, "b": 1})))
 
 
