@@ -205,6 +205,29 @@ class Guide(Protocol):
 
 
 @runtime_checkable
+class PromptGuide(Protocol):
+    """A guide that helps with the prompt. The policy completes it, so its completions are on-policy; only the zero-reward batch uses it."""
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """0"""
+        ...
+
+    @property
+    def attempts(self) -> int:
+        """Number of guided prompts that each problem may get, from the least help to the most."""
+        ...
+
+    def can_guide(self, problem: Problem) -> bool:
+        """Return False for a problem that the guide knows nothing about."""
+        ...
+
+    def guided_prompts(self, prompts: Prompts, attempt: int) -> Prompts:
+        """Return a prompt with help for each of these problems, in their order."""
+        ...
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Declares ``counts_for_correctness``, ``pointwise``, ``skip_special_tokens`` and ``needs_answer``."""
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 import hydra
 import torch
@@ -25,6 +25,7 @@ from rlmod.interfaces import (
     Loss,
     Optimizer,
     Problems,
+    PromptGuide,
     Reference,
     Regularizer,
     Reward,
@@ -57,7 +58,7 @@ class Components:
     encoder: PromptEncoder
     unreadable_answer: UnreadableAnswer
     sampler: Sampler
-    guide: Guide | None
+    guide: Guide | PromptGuide | None
     reward: Reward
     filter: Filter
     zero_reward: ZeroReward
@@ -130,9 +131,10 @@ def _build(cfg: DictConfig, key: str, node: Any = None) -> Any:
         check_arguments(component, key)
     protocol = STAGES.get(key.split(".")[0])
     if protocol is not None and not isinstance(component, protocol):
+        name = " or ".join(each.__name__ for each in get_args(protocol) or (protocol,))
         raise ValueError(
-            f"{key}: {node.get('_target_')} gives an object of type {type(component).__name__}, which is no {protocol.__name__}: "
-            f"rlmod/interfaces.py says what a {protocol.__name__} must have"
+            f"{key}: {node.get('_target_')} gives an object of type {type(component).__name__}, which is no {name}: "
+            f"rlmod/interfaces.py says what a {name} must have"
         )
     return component
 
@@ -141,7 +143,7 @@ OPTIONAL = ("data.validation", "guide", "reference")
 
 STAGES: dict[str, Any] = {
     "sampler": Sampler,
-    "guide": Guide,
+    "guide": Guide | PromptGuide,
     "filter": Filter,
     "reference": Reference,
     "shaper": Shaper,

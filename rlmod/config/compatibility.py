@@ -16,6 +16,7 @@ from rlmod.interfaces import (
     Guide,
     Loss,
     MovingReference,
+    PromptGuide,
     Reference,
     Regularizer,
     Reward,
@@ -39,7 +40,7 @@ class Algorithm(Protocol):
     @property
     def sampler(self) -> Sampler: ...
     @property
-    def guide(self) -> Guide | None: ...
+    def guide(self) -> Guide | PromptGuide | None: ...
     @property
     def reward(self) -> Reward: ...
     @property
@@ -190,6 +191,11 @@ def _check_guide(algorithm: Algorithm) -> None:
         )
     if guide is None:
         return
+    if isinstance(guide, PromptGuide) and zero_reward.keep_if_guide_fails:
+        raise ValueError(
+            f"zero_reward.keep_if_guide_fails=true with guide {component_name(guide)}: a guided prompt without a correct completion has no "
+            "advantage; set zero_reward.keep_if_guide_fails=false"
+        )
     if isinstance(getattr(guide, "sampler", None), WeightSyncedSampler):
         raise ValueError(
             f"guide.sampler must be rlmod.sampler.hf.HF, got {type(getattr(guide, 'sampler', None)).__name__}: an engine samples with the "

@@ -66,8 +66,9 @@ class Arithmetic:
             operations = [rng.choice(self.operations) for _ in range(n - 1)]
             text = str(numbers[0]) + "".join(o + str(x) for o, x in zip(operations, numbers[1:], strict=True))
             if is_held_out(text) == (self.split == "held_out") and text not in problems:
-                _, answer = solve(text, self.modulus)
-                problems[text] = Problem(prompt=text + ":", answer=answer, source=f"arithmetic:{text}")
+                steps, answer = solve(text, self.modulus)
+                extra = {"solution": ",".join(steps) + f"#{answer}"}
+                problems[text] = Problem(prompt=text + ":", answer=answer, source=f"arithmetic:{text}", extra=extra)
         return list(problems.values())
 
 

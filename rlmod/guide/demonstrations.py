@@ -3,7 +3,6 @@
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmod import jsonl
-from rlmod.guide._fields import check_completions
+from rlmod.guide._fields import check_completions, parse_prompt, prompt_key, shorten
 from rlmod.model.policy import turn_end_ids
 from rlmod.types import Problem, Prompts, Rollouts
 
@@ -62,22 +61,22 @@ class Demonstrations:
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read the file. Raise ValueError with the line at fault, or the problem that lacks demonstrations."""
-        known = {_prompt_key(problem) for problem in problems}
+        known = {prompt_key(problem) for problem in problems}
         for where, record in jsonl.read_objects(Path(self.path)):
-            prompt = _parse_prompt(record, where)
+            prompt = parse_prompt(record, where)
             if prompt not in known:
                 raise ValueError(
-                    f"{where}: no problem of data.train has this prompt, or it was dropped (see the log): {_shorten(prompt)}"
+                    f"{where}: no problem of data.train has this prompt, or it was dropped (see the log): {shorten(prompt)}"
                 )
             self.recorded.setdefault(prompt, []).append(_parse_demonstration(record, where, self, tokenizer))
         wanted = max(self.completions_per_prompt, 1)
         for problem in problems:
-            found = len(self.recorded.get(_prompt_key(problem), ()))
+            found = len(self.recorded.get(prompt_key(problem), ()))
             if found < wanted:
-                lacking = sum(len(self.recorded.get(_prompt_key(p), ())) < wanted for p in problems)
+                lacking = sum(len(self.recorded.get(prompt_key(p), ())) < wanted for p in problems)
                 raise ValueError(
                     f"guide.path={self.path}: {found} of the {wanted} demonstrations that the prompt of {problem.source} needs "
-                    f"({_shorten(_prompt_key(problem))}); {lacking} of {len(problems)} problems lack demonstrations"
+                    f"({shorten(prompt_key(problem))}); {lacking} of {len(problems)} problems lack demonstrations"
                 )
 
     def __call__(self, prompts: Prompts, completions_per_prompt: int, seed: int) -> Rollouts:
@@ -99,7 +98,7 @@ class Demonstrations:
         )
 
     def _draw(self, problem: Problem, number: int, generator: torch.Generator) -> list[Demonstration]:
-        found = self.recorded[_prompt_key(problem)]
+        found = self.recorded[prompt_key(problem)]
         picked = sorted(torch.randperm(len(found), generator=generator)[:number].tolist())
         # The zero-reward batch may ask for more than there are: then they repeat.
         return [found[picked[i % len(picked)]] for i in range(number)]
@@ -107,25 +106,6 @@ class Demonstrations:
 
 def _pad_rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True)
-
-
-def _prompt_key(problem: Problem) -> str:
-    return problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
-
-
-def _shorten(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
-
-
-def _parse_prompt(record: Mapping[str, Any], where: str) -> str:
-    prompt = record.get("prompt")
-    if isinstance(prompt, list):
-        return json.dumps(prompt, sort_keys=True)
-    if not isinstance(prompt, str):
-        raise ValueError(
-            f"{where}: prompt must be text or a list of messages, the same as in the problems, got {prompt!r}"
-        )
-    return prompt
 
 
 def _parse_demonstration(
@@ -162,7 +142,7 @@ def _parse_ids(record: Mapping[str, Any], where: str, tokenizer: "PreTrainedToke
     visible = next((whole.removesuffix(ending) for ending in endings if whole.endswith(ending)), whole)
     if text is not None and text.removesuffix(end).split() not in (decoded.split(), visible.split()):
         raise ValueError(
-            f"{where}: completion and completion_ids differ: {_shorten(text)}, but the tokens decode to {_shorten(decoded)}"
+            f"{where}: completion and completion_ids differ: {shorten(text)}, but the tokens decode to {shorten(decoded)}"
         )
     return ids
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rlmod.contracts import name_component_on_error
-from rlmod.interfaces import Filter, Guide, Reward, Sampler, declared
+from rlmod.interfaces import Filter, Guide, PromptGuide, Reward, Sampler, declared
 from rlmod.reward._compute import compute_rewards
 from rlmod.reward._failures import RewardResult
 from rlmod.rollout.async_rewards import AsyncRewards, supports_async_rewards
@@ -47,7 +47,7 @@ class Stages:
     next_prompts: Callable[[int], Prompts]
     """``next_prompts(n)`` returns the next n prompts."""
     sampler: Sampler
-    guide: Guide | None
+    guide: Guide | PromptGuide | None
     reward: Reward
     filter: Filter
     zero_reward: ZeroReward
@@ -79,7 +79,7 @@ class Stages:
 
     def sample_guide(self, prompts: Prompts, completions_per_prompt: int) -> Rollouts:
         """Sample the guide's completions of these prompts. Their log-probabilities are the guide's, their entropy is the policy's."""
-        assert self.guide is not None
+        assert isinstance(self.guide, Guide)
         with name_component_on_error("guide", self.guide):
             rows = self.guide(prompts, completions_per_prompt, self.seed(next(self.guide_calls), 1))
         entropy = self.logprob_pass(replace(rows, logprobs=None, entropy=None)).entropy

@@ -231,10 +231,9 @@ def _weighted_mean(ranks: Sequence[Mapping[str, float]], values: Sequence[float]
 
 
 def guide_metrics(batches: Sequence[RewardedGroups]) -> dict[str, float]:
-    """Return the mean reward and length, and the number of tokens, of the guide's completions."""
-    rows = [
-        batch.rollouts.rows(batch.rollouts.from_guide) for batch in batches if batch.rollouts.from_guide is not None
-    ]
+    """Return the mean reward and length, and the number of tokens, of the guide's completions, or of guided prompts."""
+    records = [batch.rollouts for batch in batches]
+    rows = [each if each.from_guide is None else each.rows(each.from_guide) for each in records]
     guide = concatenate(rows)
     tokens = float(guide.mask.sum())
     return {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlmod.interfaces import PromptGuide
 from rlmod.rollout.groups import RewardedGroups, interleave, select_texts, without_abstained
 from rlmod.rollout.metrics import guide_metrics
 from rlmod.types import Texts, concatenate
@@ -79,15 +80,15 @@ def add_zero_reward(
 ) -> "RolloutBatch":
     """Append the groups on which the guide succeeded, marked as a sub-batch, and their metrics."""
     settings, seen = stages.zero_reward, sum(len(each.prompts) for each in batches)
-    guided = _sample_guided(stages, batches, max_groups)
+    guided, num_guided = _sample_guided(stages, batches, max_groups)
     # pi_old's log-probabilities are filled now: after the merge, rows that lack them could not be told from the guide's rows.
     main = stages.logprob_pass(batch.rollouts) if guided else batch.rollouts
     all_false = torch.zeros_like(main.truncated)
     from_guide = all_false if main.from_guide is None else main.from_guide
     main = replace(main, sub_batch=all_false.long(), from_guide=from_guide)
-    # No on-policy completion is correct, so a correct one is the guide's.
+    # No completion of the plain prompt is correct, so a correct one is the guide's, or one of a guided prompt.
     rescued = [each.any_correct(stages.threshold) for each in guided]
-    num_guided, num_rescued = sum(len(each.prompts) for each in guided), sum(int(groups.sum()) for groups in rescued)
+    num_rescued = sum(int(groups.sum()) for groups in rescued)
     metrics = dict(batch.metrics)
     metrics |= {
         "prompts/rescued": num_rescued / seen,
@@ -107,23 +108,54 @@ def add_zero_reward(
     metrics |= {name.replace("guide/", "zero_reward/guide_"): value for name, value in measured.items()}
     metrics["guide/tokens"] = metrics.get("guide/tokens", 0.0) + measured["guide/tokens"]
     added = without_abstained(concatenate([each.rollouts for each in guided]).rows(rows))
-    added = replace(added, sub_batch=torch.full_like(added.group, SUB_BATCH))
+    from_guide = torch.zeros_like(added.truncated) if added.from_guide is None else added.from_guide
+    added = replace(added, sub_batch=torch.full_like(added.group, SUB_BATCH), from_guide=from_guide)
     texts = select_texts([each.texts for each in guided], rows)
     both = {f.name: [*getattr(batch.texts, f.name), *getattr(texts, f.name)] for f in fields(Texts)}
     return replace(batch, rollouts=concatenate([main, added]), texts=Texts(**both), metrics=metrics)
 
 
-def _sample_guided(stages: "Stages", batches: Sequence[RewardedGroups], max_groups: int) -> list[RewardedGroups]:
-    """Add the guide's completions to the first ``max_groups`` dropped groups without a correct on-policy completion."""
+def _sample_guided(
+    stages: "Stages", batches: Sequence[RewardedGroups], max_groups: int
+) -> tuple[list[RewardedGroups], int]:
+    """Guide the first ``max_groups`` dropped groups without a correct on-policy completion. Return the groups, and how many prompts."""
     guided: list[RewardedGroups] = []
-    first_group = sum(len(each.prompts) for each in batches)
+    number = 0
     for each in batches:
-        failed = (each.all_incorrect & ~each.kept).nonzero()[:max_groups, 0]
-        if len(failed):
-            prompts = each.prompts.pick(failed.tolist())
-            guide = stages.sample_guide(prompts, stages.zero_reward.completions_per_prompt)
-            rows = interleave(stages.logprob_pass(each.without_rewards(failed)), guide)
-            guided.append(stages.reward_groups(rows, prompts, first_group))
-            first_group += len(failed)
-            max_groups -= len(failed)
-    return guided
+        failed = (each.all_incorrect & ~each.kept).nonzero()[:, 0].tolist()
+        if isinstance(stages.guide, PromptGuide):
+            failed = [index for index in failed if stages.guide.can_guide(each.prompts.problems[index])]
+        failed = failed[: max_groups - number]
+        if not failed:
+            continue
+        number += len(failed)
+        sample = _sample_prompted if isinstance(stages.guide, PromptGuide) else _sample_joined
+        first_group = sum(len(groups.prompts) for groups in (*batches, *guided))
+        guided += sample(stages, each, failed, first_group)
+    return guided, number
+
+
+def _sample_joined(stages: "Stages", each: RewardedGroups, failed: list[int], first_group: int) -> list[RewardedGroups]:
+    """Add the guide's completions to the on-policy ones of each failed prompt."""
+    prompts = each.prompts.pick(failed)
+    guide = stages.sample_guide(prompts, stages.zero_reward.completions_per_prompt)
+    rows = interleave(stages.logprob_pass(each.without_rewards(torch.tensor(failed, device=guide.device))), guide)
+    return [stages.reward_groups(rows, prompts, first_group)]
+
+
+def _sample_prompted(
+    stages: "Stages", each: RewardedGroups, failed: list[int], first_group: int
+) -> list[RewardedGroups]:
+    """Let the policy complete guided prompts of the failed problems: with more help as long as no completion is correct."""
+    guide, attempts = stages.guide, []
+    assert isinstance(guide, PromptGuide)
+    for attempt in range(guide.attempts):
+        prompts = guide.guided_prompts(each.prompts.pick(failed), attempt)
+        rows = stages.logprob_pass(stages.sampler(stages.policy, prompts, stages.seed(next(stages.guide_calls), 1)))
+        attempts.append(stages.reward_groups(rows, prompts, first_group))
+        first_group += len(failed)
+        solved = attempts[-1].any_correct(stages.threshold).tolist()
+        failed = [index for index, done in zip(failed, solved, strict=True) if not done]
+        if not failed:
+            break
+    return attempts

@@ -60,7 +60,11 @@ def run_from_config(cfg: DictConfig) -> Run:
     lengths: Lengths = instantiate_node(cfg, "plan")
     ranks = _count(cfg, "trainer.devices") * _count(cfg, "trainer.num_nodes")
     per_prompt = whole_number(cfg, "sampler.completions_per_prompt")
-    guided = whole_number(cfg, "guide.completions_per_prompt", least=0) if cfg.guide else 0
+    guided = (
+        whole_number(cfg, "guide.completions_per_prompt", least=0)
+        if cfg.guide and "completions_per_prompt" in cfg.guide
+        else 0
+    )
     if zero_reward.active and not cfg.guide:
         raise ValueError(
             f"zero_reward.weight={zero_reward.weight} needs a guide: set guide=policy or guide=demonstrations"
