@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -44,7 +44,7 @@ class ProblemFile:
             )
         self._build_conversion()
 
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         path = Path(self.path).expanduser()
         if path.is_dir():
             raise ValueError(
