@@ -3,6 +3,7 @@
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,10 @@ class Demonstrations:
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read the file. Raise ValueError with the line at fault, or the problem that lacks demonstrations."""
-        known = {_prompt_key(problem) for problem in problems}
+        known = {_digest(_prompt_key(problem)) for problem in problems}  # not the texts: there may be a million
         for where, record in jsonl.read_objects(Path(self.path)):
             prompt = _parse_prompt(record, where)
-            if prompt not in known:
+            if _digest(prompt) not in known:
                 raise ValueError(
                     f"{where}: no problem of data.train has this prompt, or it was dropped (see the log): {_shorten(prompt)}"
                 )
@@ -111,6 +112,10 @@ def _pad_rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
 
 def _prompt_key(problem: Problem) -> str:
     return problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
+
+
+def _digest(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _shorten(prompt: str) -> str:
