@@ -32,6 +32,8 @@ OWN_ARGUMENTS = {
 """Arguments of apply_chat_template that the encoder sets, or that would change the form of the result."""
 
 
+ONLY_IDS: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
+"""Arguments of the tokenizer that leave out lists as long as the ids."""
 ENDINGS = 10_000
 """Endings of prompts that are decoded at once."""
 OPENED_TAG = re.compile(r"(<(?:think|thinking|thought|reasoning)>)\s*$")
@@ -313,7 +315,7 @@ def _decode_endings(rows: TokenRows, length: int, tokenizer: "PreTrainedTokenize
 
 def _encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     # verbose=False: no warning about model_max_length, because max_tokens limits the length of a prompt.
-    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    rows = tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"] if texts else []
     rows = [_strip_second_bos(row, cast(int | None, tokenizer.bos_token_id)) for row in rows]
     return [_strip_eos(row, cast(int | None, tokenizer.eos_token_id)) for row in rows]
 
@@ -346,7 +348,12 @@ def _encode_chats(
 
     try:
         return cast(Any, tokenizer).apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            tokenizer_kwargs=dict(ONLY_IDS),
+            **arguments,
         )
     except (TemplateError, TypeError) as error:
         given = f" with data.encoder.template_arguments={dict(arguments)}" if arguments else ""
