@@ -243,7 +243,7 @@ def read_stored(path: Path, warn: bool = True) -> Stored | None:
             facts = _read_trailer(file, path.name)
             _check_payload(file, facts)
         return _map(path, facts["length"], facts)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         if warn:
