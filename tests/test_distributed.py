@@ -67,7 +67,12 @@ def test_the_launcher_for_slurm_says_which_extra_it_needs():
 
 @pytest.mark.parametrize(
     ("variables", "first"),
-    [({}, True), ({"LOCAL_RANK": "0", "RANK": "8"}, True), ({"LOCAL_RANK": "1", "RANK": "9"}, False), ({"SLURM_LOCALID": "2"}, False)],
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0", "RANK": "8"}, True),
+        ({"LOCAL_RANK": "1", "RANK": "9"}, False),
+        ({"SLURM_LOCALID": "2"}, False),
+    ],
 )
 def test_the_first_rank_of_a_node(variables, first, monkeypatch):
     for name in ("LOCAL_RANK", "SLURM_LOCALID", "JSM_NAMESPACE_LOCAL_RANK"):

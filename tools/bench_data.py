@@ -30,10 +30,12 @@ BATCH = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=100_000)
     parser.add_argument("--pairs", type=int, default=3, help="number of runs of each stage")
-    parser.add_argument("--folder", type=Path, help="place for the files, about 3 GB for a million problems; default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="place for the files, about 3 GB for a million problems; default: a temporary one"
+    )
     parser.add_argument("--stage", choices=("make", *STAGES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
@@ -55,7 +57,9 @@ def compare(folder: Path, problems: int, pairs: int) -> None:
             results[stage].append(in_process(stage, folder, problems))
             print(f"  {stage}: {results[stage][-1]}", flush=True)
     print("\n| | CPU seconds | against the tokenizer | seconds | peak memory, GiB |\n|---|---|---|---|---|")
-    medians = {stage: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for stage, rows in results.items()}
+    medians = {
+        stage: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for stage, rows in results.items()
+    }
     for stage, median in medians.items():
         ratio = statistics.median(a["cpu"] / b["cpu"] for a, b in zip(results[stage], results[STAGES[0]], strict=True))
         print(f"| {stage} | {median['cpu']:.1f} | {ratio:.2f} | {median['wall']:.1f} | {median['peak']:.2f} |")

@@ -150,7 +150,9 @@ def hash_file(path: Path) -> str:
 def hash_code(*places: str) -> str:
     """Return the hash of rlmod's modules in these folders, or of these files, with the versions of the libraries that they call."""
     root = Path(__file__).parents[1]
-    files = sorted(file for place in places for file in ([root / place] if "." in place else (root / place).glob("*.py")))
+    files = sorted(
+        file for place in places for file in ([root / place] if "." in place else (root / place).glob("*.py"))
+    )
     sources = [hash_file(file) for file in files if file.is_file()]
     return hash_key(sources, [_version(name) for name in ("rlmod", "pyarrow", "transformers", "tokenizers", "jinja2")])
 

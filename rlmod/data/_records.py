@@ -47,7 +47,10 @@ class Conversion:
             _check_pattern(self.answer_pattern)
 
     def __call__(self, records: Iterable[tuple[str, object]], name: str) -> Sequence[Problem]:
-        """Convert (source, record) pairs to problems; many of them live in a file. Nothing is read beyond the limit. ``name`` is for error messages."""
+        """Convert (source, record) pairs to problems, which live in a file if there are many.
+
+        Nothing is read beyond the limit. ``name`` is for error messages.
+        """
         stop = None if self.limit is None else self.skip + self.limit
         selected = itertools.islice(records, self.skip, stop)
         problems = collect(self._convert(record, source) for source, record in selected)

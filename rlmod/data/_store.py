@@ -14,6 +14,7 @@ import numpy as np
 
 from rlmod.data import _cache
 from rlmod.data._cache import Stored, Writer
+from rlmod.jsonl import SURROGATE
 from rlmod.types import Answer, Problem
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ def collect(problems: Iterable[Problem]) -> Sequence[Problem]:
                 kept.clear()
         return _finish(writer, batches)
     except NotStorable as error:
-        log.warning("%s: the problem cannot be kept in a file (%s), so all problems stay in memory", kept[-1].source, error)
+        log.warning(
+            "%s: the problem cannot be kept in a file (%s), so all problems stay in memory", kept[-1].source, error
+        )
         return [*_written(writer, batches), *kept, *todo]
 
 
@@ -191,7 +194,10 @@ class _Batches:
 
         self.stream = self.stream or pa.ipc.new_file(pa.PythonFile(writer, mode="w"), self.schema)
         if self.rows:
-            arrays = [pa.array(column, field.type) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
+            arrays = [
+                pa.array(column, field.type)
+                for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)
+            ]
             self.stream.write_batch(pa.record_batch(arrays, schema=self.schema))
         self.rows, self.characters = [], 0
 
@@ -211,7 +217,9 @@ def _written(writer: Writer, batches: _Batches) -> list[Problem]:
 def _to_row(problem: Problem) -> tuple[int, str, str, str, str | None]:
     prompt, answer = problem.prompt, problem.answer
     kind = (0 if isinstance(prompt, str) else CHAT) | (0 if isinstance(answer, str) else SEVERAL)
-    rest = {name: getattr(problem, name) for name, field in OTHER_FIELDS.items() if not _is_default(problem, name, field)}
+    rest = {
+        name: getattr(problem, name) for name, field in OTHER_FIELDS.items() if not _is_default(problem, name, field)
+    }
     row = (
         kind,
         prompt if isinstance(prompt, str) else json.dumps([_to_json(turn) for turn in prompt], ensure_ascii=False),
@@ -219,13 +227,9 @@ def _to_row(problem: Problem) -> tuple[int, str, str, str, str | None]:
         problem.source,
         json.dumps({name: _to_json(value) for name, value in rest.items()}, ensure_ascii=False) if rest else None,
     )
-    for text in row[1:]:
-        try:
-            text.isascii() or text.encode()
-        except AttributeError:
-            continue
-        except UnicodeEncodeError as error:
-            raise NotStorable(f"half a character: {error}") from error
+    for text in filter(None, row[1:]):
+        if not text.isascii() and (half := SURROGATE.search(text)):
+            raise NotStorable(f"{half[0]!r} is half a character")
     return row
 
 

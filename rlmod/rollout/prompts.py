@@ -117,8 +117,9 @@ class EncodedProblems:
         """Raise ValueError if a prompt does not end in ``text``, which is the value of ``key``. White space after it does not count."""
         for index, ending in self._other_endings(text, tokenizer):
             if not ending.rstrip().endswith(text.rstrip()):
+                source = self.problems[index].source
                 raise ValueError(
-                    f"{key}={text!r} must be the end of every prompt, but that of {self.problems[index].source} ends in {ending[-60:]!r}; it is for "
+                    f"{key}={text!r} must be the end of every prompt, but that of {source} ends in {ending[-60:]!r}; it is for "
                     "text that the chat template, or the prompt, already begins the completion with"
                 )
 

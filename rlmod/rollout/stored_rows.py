@@ -84,7 +84,9 @@ def hash_encoding(
         return None
 
 
-def _write(problems: Sequence[Problem], encode: Callable[[list[Problem]], list[list[int]]]) -> tuple[Writer, dict[str, Any]]:
+def _write(
+    problems: Sequence[Problem], encode: Callable[[list[Problem]], list[list[int]]]
+) -> tuple[Writer, dict[str, Any]]:
     from rich.progress import Progress
 
     writer, lengths, highest = Writer(), [], -1

@@ -231,7 +231,9 @@ class RLData(L.LightningDataModule):
         """Return the order of pass ``index``. It is kept, with the pass before, because a shuffle of many problems takes long."""
         key = (self.module.seed, len(self.train.problems), index)
         if key not in self.orders:
-            self.orders = {k: order for k, order in self.orders.items() if k[2] == index - 1} | {key: self._shuffle(index)}
+            self.orders = {k: order for k, order in self.orders.items() if k[2] == index - 1} | {
+                key: self._shuffle(index)
+            }
         return self.orders[key]
 
     def _shuffle(self, index: int) -> np.ndarray:

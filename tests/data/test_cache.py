@@ -59,7 +59,8 @@ def alter_the_trailer(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, cut_in_the_middle, alter, alter_the_trailer, lambda _: b"", lambda _: b"another program's file" * 9]
+    "damage",
+    [truncate, cut_in_the_middle, alter, alter_the_trailer, lambda _: b"", lambda _: b"another program's file" * 9],
 )
 def test_a_damaged_or_foreign_file_is_written_anew(damage, folder, caplog):
     obtain("a", made, 1)
@@ -185,7 +186,9 @@ def test_a_full_disk_is_named(folder, monkeypatch):
         writer.write(b"12")
 
 
-@pytest.mark.parametrize(("name", "base", "expected"), [(None, None, ".cache/rlmod"), (None, "x", "x/rlmod"), ("y", "x", "y")])
+@pytest.mark.parametrize(
+    ("name", "base", "expected"), [(None, None, ".cache/rlmod"), (None, "x", "x/rlmod"), ("y", "x", "y")]
+)
 def test_the_folder(name, base, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable, value in ((_cache.VARIABLE, name), ("XDG_CACHE_HOME", base)):

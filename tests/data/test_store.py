@@ -24,7 +24,12 @@ def small_limits(tmp_path, monkeypatch):
 
 def problems(number: int) -> list[Problem]:
     chat = ({"role": "system", "content": "é"}, {"role": "user", "content": "1+1"})
-    more = {"name": "x", "none": None, "nested": {"numbers": [1, 2.5, True], "pair": (1, "a")}, "exact": Decimal("0.10")}
+    more = {
+        "name": "x",
+        "none": None,
+        "nested": {"numbers": [1, 2.5, True], "pair": (1, "a")},
+        "exact": Decimal("0.10"),
+    }
     more |= {"bytes": b"\x00\xff", "half": np.float32(0.1)}
     return [
         Problem(
@@ -35,6 +40,12 @@ def problems(number: int) -> list[Problem]:
         )
         for i in range(number)
     ]
+
+
+def in_file(these: list[Problem]) -> ProblemStore:
+    store = collect(iter(these))
+    assert isinstance(store, ProblemStore)
+    return store
 
 
 def test_few_problems_stay_in_a_list():
@@ -67,7 +78,7 @@ def test_types_survive():
 
 
 def test_a_selection_is_read_from_the_same_file():
-    store, expected = collect(problems(100)), problems(100)
+    store, expected = in_file(problems(100)), problems(100)
     rows = [0, 3, 6, 7, 50, 99]
     chosen = store.select(rows)
     assert list(chosen) == [chosen[i] for i in range(6)] == [expected[i] for i in rows]
@@ -75,12 +86,12 @@ def test_a_selection_is_read_from_the_same_file():
     assert list(again) == [expected[3], expected[50]]
     assert [a for part in answers_of(again) for a in part] == [p.answer for p in again]
     assert len({store.digest, chosen.digest, again.digest}) == 3
-    assert again.digest == collect(problems(100)).select([3, 50]).digest
+    assert again.digest == in_file(problems(100)).select([3, 50]).digest
 
 
 def test_columns_are_read_in_parts():
     expected = problems(100)
-    store = collect(expected[:])
+    store = in_file(expected[:])
     for values, name in ((answers_of, "answer"), (sources_of, "source")):
         parts = list(values(store))
         assert len(parts) == 15
@@ -103,14 +114,14 @@ def test_other_mappings_are_read_back_as_dictionaries():
 
 
 def test_equal_problems_have_the_same_hash_and_others_another():
-    one, same = collect(problems(40)), collect(problems(40))
+    one, same = in_file(problems(40)), in_file(problems(40))
     other = problems(40)
     other[39] = Problem(prompt="other", answer="1", source="s")
-    assert one.digest == same.digest != collect(other).digest
+    assert one.digest == same.digest != in_file(other).digest
 
 
 def test_the_file_ends_with_the_problems(tmp_path):
-    store = collect(problems(40))
+    store = in_file(problems(40))
     assert len(list((tmp_path / "cache").iterdir())) == 1
     del store
     assert not list((tmp_path / "cache").iterdir())

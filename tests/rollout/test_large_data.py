@@ -89,7 +89,9 @@ def in_memory(component, tokenizer, encoder: PromptEncoder | None = None) -> Enc
     return replace(encoded, problems=list(encoded.problems))
 
 
-@pytest.mark.parametrize("encoder", [PromptEncoder(), PromptEncoder(chat=True, system="s"), PromptEncoder(max_tokens=5)])
+@pytest.mark.parametrize(
+    "encoder", [PromptEncoder(), PromptEncoder(chat=True, system="s"), PromptEncoder(max_tokens=5)]
+)
 def test_files_and_memory_hold_the_same(encoder, tokenizer, calls, tmp_path):
     component = ProblemFile(path=write(tmp_path / "a.jsonl"))
     expected = in_memory(component, tokenizer, encoder)
@@ -132,7 +134,8 @@ def test_a_changed_file_is_read_anew_even_with_the_size_and_time_of_before(token
 
 
 @pytest.mark.parametrize(
-    "change", [{"answer_field": "answer.0"}, {"skip": 1}, {"limit": 30}, {"template": "{prompt.0.content}"}, {"path": "b.jsonl"}]
+    "change",
+    [{"answer_field": "answer.0"}, {"skip": 1}, {"limit": 30}, {"template": "{prompt.0.content}"}, {"path": "b.jsonl"}],
 )
 def test_another_setting_of_the_data_is_converted_anew(change, tokenizer, calls, tmp_path):
     lines = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": [str(i)]} for i in range(60)]
@@ -146,7 +149,9 @@ def test_another_setting_of_the_data_is_converted_anew(change, tokenizer, calls,
     assert "ProblemFile" in calls
 
 
-@pytest.mark.parametrize("change", [{"chat": True}, {"chat": True, "system": "s"}, {"chat": True, "template_arguments": {"mood": 1}}])
+@pytest.mark.parametrize(
+    "change", [{"chat": True}, {"chat": True, "system": "s"}, {"chat": True, "template_arguments": {"mood": 1}}]
+)
 def test_another_setting_of_the_encoder_tokenizes_anew(change, tokenizer, calls, tmp_path):
     component = ProblemFile(path=write(tmp_path / "a.jsonl"))
     before = start(component, tokenizer)
@@ -302,7 +307,7 @@ def test_checks_of_stored_rows_find_what_those_in_memory_find(tokenizer, calls, 
         lambda each: PromptEncoder(max_tokens=1).encode(each.problems, tokenizer),
     )
     for check in checks:
-        with pytest.raises(ValueError) as expected:
+        with pytest.raises(ValueError, match=r".") as expected:
             check(plain)
         with pytest.raises(ValueError, match=r".") as found:
             check(stored)
@@ -331,7 +336,7 @@ def test_a_resumed_run_gets_the_same_prompts(tokenizer, calls, tmp_path):
 
     def data(encoded) -> RLData:
         made = RLData(train=encoded)
-        made.trainer = SimpleNamespace(world_size=1, global_rank=0, lightning_module=SimpleNamespace(seed=3))
+        made.trainer = SimpleNamespace(world_size=1, global_rank=0, lightning_module=SimpleNamespace(seed=3))  # pyright: ignore
         return made
 
     def prompts(data, number):
