@@ -128,8 +128,8 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError as error:
         log.warning(
-            "the cache folder %s cannot be written (%s), so large data is read and tokenized anew at each start; name another folder in the "
-            "environment variable %s",
+            "the cache folder %s cannot be written (%s), so large data is read and tokenized anew at each start; name another folder in "
+            "the environment variable %s",
             *(folder, error, VARIABLE),
         )
         return False
