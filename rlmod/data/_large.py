@@ -21,9 +21,9 @@ CODE = ("data", "types.py", "jsonl.py")
 def load_problems(component: Problems, seconds: float = _cache.WAIT_SECONDS) -> Sequence[Problem]:
     """Return the problems of a set: from the cache, if it is large and was converted before, else from the component.
 
-    Only the sets that files decide are cached. The cached file's name is the hash of their contents (not of size and time, which an edit may
-    leave as they are), of the component's fields, and of rlmod's code. ``seconds`` limits the time for which a rank waits for rank
-    0 of its node.
+    Only the sets that files decide are cached. The cached file's name is the hash of their contents (not of size and time, which an edit
+    may leave as they are), of the component's fields, and of rlmod's code. ``seconds`` limits the time for which a rank waits for rank 0
+    of its node.
     """
     key = _key(component)
     if key is None:
