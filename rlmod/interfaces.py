@@ -125,7 +125,7 @@ def check_declarations(component: object, key: str) -> None:
 
 @runtime_checkable
 class Problems(Protocol):
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         """Return the problems of a set, in a fixed order."""
         ...
 

@@ -153,6 +153,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     from rlmod.config.build import check_completion_prefix, find_unreadable, unreadable_answer
     from rlmod.config.sizes import check_seed
     from rlmod.config.validation import check_types, check_value
+    from rlmod.data._large import load_problems
     from rlmod.interfaces import prepare
     from rlmod.model.policy import HFPolicy
 
@@ -179,7 +180,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     folder = Path(cfg.output or f"runs/eval/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    problems = instantiate(cfg.data.validation, _convert_="all")()
+    problems = load_problems(instantiate(cfg.data.validation, _convert_="all"))
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
     encoded = instantiate(cfg.data.encoder, _convert_="all").encode(problems, tokenizer)

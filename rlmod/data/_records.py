@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlmod.data._messages import to_messages
+from rlmod.data._store import collect
 from rlmod.jsonl import SURROGATE
 from rlmod.types import Answer, Message, Problem
 
@@ -49,10 +50,14 @@ class Conversion:
         if self.answer_pattern is not None:
             _check_pattern(self.answer_pattern)
 
-    def __call__(self, records: Iterable[tuple[str, object]], name: str) -> list[Problem]:
-        """Convert (source, record) pairs to problems. Nothing is read beyond the limit. ``name`` is for error messages."""
+    def __call__(self, records: Iterable[tuple[str, object]], name: str) -> Sequence[Problem]:
+        """Convert (source, record) pairs to problems, which live in a file if there are many.
+
+        Nothing is read beyond the limit. ``name`` is for error messages.
+        """
         stop = None if self.limit is None else self.skip + self.limit
-        problems = [self._convert(record, source) for source, record in itertools.islice(records, self.skip, stop)]
+        selected = itertools.islice(records, self.skip, stop)
+        problems = collect(self._convert(record, source) for source, record in selected)
         if not problems:
             after = f" after the {self.skip} that data.skip (or data.validation_skip) skips" if self.skip else ""
             raise ValueError(f"{name} holds no problems{after}")

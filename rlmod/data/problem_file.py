@@ -63,7 +63,7 @@ class ProblemFile:
         """Return all files, in the order in which they are read. ValueError if a path or a pattern finds none."""
         return [Path(file).expanduser() for source in parse_sources(self.path) for file in source.find_files()]
 
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         sources = parse_sources(self.path)
         files = [source.find_files() for source in sources]
         for file in itertools.chain(*files):
@@ -73,7 +73,7 @@ class ProblemFile:
         check_disjoint(files)
         return mix([(source, self._read(names, source.name)) for source, names in zip(sources, files, strict=True)])
 
-    def _read(self, files: Sequence[str], name: str) -> list[Problem]:
+    def _read(self, files: Sequence[str], name: str) -> Sequence[Problem]:
         columns = _Columns()
         try:
             return self._build_conversion()(_read_records(files, columns), name)
