@@ -1,6 +1,7 @@
 """Build and check the components of a composed config, before data and weights are loaded."""
 
 import inspect
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.config.validation import check_arguments, check_takes_texts, check_types, check_value
+from rlmod.data._store import answers_of
 from rlmod.interfaces import (
     Aggregation,
     AnswerReader,
@@ -263,11 +265,13 @@ def check_answers(problems: EncodedProblems, reward: Reward) -> None:
     comparing = [(key, each) for key, each in _iter_rewards(reward, "reward") if declared(each, "needs_answer")]
     if not comparing:
         return
-    for problem in problems.problems:
-        if not accepted_answers(problem.answer):
+    answers = itertools.chain.from_iterable(answers_of(problems.problems))
+    for index, answer in enumerate(answers):
+        if not accepted_answers(answer):
             key, each = comparing[0]
             raise ValueError(
-                f"{problem.source}: the problem has no answer (data.answer_field=null), but {key}={component_name(each)} compares with it: "
+                f"{problems.problems[index].source}: the problem has no answer (data.answer_field=null), "
+                f"but {key}={component_name(each)} compares with it: "
                 "name the field with data.answer_field, or choose a reward that needs no answer"
             )
 

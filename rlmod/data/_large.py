@@ -52,7 +52,8 @@ def _key(component: Problems) -> str | None:
     if not files or sum(file.stat().st_size for file in files) < _cache.LARGE * SMALLEST_RECORD:
         return None
     settings = {f.name: getattr(component, f.name) for f in fields(component)}  # pyright: ignore[reportArgumentType]
-    hashes = [_cache.hash_file(file) for file in files]
+    # The names too: a problem's source has the name, and a pattern does not tell when a file is renamed.
+    hashes = [(str(file), _cache.hash_file(file)) for file in files]
     try:
         return _cache.hash_key(type(component).__name__, settings, hashes, _cache.hash_code(*CODE))
     except TypeError:  # a setting is an object that JSON cannot hold
@@ -62,8 +63,7 @@ def _key(component: Problems) -> str | None:
 def _files(component: Problems) -> list[Path]:
     """Return the files whose contents decide the problems; none if there may be others."""
     if type(component) is ProblemFile:
-        path = Path(component.path).expanduser()
-        return [path] if path.is_file() else []
+        return component.files()
     if type(component) is HubDataset:
         return [Path(file["filename"]) for file in component._dataset().cache_files]
     return []

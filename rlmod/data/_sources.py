@@ -5,19 +5,21 @@ import heapq
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlmod.data._store import collect
 from rlmod.types import Problem
 
 log = logging.getLogger(__name__)
 
 KEY = "data.path (or data.validation_path)"
 FORM = "a path, a list of paths, or for a mixture a list of {path: ..., weight: ...}"
+OWN_FIELDS = ("prompt_field", "answer_field", "template", "answer_pattern")
 MAGIC = frozenset("*?[")
 MOST_REPETITIONS = 1000
 """Times that a mixture may repeat a problem per pass. Beyond, the pass is far longer than the data, and a weight is likely a slip."""
@@ -29,6 +31,8 @@ class Source:
 
     paths: tuple[str, ...]
     weight: float | None
+    fields: Mapping[str, str | None] = field(default_factory=dict)
+    """The entry's own values of ``OWN_FIELDS``, for files whose columns have other names."""
 
     @property
     def name(self) -> str:
@@ -70,15 +74,25 @@ def parse_sources(path: Any) -> list[Source]:
 
 
 def _parse_weighted(entry: Mapping) -> Source:
-    if set(entry) != {"path", "weight"}:
+    if not {"path", "weight"} <= set(entry):
         hint = "; a list is needed because settings of two dictionaries would be merged" if "path" not in entry else ""
         raise ValueError(f"{KEY}: an entry of a mixture must be {{path: ..., weight: ...}}, got {dict(entry)}{hint}")
+    own = {name: value for name, value in entry.items() if name not in ("path", "weight")}
+    if unknown := [name for name in own if name not in OWN_FIELDS]:
+        raise ValueError(f"{KEY}: an entry of a mixture may also set {', '.join(OWN_FIELDS)}, but not {unknown[0]}")
+    for name, value in own.items():
+        if not isinstance(value, str) and (value is not None or name == "prompt_field"):
+            raise ValueError(
+                f"{KEY}: {name} of {entry['path']} must be text{'' if name == 'prompt_field' else ' or null'}, got {value!r}"
+            )
     path, weight = entry["path"], entry["weight"]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight) or weight <= 0:
         raise ValueError(
             f"{KEY}: the weight of {path} must be a number above 0, got {weight!r}; remove the entry to leave it out"
         )
-    return Source(paths=_texts([path] if isinstance(path, str | Path) else path, path), weight=float(weight))
+    return Source(
+        paths=_texts([path] if isinstance(path, str | Path) else path, path), weight=float(weight), fields=own
+    )
 
 
 def _texts(paths: Any, given: object) -> tuple[str, ...]:
@@ -138,7 +152,7 @@ def check_disjoint(files: Sequence[Sequence[str]]) -> None:
         found |= places.keys()
 
 
-def mix(sources: Sequence[tuple[Source, Sequence[Problem]]]) -> list[Problem]:
+def mix(sources: Sequence[tuple[Source, Sequence[Problem]]]) -> Sequence[Problem]:
     """Return the problems of one pass over a mixture, in which each source has the share that its weight says.
 
     The pass is as short as it can be without leaving out a problem: one source is used once, the others are repeated. Source k with
@@ -160,9 +174,8 @@ def mix(sources: Sequence[tuple[Source, Sequence[Problem]]]) -> list[Problem]:
         for (source, problems), count in zip(sources, counts, strict=True)
     ]
     log.info("one pass over the mixture has %d problems and leaves out none: %s", sum(counts), ", ".join(described))
-    return [
-        sources[k][1][i % len(sources[k][1])] for _, k, i in heapq.merge(*(_places(k, n) for k, n in enumerate(counts)))
-    ]
+    places = heapq.merge(*(_places(k, n) for k, n in enumerate(counts)))
+    return collect(sources[k][1][i % len(sources[k][1])] for _, k, i in places)
 
 
 def _places(source: int, count: int) -> Iterator[tuple[float, int, int]]:

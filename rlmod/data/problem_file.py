@@ -7,13 +7,13 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
 from rlmod.data._records import Conversion, MissingField, float_shortener
-from rlmod.data._sources import KEY, check_disjoint, is_pattern, mix, parse_sources
+from rlmod.data._sources import KEY, Source, check_disjoint, is_pattern, mix, parse_sources
 from rlmod.types import Problem
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class ProblemFile:
     """A path, a list of paths, or a mixture: a list of {path: ..., weight: ...}, where a path may be a list.
 
     A path may be a pattern with ``*``, ``?``, ``[...]`` and ``**``; its files are sorted by name. A file that is named twice is read once.
-    Only the fields that a problem needs must be in all files. In a mixture, ``skip`` and ``limit`` count in each entry.
+    Only the fields that a problem needs must be in all files. In a mixture, ``skip`` and ``limit`` count in each entry, and an entry may
+    have its own prompt_field, answer_field, template and answer_pattern.
     """
     prompt_field: str = "prompt"
     """A field with text or a list of chat messages. A dotted name goes into objects and lists: ``reward_model.ground_truth``,
@@ -57,7 +58,7 @@ class ProblemFile:
             for path in source.paths:
                 if not is_pattern(path):
                     _reader(path)
-        self._build_conversion()
+            replace(self._build_conversion(), **source.fields)  # checks the fields
 
     def files(self) -> list[Path]:
         """Return all files, in the order in which they are read. ValueError if a path or a pattern finds none."""
@@ -69,14 +70,14 @@ class ProblemFile:
         for file in itertools.chain(*files):
             _reader(file)
         if sources[0].weight is None:
-            return self._read(files[0], sources[0].name)
+            return self._read(sources[0], files[0])
         check_disjoint(files)
-        return mix([(source, self._read(names, source.name)) for source, names in zip(sources, files, strict=True)])
+        return mix([(source, self._read(source, names)) for source, names in zip(sources, files, strict=True)])
 
-    def _read(self, files: Sequence[str], name: str) -> Sequence[Problem]:
+    def _read(self, source: Source, files: Sequence[str]) -> Sequence[Problem]:
         columns = _Columns()
         try:
-            return self._build_conversion()(_read_records(files, columns), name)
+            return replace(self._build_conversion(), **source.fields)(_read_records(files, columns), source.name)
         except MissingField as error:
             if (difference := columns.describe_difference()) is None:
                 raise

@@ -94,6 +94,14 @@ def test_on_the_command_line(folder):
         assert [problem.prompt for problem in held_out] == ["c0", "b0", "b1", "b2"]
 
 
+def test_an_entry_may_have_its_own_fields(folder):
+    text = '{"Body": "One.", "Question": "How many?", "Answer": "so\\n#### 1"}\n'
+    (folder / "d.jsonl").write_text(text, encoding="utf-8")
+    own = {"template": "{Body} {Question}", "answer_field": "Answer", "answer_pattern": "#### (.+)"}
+    problems = ProblemFile(path=[*mixture({"c": 1}), {"path": "d.jsonl", "weight": 1, **own}])()
+    assert [(p.prompt, p.answer) for p in problems] == [("c0", "1"), ("One. How many?", "1")]
+
+
 @pytest.mark.parametrize("weight", [0, -1, -0.0, float("nan"), float("inf"), "much", True, None])
 def test_a_weight_that_is_not_above_0_is_named(folder, weight):
     with pytest.raises(
@@ -108,6 +116,9 @@ def test_a_weight_that_is_not_above_0_is_named(folder, weight):
         ([*mixture({"a": 1}), "b.jsonl"], r"either every entry has a weight or none, but b\.jsonl has none"),
         ([{"path": "a.jsonl"}], r"must be \{path: \.\.\., weight: \.\.\.\}, got \{'path': 'a\.jsonl'\}$"),
         ({"a.jsonl": 0.7, "b.jsonl": 0.3}, r"must be \{path: .*, got \{'a\.jsonl': 0\.7, .*; a list is needed"),
+        ([*mixture({"a": 1}), {"path": "b", "weight": 1, "limit": 3}], r"may also set prompt_field, .*, but not limit"),
+        ([{"path": "b", "weight": 1, "template": 3}], r"template of b must be text or null, got 3"),
+        ([{"path": "b", "weight": 1, "prompt_field": None}], r"prompt_field of b must be text, got None"),
         ([{"path": [], "weight": 1}], r"must be a path, a list of paths, .* got \[\]"),
         (None, r"must be a path, a list of paths, .* got None"),
         ([{"path": 3, "weight": 1}], r"must be a path, a list of paths, .* got 3"),
@@ -116,6 +127,11 @@ def test_a_weight_that_is_not_above_0_is_named(folder, weight):
 def test_another_form_is_refused(path, message):
     with pytest.raises(ValueError, match=rf"data\.path \(or data\.validation_path\).*{message}"):
         parse_sources(path)
+
+
+def test_fields_of_an_entry_are_checked_at_once():
+    with pytest.raises(ValueError, match=r"data\.answer_pattern=\( is not a regular expression"):
+        ProblemFile(path=[{"path": "a.jsonl", "weight": 1, "answer_pattern": "("}])
 
 
 def test_a_file_in_two_entries_is_refused(folder):

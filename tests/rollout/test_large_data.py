@@ -149,9 +149,7 @@ def test_another_setting_of_the_data_is_converted_anew(change, tokenizer, calls,
     assert "ProblemFile" in calls
 
 
-@pytest.mark.parametrize(
-    "change", [{"chat": True}, {"chat": True, "system": "s"}, {"chat": True, "template_arguments": {"mood": 1}}]
-)
+@pytest.mark.parametrize("change", [{"system": "s"}, {"template_arguments": {"mood": 1}}])
 def test_another_setting_of_the_encoder_tokenizes_anew(change, tokenizer, calls, tmp_path):
     component = ProblemFile(path=write(tmp_path / "a.jsonl"))
     before = start(component, tokenizer)
@@ -184,6 +182,33 @@ def test_another_tokenizer_tokenizes_anew(change, tokenizer, calls, tmp_path):
     after = start(component, tokenizer)
     assert calls == ["PromptEncoder"]
     assert before.ids != after.ids
+
+
+def test_a_pattern_is_cached_by_the_names_and_contents_of_its_files(tokenizer, calls, tmp_path):
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x" / "a.jsonl", 40)
+    write(tmp_path / "x" / "b.jsonl", 40, first="7")
+    component = ProblemFile(path=f"{tmp_path}/x/*.jsonl")
+    assert same(start(component, tokenizer), in_memory(component, tokenizer))
+    calls.clear()
+    start(component, tokenizer)
+    assert calls == []
+    (tmp_path / "x" / "b.jsonl").rename(tmp_path / "x" / "c.jsonl")
+    renamed = start(component, tokenizer)
+    assert "ProblemFile" in calls
+    assert renamed.problems[-1].source.endswith("c.jsonl:40")
+
+
+def test_a_mixture_of_large_files_lives_in_a_file(tokenizer, calls, tmp_path):
+    paths = [str(write(tmp_path / f"{name}.jsonl", 40)) for name in "ab"]
+    component = ProblemFile(path=[{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)])
+    mixed = start(component, tokenizer)
+    assert isinstance(mixed.problems, _store.ProblemStore)
+    assert len(mixed) == 160
+    assert same(mixed, in_memory(component, tokenizer))
+    calls.clear()
+    assert same(start(component, tokenizer), mixed)
+    assert calls == []
 
 
 def test_a_long_limit_needs_no_new_tokens(tokenizer, calls, tmp_path):
@@ -249,7 +274,7 @@ def test_a_component_of_ones_own_is_called_at_each_start_and_its_tokens_are_foun
 
     for shift, expected in ((1, ["PromptEncoder"]), (1, []), (2, ["PromptEncoder"]), (1, [])):
         calls.clear()
-        encoded = start(component, tokenizer)
+        encoded = start(component, tokenizer, PromptEncoder(chat=False))
         assert calls == expected
         assert tokenizer.decode(encoded.ids[39]) == f"39+{shift}"
 
@@ -323,10 +348,10 @@ def test_checks_of_stored_rows_find_what_those_in_memory_find(tokenizer, calls, 
 def test_a_prompt_with_an_odd_end_is_found_among_many_that_end_alike(tokenizer, calls):
     prompts = [f"{i}+1=\n" for i in range(60)]
     prompts[47] = "47+1= "  # white space after the text does not count
-    encoded = PromptEncoder().encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
+    encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
     encoded.check_endings("1=", tokenizer, "key")
     prompts[53] = "="
-    encoded = PromptEncoder().encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
+    encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
     with pytest.raises(ValueError, match=r"key='1=' must be the end of every prompt, but that of = ends in '='"):
         encoded.check_endings("1=", tokenizer, "key")
 
