@@ -24,6 +24,12 @@ def is_rank_zero() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in numbers)
 
 
+def is_first_on_node() -> bool:
+    """Return True on the rank that writes files for its node: it reads the launchers' environment variables."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "JSM_NAMESPACE_LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
 def is_multi_process_launch() -> bool:
     """Return True if a launcher (torchrun, srun) has started several ranks, each with the same command."""
     return any(int(os.environ.get(name, 1)) > 1 for name in _world_size_variables())

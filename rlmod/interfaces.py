@@ -19,6 +19,7 @@ reads a declaration, and ``DEFAULTS`` holds the default of each:
     counts_for_correctness     True if a reward tells correct from incorrect completions (a length penalty does not)
     pointwise                  True if a reward scores each completion independently and may run in a thread during sampling
     skip_special_tokens        True if a reward reads texts without any special token
+    needs_answer               True if a reward compares with the answer, so that a problem without one is an error
 
 ``reads`` decides whether pi_old's log-probabilities and entropies are computed before the training step, whether a reference is needed,
 and whether the training forward pass has to return the policy's entropy.
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "counts_for_correctness": True,
     "pointwise": False,
     "skip_special_tokens": False,
+    "needs_answer": False,
 }
 """The values for components that do not declare them."""
 
@@ -115,6 +117,7 @@ def check_declarations(component: object, key: str) -> None:
         "counts_for_correctness",
         "pointwise",
         "skip_special_tokens",
+        "needs_answer",
     ):
         if not isinstance(value := declared(component, name), bool):
             raise ValueError(f"{key}: {component_name(target)}.{name} must be True or False, got {value!r}")
@@ -122,7 +125,7 @@ def check_declarations(component: object, key: str) -> None:
 
 @runtime_checkable
 class Problems(Protocol):
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         """Return the problems of a set, in a fixed order."""
         ...
 
@@ -226,7 +229,7 @@ class PromptGuide(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Declares ``counts_for_correctness``, ``pointwise`` and ``skip_special_tokens``."""
+    """Declares ``counts_for_correctness``, ``pointwise``, ``skip_special_tokens`` and ``needs_answer``."""
 
     def __call__(self, texts: Texts) -> Any:
         """Return one number per completion, or a mapping of named terms whose sum is the reward.

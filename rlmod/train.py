@@ -89,6 +89,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     """Load data and policy, validate, train and report, in a folder that no other run uses."""
     from rlmod import distributed
     from rlmod.config.benchmarks import encode_benchmarks, load_benchmarks
+    from rlmod.data._large import load_problems
     from rlmod.training import checkpoint as checkpoints
     from rlmod.training.precision import explain_slow_bf16
 
@@ -104,13 +105,15 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
             if changed := checkpoints.changed_settings(checkpoint, cfg):
                 log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
         checkpoints.write_config(folder, cfg)
-    train_set, held_out_set = components.train(), components.held_out() if components.held_out else None
-    benchmark_sets = load_benchmarks(components.benchmark_problems)
+    wait = cfg.guard.rank_timeout
+    train_set = load_problems(components.train, wait)
+    held_out_set = load_problems(components.held_out, wait) if components.held_out else None
+    benchmark_sets = load_benchmarks(components.benchmark_problems, wait)
     # The tokenizer is loaded after the problems, so that a missing file is reported before the hub is contacted.
     tokenizer = components.policy.tokenizer()
-    problems = components.encoder.encode(train_set, tokenizer)
-    held_out = components.encoder.encode(held_out_set, tokenizer) if held_out_set is not None else None
-    benchmark = encode_benchmarks(benchmark_sets, components.encoder, tokenizer)
+    problems = components.encoder.encode(train_set, tokenizer, wait)
+    held_out = components.encoder.encode(held_out_set, tokenizer, wait) if held_out_set is not None else None
+    benchmark = encode_benchmarks(benchmark_sets, components.encoder, tokenizer, wait)
     problems, held_out, benchmark = _with_readable_answers(problems, held_out, benchmark, components, cfg, folder)
 
     import lightning as L

@@ -25,7 +25,7 @@ from torch import Tensor
 Message = dict[str, str]
 """One turn of a chat: ``{"role": ..., "content": ...}``."""
 Answer = str | tuple[str, ...]
-"""The correct answer, or several of which each is correct."""
+"""The correct answer, or several of which each is correct; an empty tuple if the problem has none."""
 
 
 def accepted_answers(answer: Answer) -> tuple[str, ...]:
@@ -35,16 +35,14 @@ def accepted_answers(answer: Answer) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt and its correct answer."""
+    """A prompt and its correct answer, if it has one."""
 
     prompt: str | tuple[Message, ...]
     answer: Answer
     source: str
     """File and line of the problem, for error messages: ``train.jsonl:12``."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns of the record, for rewards and guides."""
-    entry: Mapping[str, Any] | None = None
-    """Data that a task's own scorer needs beyond the answer."""
+    """All columns of the record, for rewards and guides: the record itself, not a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,6 +167,7 @@ def test_what_a_component_does_not_declare_is_assumed_to_be_the_safe_value():
         "reads": ALL_FIELDS, "granularity": "sequence", "max_generation_batches": 1, "min_group_size": 1,
         "accepts_penalties": True,
         "proportional_to_advantage": False, "counts_for_correctness": True, "pointwise": False, "skip_special_tokens": False,
+        "needs_answer": False,
     }  # fmt: skip
     assert {name: declared(lambda rollouts: rollouts.mask, name) for name in DEFAULTS} == expected
     assert {f.name for f in fields(Rollouts)} == ALL_FIELDS

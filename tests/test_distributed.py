@@ -63,3 +63,20 @@ def test_another_rank_keeps_out_of_the_first_ones_files(monkeypatch):
 def test_the_launcher_for_slurm_says_which_extra_it_needs():
     missing = MissingConfigException("In 'hydra/launcher/slurm': Could not load", "hydra/launcher/submitit_slurm")
     assert "pip install 'rlmod[slurm]'" in cli.explain_error(missing)
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0", "RANK": "8"}, True),
+        ({"LOCAL_RANK": "1", "RANK": "9"}, False),
+        ({"SLURM_LOCALID": "2"}, False),
+    ],
+)
+def test_the_first_rank_of_a_node(variables, first, monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "JSM_NAMESPACE_LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_first_on_node() == first

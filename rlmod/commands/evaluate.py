@@ -134,6 +134,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     """Sample and grade each set, and return the summary: of the held-out problems, or of each benchmark by name."""
     from rlmod.config.build import check_completion_prefix, find_unreadable, unreadable_answer
     from rlmod.config.validation import check_types
+    from rlmod.data._large import load_problems
     from rlmod.interfaces import prepare
     from rlmod.model.policy import HFPolicy
 
@@ -147,7 +148,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     folder = Path(cfg.output or f"runs/eval/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    problems = {name: _naming(name, source) for name, source in sources.items()}
+    problems = {name: _naming(name, partial(load_problems, source)) for name, source in sources.items()}
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
     encoder = instantiate(cfg.data.encoder, _convert_="all")

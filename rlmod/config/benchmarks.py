@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlmod.config.sizes import Validation
 from rlmod.config.validation import check_value
+from rlmod.data._large import load_problems
 from rlmod.interfaces import Problems, Sampler
 from rlmod.rollout.prompts import EncodedProblems, PromptEncoder
 from rlmod.types import Problem
@@ -118,23 +119,23 @@ def naming_benchmark(name: str) -> Iterator[None]:
         raise ValueError(message if key in message else f"{key}: {message}") from error
 
 
-def load_benchmarks(problems: Mapping[str, Problems]) -> dict[str, list[Problem]]:
-    """Return the problems of each benchmark. ValueError that names the benchmark if they cannot be read."""
-    loaded: dict[str, list[Problem]] = {}
+def load_benchmarks(problems: Mapping[str, Problems], seconds: float) -> dict[str, Sequence[Problem]]:
+    """Return the problems of each benchmark, as ``load_problems`` does. ValueError that names the benchmark if they cannot be read."""
+    loaded: dict[str, Sequence[Problem]] = {}
     for name, read in problems.items():
         with naming_benchmark(name):
-            loaded[name] = read()
+            loaded[name] = load_problems(read, seconds)
     return loaded
 
 
 def encode_benchmarks(
-    sets: Mapping[str, Sequence[Problem]], encoder: PromptEncoder, tokenizer: "PreTrainedTokenizerBase"
+    sets: Mapping[str, Sequence[Problem]], encoder: PromptEncoder, tokenizer: "PreTrainedTokenizerBase", seconds: float
 ) -> dict[str, EncodedProblems]:
     """Return the tokenized problems of each benchmark. ValueError that names the benchmark if they cannot be encoded."""
     encoded: dict[str, EncodedProblems] = {}
     for name, problems in sets.items():
         with naming_benchmark(name):
-            encoded[name] = encoder.encode(problems, tokenizer)
+            encoded[name] = encoder.encode(problems, tokenizer, seconds)
     return encoded
 
 

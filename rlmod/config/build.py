@@ -1,6 +1,7 @@
 """Build and check the components of a composed config, before data and weights are loaded."""
 
 import inspect
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlmod.config.benchmarks import build_benchmarks
 from rlmod.config.sizes import Batch, Guard, Validation
 from rlmod.config.validation import check_arguments, check_takes_texts, check_types, check_value
+from rlmod.data._store import answers_of
 from rlmod.interfaces import (
     Aggregation,
     AnswerReader,
@@ -33,12 +35,15 @@ from rlmod.interfaces import (
     Sampler,
     Shaper,
     check_declarations,
+    component_name,
+    declared,
 )
 from rlmod.model.policy import HFPolicy
 from rlmod.reward._failures import RewardSettings
 from rlmod.reward._supervised import Supervised
 from rlmod.rollout.prompts import EncodedProblems, PromptEncoder, UnreadableAnswer
 from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.types import accepted_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -259,11 +264,31 @@ def build_reward(config: Any, key: str = "reward") -> Reward:
 
 
 def find_unreadable(problems: EncodedProblems, reward: Reward) -> dict[int, str]:
-    """Return the answers that the reward, or one inside it, cannot read, with the reason, by the index of the problem."""
+    """Return the answers that the reward, or one inside it, cannot read, with the reason, by the index of the problem.
+
+    ValueError for a problem without an answer, if the reward compares with one.
+    """
+    check_answers(problems, reward)
     unreadable: dict[int, str] = {}
     for each in answer_readers(reward):
         unreadable = {**each.find_unreadable(problems.problems), **unreadable}
     return unreadable
+
+
+def check_answers(problems: EncodedProblems, reward: Reward) -> None:
+    """Raise ValueError if a problem has no answer, but the reward, or one inside it, compares with one."""
+    comparing = [(key, each) for key, each in _iter_rewards(reward, "reward") if declared(each, "needs_answer")]
+    if not comparing:
+        return
+    answers = itertools.chain.from_iterable(answers_of(problems.problems))
+    for index, answer in enumerate(answers):
+        if not accepted_answers(answer):
+            key, each = comparing[0]
+            raise ValueError(
+                f"{problems.problems[index].source}: the problem has no answer (data.answer_field=null), "
+                f"but {key}={component_name(each)} compares with it: "
+                "name the field with data.answer_field, or choose a reward that needs no answer"
+            )
 
 
 def answer_readers(reward: Reward) -> list[AnswerReader]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlmod.data._messages import to_messages
+from rlmod.data._store import collect
 from rlmod.jsonl import SURROGATE
 from rlmod.types import Answer, Message, Problem
 
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 LONGEST_NUMBER = 400
 """Digits before or after the point beyond which a number stays in scientific notation."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class MissingField(ValueError):
+    """A record does not have a field that a problem needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Conversion:
     """Selects records, and reads the prompt and the answer from each."""
 
     prompt_field: str
-    answer_field: str
+    answer_field: str | None
     template: str | None
     answer_pattern: str | None
     limit: int | None
@@ -45,10 +50,14 @@ class Conversion:
         if self.answer_pattern is not None:
             _check_pattern(self.answer_pattern)
 
-    def __call__(self, records: Iterable[tuple[str, object]], name: str) -> list[Problem]:
-        """Convert (source, record) pairs to problems. Nothing is read beyond the limit. ``name`` is for error messages."""
+    def __call__(self, records: Iterable[tuple[str, object]], name: str) -> Sequence[Problem]:
+        """Convert (source, record) pairs to problems, which live in a file if there are many.
+
+        Nothing is read beyond the limit. ``name`` is for error messages.
+        """
         stop = None if self.limit is None else self.skip + self.limit
-        problems = [self._convert(record, source) for source, record in itertools.islice(records, self.skip, stop)]
+        selected = itertools.islice(records, self.skip, stop)
+        problems = collect(self._convert(record, source) for source, record in selected)
         if not problems:
             after = f" after the {self.skip} that data.skip (or data.validation_skip) skips" if self.skip else ""
             raise ValueError(f"{name} holds no problems{after}")
@@ -57,7 +66,8 @@ class Conversion:
     def _convert(self, record: object, source: str) -> Problem:
         if not isinstance(record, Mapping):
             raise ValueError(f"{source}: a record must be an object with named fields, got {type(record).__name__}")
-        return Problem(prompt=self._prompt(record, source), answer=self._answer(record, source), source=source)
+        prompt, reply = self._take_reply(self._prompt(record, source), source)
+        return Problem(prompt=prompt, answer=self._answer(record, reply, source), source=source, extra=record)
 
     def _prompt(self, record: Mapping, source: str) -> str | tuple[Message, ...]:
         if self.template is not None:
@@ -76,7 +86,7 @@ class Conversion:
             raise ValueError(f"{source}: {key} must give text or a list of chat messages, got {type(prompt).__name__}")
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"{source}: the prompt that {key} gives is empty")
-        prompt = prompt if isinstance(prompt, str) else _to_messages(prompt, source)
+        prompt = prompt if isinstance(prompt, str) else to_messages(prompt, source)
         for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
             if half := SURROGATE.search(text):
                 raise ValueError(
@@ -84,9 +94,42 @@ class Conversion:
                 )
         return prompt
 
-    def _answer(self, record: Mapping, source: str) -> Answer:
+    def _take_reply(
+        self, prompt: str | tuple[Message, ...], source: str
+    ) -> tuple[str | tuple[Message, ...], str | None]:
+        """Separate the assistant's last message, which is the answer if no field holds it, from the prompt."""
+        if isinstance(prompt, str):
+            return prompt, None
+        turns, reply = prompt, None
+        if self.answer_field is None and turns[-1]["role"] == "assistant":
+            turns, reply = turns[:-1], turns[-1]["content"]
+        if turns and turns[-1]["role"] == "assistant":
+            # Conversations for supervised training end this way: the prompt would contain the answer that the policy has to find.
+            remedy = (
+                "; data.answer_field=null takes it as the answer" if reply is None else ", and so is the one before it"
+            )
+            raise ValueError(
+                f"{source}: the last chat message is the assistant's{remedy}; a prompt ends before the assistant's turn"
+            )
+        if not any(message["content"].strip() for message in turns):
+            before = "" if reply is None else " before the assistant's last one"
+            raise ValueError(f"{source}: the prompt is empty: no chat message{before} has any content")
+        return turns, reply
+
+    def _answer(self, record: Mapping, reply: str | None, source: str) -> Answer:
+        if self.answer_field is None:
+            if reply is not None:
+                return self._answer_text(reply, "the assistant's last message (data.answer_field=null)", source)
+            if self.answer_pattern is not None:
+                raise ValueError(
+                    f"{source}: data.answer_pattern={self.answer_pattern} has no answer to search: data.answer_field is null, and the "
+                    "prompt does not end in a message of the assistant; set data.answer_pattern=null, or name the field"
+                )
+            return ()
         key = f"data.answer_field={self.answer_field}"
         value = _lookup(record, self.answer_field, key, source)
+        if isinstance(value, Mapping):
+            raise ValueError(_describe_object(value, self.answer_field, source))
         if isinstance(value, str) or not isinstance(value, Sequence):
             return self._answer_text(value, key, source)
         if not value:
@@ -101,7 +144,7 @@ class Conversion:
             matches = list(re.finditer(self.answer_pattern, answer))
             if not matches:
                 raise ValueError(
-                    f"{source}: data.answer_pattern={self.answer_pattern} does not match anywhere in {self.answer_field}, "
+                    f"{source}: data.answer_pattern={self.answer_pattern} does not match anywhere in {key}, "
                     f"which ends in {answer[-60:]!r}"
                 )
             answer = matches[-1].group(1) or ""
@@ -112,6 +155,16 @@ class Conversion:
                 f"{source}: the answer that {key} gives holds {half[0]!r}, half a character: a surrogate without its pair is not valid text"
             )
         return answer.strip()
+
+
+def _describe_object(value: Mapping, field: str, source: str) -> str:
+    """Return the message for an answer that is an object: rewards compare with text."""
+    names = [f"{field}.{name}" for name in value]
+    choice = f"name one of its fields, {', '.join(names)}" if names else "it has no fields"
+    return (
+        f"{source}: data.answer_field={field} is an object, and an answer is text, a number or a list of them: {choice}; "
+        f"data.answer_field=null trains without an answer, and a reward of your own finds the object in problem.extra"
+    )
 
 
 def _check_template(template: str) -> None:
@@ -150,7 +203,7 @@ def _lookup(record: Mapping, field: str, key: str, source: str) -> object:
     """Return the field of this name. A dotted name goes through objects by key and through lists by index."""
     value = _to_python(record[field]) if field in record else _lookup_nested(record, field)
     if value is None:
-        raise ValueError(f"{source}: {key}, but the record has no such field, or it is empty; {_list_fields(record)}")
+        raise MissingField(f"{source}: {key}, but the record has no such field, or it is empty; {_list_fields(record)}")
     return value
 
 
@@ -217,24 +270,3 @@ def _to_text(value: object, key: str, source: str) -> str:
             return str(number)
         return str(int(number)) if number == number.to_integral_value() else f"{number:f}"
     raise ValueError(f"{source}: {key} must give text or a number, got {type(value).__name__}")
-
-
-def _to_messages(turns: Sequence, source: str) -> tuple[Message, ...]:
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-            got = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else type(turn).__name__
-            raise ValueError(f"{source}: a chat message must have role and content, got {got}")
-        if turn["role"] not in ROLES:
-            raise ValueError(f"{source}: a chat message's role must be one of {', '.join(ROLES)}, got {turn['role']!r}")
-        if not isinstance(turn["content"], str):
-            raise ValueError(f"{source}: a chat message's content must be text, got {type(turn['content']).__name__}")
-        messages.append({"role": turn["role"], "content": turn["content"]})
-    if messages[-1]["role"] == "assistant":
-        # Conversations for supervised training end this way: the prompt would contain the answer that the policy has to find.
-        raise ValueError(
-            f"{source}: the last chat message is the assistant's; a prompt ends before the assistant's turn"
-        )
-    if not any(message["content"].strip() for message in messages):
-        raise ValueError(f"{source}: the prompt is empty: no chat message has any content")
-    return tuple(messages)

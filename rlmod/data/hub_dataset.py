@@ -1,5 +1,6 @@
 """Problems from a data set of Hugging Face's ``datasets``: on the hub, or in a local folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class HubDataset:
     """The subset, if a data set has several: ``main`` of openai/gsm8k."""
     split: str = "train"
     prompt_field: str = "prompt"
-    answer_field: str = "answer"
+    answer_field: str | None = "answer"
     template: str | None = None
     answer_pattern: str | None = None
     limit: int | None = None
@@ -41,7 +42,7 @@ class HubDataset:
             raise ValueError("data.name must be a name on the hub or a local folder, got nothing")
         self._build_conversion()
 
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         name = f"{self.name}[{self.split}]"
         dataset = self._dataset()
         shorten = float_shortener(dataset.features.type)

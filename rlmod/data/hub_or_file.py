@@ -1,7 +1,9 @@
 """Problems of a public data set: from the hub, or from a local file with the same fields."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlmod.data.hub_dataset import HubDataset
 from rlmod.data.problem_file import ProblemFile
@@ -16,11 +18,11 @@ class HubOrFile:
     """
 
     name: str
-    path: str | Path | None = None
+    path: str | Path | Sequence[Any] | Mapping[str, Any] | None = None
     config: str | None = None
     split: str = "test"
     prompt_field: str = "prompt"
-    answer_field: str = "answer"
+    answer_field: str | None = "answer"
     template: str | None = None
     answer_pattern: str | None = None
     limit: int | None = None
@@ -29,7 +31,7 @@ class HubOrFile:
     def __post_init__(self) -> None:
         self._source()
 
-    def __call__(self) -> list[Problem]:
+    def __call__(self) -> Sequence[Problem]:
         try:
             return self._source()()
         except ValueError as error:
@@ -40,7 +42,7 @@ class HubOrFile:
             raise
 
     def _source(self) -> HubDataset | ProblemFile:
-        shared = {
+        shared: dict[str, Any] = {
             "prompt_field": self.prompt_field,
             "answer_field": self.answer_field,
             "template": self.template,

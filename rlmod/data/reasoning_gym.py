@@ -64,7 +64,7 @@ class ReasoningGym:
                 answer = "" if entry["answer"] is None else str(entry["answer"])
                 prompt = self.template.replace("{question}", question)
                 source = f"{self.task}[{number}]"
-                problems[question] = Problem(prompt=prompt, answer=answer, source=source, entry=entry)
+                problems[question] = Problem(prompt=prompt, answer=answer, source=source, extra=entry)
             if len(problems) == self.size:
                 return list(problems.values())
         raise ValueError(

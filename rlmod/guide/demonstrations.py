@@ -3,6 +3,7 @@
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,10 +62,10 @@ class Demonstrations:
 
     def prepare(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read the file. Raise ValueError with the line at fault, or the problem that lacks demonstrations."""
-        known = {prompt_key(problem) for problem in problems}
+        known = {_digest(prompt_key(problem)) for problem in problems}  # not the texts: there may be a million
         for where, record in jsonl.read_objects(Path(self.path)):
             prompt = parse_prompt(record, where)
-            if prompt not in known:
+            if _digest(prompt) not in known:
                 raise ValueError(
                     f"{where}: no problem of data.train has this prompt, or it was dropped (see the log): {shorten(prompt)}"
                 )
@@ -106,6 +107,10 @@ class Demonstrations:
 
 def _pad_rows(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True)
+
+
+def _digest(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _parse_demonstration(

@@ -22,6 +22,7 @@ class ExactMatch:
     """
 
     pointwise: ClassVar[bool] = True
+    needs_answer: ClassVar[bool] = True
     pattern: str | None = None
     """A Python regular expression; null: the whole completion. Flags go inside: ``(?m)^#### (.*)$``."""
     correct: float = 1.0

@@ -38,6 +38,7 @@ class MathVerify(PooledScorer):
     Reads: completions, answers.
     """
 
+    needs_answer: ClassVar[bool] = True
     function: ClassVar[str] = "rlmod.reward._math_grader:grade"
 
     def __post_init__(self) -> None:

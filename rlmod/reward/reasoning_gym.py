@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ class ReasoningGym(PooledScorer):
     Source: reasoning-gym, arXiv:2505.24760.
     Differs: [D] a completion without a match gets 0, while some of the library's scorers give a small score to anything.
     Degenerate: the gold answer of an entry gets 1.
-    Reads: completions, problems of data=reasoning_gym.
+    Reads: completions, ``extra`` of the problems of data=reasoning_gym.
     """
 
     function: ClassVar[str] = "rlmod.reward._gym_grader:score"
@@ -40,8 +41,9 @@ class ReasoningGym(PooledScorer):
             raise ValueError(f"reward.pattern={self.pattern!r} has no group: put parentheses around the answer")
 
     def _arguments(self, texts: Texts, row: int) -> tuple[Any, ...] | None:
-        entry = texts.problems[row].entry if texts.problems else None
-        if entry is None:
+        entry = texts.problems[row].extra if texts.problems else {}
+        metadata = entry.get("metadata")
+        if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
             raise ValueError("the reward ReasoningGym needs the problems of data=reasoning_gym")
         completion = texts.completions[row]
         answer = completion if self.pattern is None else last_match(self.pattern, completion, dot_all=True)

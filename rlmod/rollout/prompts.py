@@ -1,14 +1,20 @@
 """Encode problems as prompts: token ids for the policy."""
 
 import difflib
+import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 
+from rlmod.data._cache import WAIT_SECONDS
+from rlmod.data._store import ProblemStore
+from rlmod.rollout.stored_rows import encode_rows, hash_encoding, hash_prompts
+from rlmod.rollout.token_rows import TokenRows
 from rlmod.types import Message, Problem, Prompts
 
 if TYPE_CHECKING:
@@ -27,6 +33,10 @@ OWN_ARGUMENTS = {
 """Arguments of apply_chat_template that the encoder sets, or that would change the form of the result."""
 
 
+ONLY_IDS: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
+"""Arguments of the tokenizer that leave out lists as long as the ids."""
+ENDINGS = 10_000
+"""Endings of prompts that are decoded at once."""
 OPENED_TAG = re.compile(r"(<(?:think|thinking|thought|reasoning)>)\s*$")
 """A tag at the end of a prompt that opens the model's reasoning."""
 
@@ -35,12 +45,21 @@ OPENED_TAG = re.compile(r"(<(?:think|thinking|thought|reasoning)>)\s*$")
 class EncodedProblems:
     """Problems with their token ids."""
 
-    problems: tuple[Problem, ...]
-    ids: tuple[tuple[int, ...], ...]
-    """Token ids of each problem's prompt, without padding."""
+    problems: Sequence[Problem]
+    """A tuple or, for large data, a sequence that reads each problem from a file."""
+    ids: Sequence[Sequence[int]]
+    """Token ids of each problem's prompt, without padding. They are kept as ``rows``, whatever sequence is given."""
     pad_id: int
     dropped: int
     """Number of problems that were dropped because their prompt was too long or their answer could not be read."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", TokenRows.of(self.ids))
+
+    @property
+    def rows(self) -> TokenRows:
+        """Token ids in one flat array."""
+        return cast(TokenRows, self.ids)
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -54,8 +73,8 @@ class EncodedProblems:
         if limit is None or not self.ids:
             return
         completion = cast(Any, sampler).max_new_tokens
-        longest = max(range(len(self)), key=lambda i: len(self.ids[i]))
-        if (length := len(self.ids[longest])) + completion > limit:
+        longest = int(self.rows.lengths.argmax())
+        if (length := int(self.rows.lengths[longest])) + completion > limit:
             raise ValueError(
                 f"{key}.max_model_len={limit}: the longest prompt has {length} tokens ({self.problems[longest].source}), and with "
                 f"{key}.max_new_tokens={completion} it needs {length + completion}; raise {key}.max_model_len to that, or lower "
@@ -64,8 +83,11 @@ class EncodedProblems:
 
     def check_token_ids(self, embeddings: int) -> None:
         """Raise ValueError if a prompt has a token id that the policy has no embedding for."""
-        for problem, row in zip(self.problems, self.ids, strict=True):
-            if (highest := max(row)) >= embeddings:
+        if self.rows.highest < embeddings:
+            return
+        for index in range(len(self)):
+            if (highest := int(self.rows.array(index).max())) >= embeddings:
+                problem = self.problems[index]
                 raise ValueError(
                     f"{problem.source}: the prompt has the token id {highest}, but the policy has only {embeddings} embeddings: its "
                     "tokenizer and its weights do not belong together, or the prompt names a token that the model does not have"
@@ -87,49 +109,70 @@ class EncodedProblems:
         kept = [index for index in range(len(self)) if index not in unreadable]
         return replace(
             self,
-            problems=tuple(self.problems[index] for index in kept),
-            ids=tuple(self.ids[index] for index in kept),
+            problems=_select(self.problems, kept),
+            ids=self.rows.select(kept),
             dropped=self.dropped + len(unreadable),
         )
 
     def check_endings(self, text: str, tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
         """Raise ValueError if a prompt does not end in ``text``, which is the value of ``key``. White space after it does not count."""
-        endings = _decode_endings(self.ids, len(text.encode()), tokenizer)
-        for problem, ending in zip(self.problems, endings, strict=True):
+        for index, ending in self._other_endings(text, tokenizer):
             if not ending.rstrip().endswith(text.rstrip()):
+                source = self.problems[index].source
                 raise ValueError(
-                    f"{key}={text!r} must be the end of every prompt, but that of {problem.source} ends in {ending[-60:]!r}; it is for "
+                    f"{key}={text!r} must be the end of every prompt, but that of {source} ends in {ending[-60:]!r}; it is for "
                     "text that the chat template, or the prompt, already begins the completion with"
                 )
 
+    def _other_endings(self, text: str, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[int, str]]:
+        """Yield index and ending of the prompts that do not end in the same tokens as the first one, if that ends in ``text``.
+
+        Most prompts end alike, because a chat template writes the end, so few have to be decoded.
+        """
+        length, others = len(text.encode()), np.arange(len(self))
+        first = self.rows[:1].tails(length + 16)[0] if len(self) else []
+        for size in range(1, len(first) + 1):
+            if cast(str, tokenizer.decode(first[-size:], skip_special_tokens=False)).rstrip().endswith(text.rstrip()):
+                others = np.flatnonzero(~self.rows.end_alike(np.array(first[-size:], dtype=np.int32)))
+                break
+        for start in range(0, len(others), ENDINGS):
+            part = others[start : start + ENDINGS]
+            yield from zip(part.tolist(), _decode_endings(self.rows.select(part), length, tokenizer), strict=True)
+            self.rows.forget()
+
     def opened_tag(self, tokenizer: "PreTrainedTokenizerBase") -> str | None:
         """Return the tag, such as ``<think>``, with which the first prompt ends and which the completion is expected to close."""
-        found = OPENED_TAG.search(_decode_endings(self.ids[:1], 20, tokenizer)[0]) if self.ids else None
+        found = OPENED_TAG.search(_decode_endings(self.rows[:1], 20, tokenizer)[0]) if self.ids else None
         return found and found[1]
 
     def batch(self, indices: Sequence[int]) -> Prompts:
         """Return the prompts of the problems at these indices, token ids [len(indices) P], padded on the left to the longest."""
-        rows = [self.ids[i] for i in indices]
+        rows = [self.rows.array(i) for i in indices]
         width = max(len(row) for row in rows)
+        ids, mask = np.full((len(rows), width), self.pad_id), np.zeros((len(rows), width), dtype=bool)
+        for place, row in enumerate(rows):
+            ids[place, width - len(row) :] = row
+            mask[place, width - len(row) :] = True
         return Prompts(
-            ids=torch.tensor([(self.pad_id,) * (width - len(row)) + row for row in rows]),
-            mask=torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows]),
+            ids=torch.from_numpy(ids),
+            mask=torch.from_numpy(mask),
             problems=tuple(self.problems[i] for i in indices),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Tokenizes prompts. Chat messages go through the tokenizer's chat template, with the generation prompt of the assistant.
-    Plain text stays unchanged, with the special tokens that the tokenizer puts before a text.
+    """Tokenizes prompts. They go through the tokenizer's chat template, if it has one, with the generation prompt of the assistant; plain
+    text is then a user message. Without a template, plain text stays unchanged, with the special tokens that the tokenizer puts before a
+    text.
 
     Some tokenizers append an EOS to every text. It would tell the policy that the text is over, so it is removed.
     The end of a chat template stays, because an EOS there may separate the turns.
     """
 
     chat: bool | None = None
-    """null: use the chat template for prompts that are messages; true: also for plain text, as one user message;
-    false: never, so messages are an error."""
+    """null: use the chat template if the tokenizer has one; true: a tokenizer without one is an error; false: never, so messages are an
+    error."""
     system: str | None = None
     """A system message at the start of every conversation."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -167,8 +210,38 @@ class PromptEncoder:
             {"data.encoder.template_arguments": dict(self.template_arguments)} if self.template_arguments else {}
         )
 
-    def encode(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> EncodedProblems:
-        """Tokenize all prompts. ValueError, with the problem's source, for a prompt that cannot be encoded."""
+    def encode(
+        self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", wait_seconds: float = WAIT_SECONDS
+    ) -> EncodedProblems:
+        """Tokenize all prompts. ValueError, with the problem's source, for a prompt that cannot be encoded.
+
+        The tokens of many problems live in a file of the cache. ``wait_seconds`` limits the time for which a rank waits for rank 0 of its
+        node, which writes that file.
+        """
+        if self.chat is None and tokenizer.chat_template:
+            _say_that_chat_is_on()
+            if problems:
+                _warn_of_formatted_text(problems[0], tokenizer)
+            return replace(self, chat=True).encode(problems, tokenizer, wait_seconds)
+        if self.template_arguments and problems and tokenizer.chat_template:
+            _warn_of_unread_arguments(tokenizer, self.template_arguments)
+
+        def encode(part: list[Problem]) -> list[list[int]]:
+            return self._encode_part(part, tokenizer)
+
+        rows = encode_rows(problems, encode, lambda: self._key(problems, tokenizer), wait_seconds)
+        kept = np.arange(len(rows)) if self.max_tokens is None else np.flatnonzero(rows.lengths <= self.max_tokens)
+        if len(kept) < len(rows):
+            self._report_too_long(problems, rows.lengths, kept)
+        return EncodedProblems(
+            problems=_select(problems, kept),
+            ids=rows if len(kept) == len(rows) else rows.select(kept),
+            # The masks hide the padding, so any id will do if the tokenizer defines none.
+            pad_id=0 if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id),
+            dropped=len(rows) - len(kept),
+        )
+
+    def _encode_part(self, problems: list[Problem], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
         conversations = [self._to_conversation(problem) for problem in problems]
         messages = [each for each in conversations if each is not None]
         chats = iter(_encode_chats(messages, tokenizer, self.template_arguments))
@@ -179,16 +252,16 @@ class PromptEncoder:
         for problem, row in zip(problems, ids, strict=True):
             if not row:
                 raise ValueError(f"{problem.source}: the tokenizer returns no tokens for the prompt {problem.prompt!r}")
-        kept = [i for i, row in enumerate(ids) if self.max_tokens is None or len(row) <= self.max_tokens]
-        if len(kept) < len(ids):
-            self._report_too_long(problems, ids, kept)
-        return EncodedProblems(
-            problems=tuple(problems[i] for i in kept),
-            ids=tuple(tuple(ids[i]) for i in kept),
-            # The masks hide the padding, so any id will do if the tokenizer defines none.
-            pad_id=0 if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id),
-            dropped=len(ids) - len(kept),
-        )
+        return ids
+
+    def _key(self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        """Return the hash of all that decides the tokens; None if it cannot be known. Long prompts are dropped afterwards."""
+        if type(self) is not PromptEncoder:
+            return None
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("max_tokens", "too_long")}
+        settings["template_arguments"] = dict(self.template_arguments)
+        settings["problems"] = hash_prompts(problems)
+        return hash_encoding(settings, self.template_arguments, tokenizer)
 
     def _to_conversation(self, problem: Problem) -> list[Message] | None:
         """Return the messages for the chat template; None for plain text."""
@@ -196,8 +269,8 @@ class PromptEncoder:
             if not self.chat:
                 for key in self._chat_settings():
                     raise ValueError(
-                        f"{problem.source}: {key} is set, but the prompt is plain text; "
-                        "set data.encoder.chat=true to make it a user message"
+                        f"{problem.source}: {key} is set, but the prompt is plain text, and the policy's tokenizer has no chat template; "
+                        f"use an instruction-tuned policy, or remove {key}"
                     )
                 return None
             messages = [{"role": "user", "content": problem.prompt}]
@@ -216,34 +289,61 @@ class PromptEncoder:
             )
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _report_too_long(self, problems: Sequence[Problem], ids: list[list[int]], kept: list[int]) -> None:
+    def _report_too_long(self, problems: Sequence[Problem], lengths: np.ndarray, kept: np.ndarray) -> None:
         """Log a warning about the dropped prompts. ValueError if ``too_long`` is ``error``, or if none is left."""
         limit = f"data.encoder.max_tokens={self.max_tokens}"
-        first = min(set(range(len(ids))) - set(kept))
+        first = int((lengths > self.max_tokens).argmax())
         if self.too_long == "error":
             raise ValueError(
-                f"{problems[first].source}: the prompt has {len(ids[first])} tokens, more than {limit}; "
+                f"{problems[first].source}: the prompt has {lengths[first]} tokens, more than {limit}; "
                 "raise it, or drop such problems with data.encoder.too_long=drop"
             )
-        if not kept:
+        if not len(kept):
             raise ValueError(
-                f"all {len(ids)} prompts are longer than {limit} (the shortest has {min(map(len, ids))} tokens): raise it"
+                f"all {len(lengths)} prompts are longer than {limit} (the shortest has {lengths.min()} tokens): raise it"
             )
         log.warning(
             "%d of %d prompts are longer than %s and are dropped; the first is %s",
-            *(len(ids) - len(kept), len(ids), limit, problems[first].source),
+            *(len(lengths) - len(kept), len(lengths), limit, problems[first].source),
         )
 
 
-def _decode_endings(rows: Sequence[Sequence[int]], length: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+@functools.cache
+def _say_that_chat_is_on() -> None:
+    """Log, once per process, that plain text becomes a chat."""
+    log.info(
+        "the prompts go through the chat template of the policy's tokenizer, plain text as a user message; "
+        "data.encoder.chat=false leaves plain text as it is"
+    )
+
+
+def _warn_of_formatted_text(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Log a warning if the text of this problem, the first one, seems to have been through a chat template already."""
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    if isinstance(problem.prompt, str) and (found := [token for token in special if token in problem.prompt]):
+        log.warning(
+            "%s: the prompt holds the special token %s, so it may have been through a chat template already; "
+            "data.encoder.chat=false leaves it as it is",
+            *(problem.source, found[0]),
+        )
+
+
+def _select(problems: Sequence[Problem], kept: Sequence[int] | np.ndarray) -> Sequence[Problem]:
+    """Return the problems at these ascending indices: a tuple, or a selection of a stored set."""
+    if isinstance(problems, ProblemStore):
+        return problems if len(kept) == len(problems) else problems.select(kept)
+    return tuple(problems[i] for i in kept)
+
+
+def _decode_endings(rows: TokenRows, length: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Return the text of each row's end: at least ``length`` bytes, and the white space after them."""
-    tails = [list(row[-length - 16 :]) for row in rows]  # a token has at least one byte
+    tails = rows.tails(length + 16)  # a token has at least one byte
     return cast(list[str], tokenizer.batch_decode(tails, skip_special_tokens=False))
 
 
 def _encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     # verbose=False: no warning about model_max_length, because max_tokens limits the length of a prompt.
-    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    rows = tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"] if texts else []
     rows = [_strip_second_bos(row, cast(int | None, tokenizer.bos_token_id)) for row in rows]
     return [_strip_eos(row, cast(int | None, tokenizer.eos_token_id)) for row in rows]
 
@@ -274,10 +374,14 @@ def _encode_chats(
         )
     from jinja2 import TemplateError
 
-    _warn_of_unread_arguments(tokenizer, arguments)
     try:
         return cast(Any, tokenizer).apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            tokenizer_kwargs=dict(ONLY_IDS),
+            **arguments,
         )
     except (TemplateError, TypeError) as error:
         given = f" with data.encoder.template_arguments={dict(arguments)}" if arguments else ""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlmod import distributed
-from rlmod.config.build import answer_readers, find_unreadable
+from rlmod.config.build import answer_readers, check_answers, find_unreadable
+from rlmod.data import _cache
+from rlmod.data._store import answers_of
 from rlmod.interfaces import Reward
 from rlmod.reward._failures import heartbeat
 from rlmod.rollout.prompts import EncodedProblems, UnreadableAnswer
@@ -23,10 +25,12 @@ def readable_problems(
 
     Rank 0 checks them and writes the result to ``file``, which the other ranks wait for, at most ``seconds``. So all ranks have the same
     problems, although a time limit decides. ``settings`` are the reward's; with others, or with other answers, the check is repeated.
+    The result for many problems is also kept in the cache, for other runs, if the reward's code is rlmod's own.
     """
+    check_answers(problems, reward)
     if not answer_readers(reward):
         return problems
-    digest = _digest([[problem.answer for problem in problems.problems], settings, _version("math-verify")])
+    digest = _digest(problems, settings)
     with heartbeat("the check of the answers"):
         found = _read(file, digest)
         deadline = time.monotonic() + seconds
@@ -36,7 +40,7 @@ def readable_problems(
             time.sleep(0.2)
             found = _read(file, digest)
         if found is None:
-            found = find_unreadable(problems, reward)
+            found = _find_in_cache(problems, reward, digest)
             partial = file.with_name(f".partial-{file.name}")
             partial.write_text(json.dumps({"digest": digest, "unreadable": found}) + "\n", encoding="utf-8")
             os.replace(partial, file)
@@ -52,8 +56,30 @@ def _read(file: Path, digest: str) -> Mapping[int, str] | None:
     return {int(i): why for i, why in record["unreadable"].items()} if record.get("digest") == digest else None
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _find_in_cache(problems: EncodedProblems, reward: Reward, digest: str) -> Mapping[int, str]:
+    """Return the unreadable answers: from the cache, if there are many problems and another run has checked them."""
+    own = all(type(reader).__module__.startswith("rlmod.") for reader in answer_readers(reward))
+    if len(problems) <= _cache.LARGE or not own:
+        return find_unreadable(problems, reward)
+
+    def make() -> tuple[_cache.Writer, dict[str, Any]]:
+        return _cache.Writer(), {"unreadable": find_unreadable(problems, reward)}
+
+    code = _cache.hash_code("reward", "config", "types.py")
+    stored = _cache.obtain(f"answers-{_cache.hash_key(digest, code)}", make, _cache.WAIT_SECONDS)
+    found = make()[1]["unreadable"] if stored is None else stored.facts["unreadable"]
+    return {int(i): why for i, why in found.items()}
+
+
+def _digest(problems: EncodedProblems, settings: object) -> str:
+    """Return the hash of the JSON list [answers, settings, version of math-verify], which is not built as a whole."""
+    digest, comma = hashlib.sha256(b"[["), ""
+    for answers in answers_of(problems.problems):
+        if answers:
+            digest.update((comma + json.dumps(answers)[1:-1]).encode())
+            comma = ", "
+    digest.update(f"], {json.dumps(settings, sort_keys=True)}, {json.dumps(_version('math-verify'))}]".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

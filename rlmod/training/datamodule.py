@@ -24,6 +24,7 @@ from rlmod.config.build import check_completion_prefix, find_unreadable
 from rlmod.config.compatibility import Algorithm
 from rlmod.config.sizes import Batch
 from rlmod.contracts import check_per_token, name_component_on_error
+from rlmod.data._store import sources_of
 from rlmod.interfaces import Aggregation, prepare
 from rlmod.model.packing import pack_by_length, rows_that_train
 from rlmod.model.policy import embedding_rows
@@ -159,6 +160,8 @@ class RLData(L.LightningDataModule):
         """The Trainer's settings before ``setup`` changed them, so that the Trainer can be used again."""
         self.prompts_seen = 0
         """Prompts that this rank has seen so far."""
+        self.orders: dict[tuple[int, int, int], np.ndarray] = {}
+        """The last shuffled orders, by seed, number of problems and pass."""
         self.random: dict[str, Any] | None = None
         """Random states from a checkpoint, until they are restored before the first rollout batch."""
 
@@ -243,13 +246,22 @@ class RLData(L.LightningDataModule):
         ranks, rank, size = self.trainer.world_size, self.trainer.global_rank, len(self.train.problems)
         positions = [(self.prompts_seen + i) * ranks + rank for i in range(number)]
         self.prompts_seen += number
-        order = {index: self._shuffle(index) for index in {position // size for position in positions}}
-        return self.train.batch([order[position // size][position % size] for position in positions])
+        order = {index: self._order(index) for index in sorted({position // size for position in positions})}
+        return self.train.batch([int(order[position // size][position % size]) for position in positions])
 
-    def _shuffle(self, index: int) -> list[int]:
+    def _order(self, index: int) -> np.ndarray:
+        """Return the order of pass ``index``. It is kept, with the pass before, because a shuffle of many problems takes long."""
+        key = (self.module.seed, len(self.train.problems), index)
+        if key not in self.orders:
+            self.orders = {k: order for k, order in self.orders.items() if k[2] == index - 1} | {
+                key: self._shuffle(index)
+            }
+        return self.orders[key]
+
+    def _shuffle(self, index: int) -> np.ndarray:
         """Return the order of the problems in pass ``index`` over them."""
         generator = torch.Generator().manual_seed(self.module.seed * 1_000_003 + index)
-        return torch.randperm(len(self.train.problems), generator=generator).tolist()
+        return torch.randperm(len(self.train.problems), generator=generator).numpy()
 
     def train_dataloader(self) -> RolloutLoader:
         """Build the loader that samples rollout batches. Restore the random states of a checkpoint first."""
@@ -355,7 +367,10 @@ def _check_same_on_all_ranks(problems: EncodedProblems) -> None:
     """Raise ValueError if the ranks have different problems: they would not divide them, but train on some twice and on others never."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    mine = len(problems), zlib.crc32("\n".join(problem.source for problem in problems.problems).encode())
+    checksum = 0
+    for sources in sources_of(problems.problems):
+        checksum = zlib.crc32("\n".join([*sources, ""]).encode(), checksum)
+    mine = len(problems), checksum
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if len(set(ranks)) > 1:

@@ -170,5 +170,5 @@ def test_the_python_interface_refuses_what_the_command_refuses():
 
 
 def test_problems_are_read_under_their_names():
-    loaded = load_benchmarks(built(*HARD).benchmark_problems)
+    loaded = load_benchmarks(built(*HARD).benchmark_problems, 60.0)
     assert {name: len(problems) for name, problems in loaded.items()} == {"hard": 6}

@@ -165,6 +165,7 @@ def component(**declarations: Any) -> Any:
         ({"min_group_size": 0}, "min_group_size must be a whole number of at least 1, got 0"),
         ({"max_generation_batches": "3"}, "max_generation_batches must be a whole number of at least 1, got '3'"),
         ({"pointwise": "yes"}, "pointwise must be True or False, got 'yes'"),
+        ({"needs_answer": "no"}, "needs_answer must be True or False, got 'no'"),
         ({"proportional_to_advantage": 1}, "proportional_to_advantage must be True or False, got 1"),
         ({"counts_for_correctness": None}, "counts_for_correctness must be True or False, got None"),
     ],

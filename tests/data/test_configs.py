@@ -88,6 +88,35 @@ def test_verl_parquet(tmp_path):
     assert instantiate(data.validation)() == [problem]
 
 
+def test_verl_parquet_in_shards_gives_its_columns_to_the_reward(tmp_path):
+    for shard in range(2):
+        record = {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"{shard}+1=?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(shard + 1)},
+            "extra_info": {"index": shard, "interaction": {"scale": 0.5}},
+        }
+        pd.DataFrame([record]).to_parquet(tmp_path / f"part-{shard}.parquet")
+    data = group("verl_parquet", path=f"{tmp_path}/part-*.parquet", validation_path="unused.parquet")
+    problems = instantiate(data.train)()
+    assert [p.answer for p in problems] == ["1", "2"]
+    assert [p.extra["extra_info"]["index"] for p in problems] == [0, 1]
+    extra = problems[0].extra
+    assert (extra["data_source"], extra["reward_model"]["ground_truth"]) == ("openai/gsm8k", "1")
+
+
+def test_trl(tmp_path):
+    chat = [{"role": "user", "content": "1+1=?"}]
+    lines = [{"prompt": chat, "solution": "$2$", "level": 1}, {"prompt": "1+2=?", "solution": "$3$"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    data = composed("data=trl", f"data.path={path}", "data.validation=null").data
+    assert set(data) == set(group("problem_file"))
+    problems = instantiate(data.train)()
+    assert [(p.prompt, p.answer) for p in problems] == [(tuple(chat), "$2$"), ("1+2=?", "$3$")]
+    assert problems[0].extra["level"] == 1
+
+
 def test_hub_dataset(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="needs the extra rlmod[datasets]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

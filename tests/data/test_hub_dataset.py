@@ -35,6 +35,7 @@ def test_splits(folder):
     train, test = HubDataset(name=folder)(), HubDataset(name=folder, split="test")()
     assert [(p.prompt, p.answer) for p in train] == [("0+1=", "1"), ("1+1=", "2"), ("2+1=", "3"), ("3+1=", "4")]
     assert [(p.prompt, p.answer, p.source) for p in test] == [("9+9=", "18", f"{folder}[test]:0")]
+    assert [[p.extra for p in problems] for problems in (train, test)] == [TRAIN, TEST]
 
 
 def test_limit_skip_and_template(folder):

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlmod.data.problem_file import ProblemFile
-from rlmod.types import Problem
+from rlmod.reward._compute import compute_rewards
+from rlmod.types import Problem, Texts
 
 RECORDS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+3=", "answer": "6"}]
 
@@ -68,6 +69,22 @@ def test_every_format_gives_the_same_problems(tmp_path, suffix):
     assert [p.source for p in problems] == [f"{path}:{first + i}" for i in range(3)]
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_all_its_columns_to_the_reward(tmp_path, suffix):
+    path = tmp_path / f"problems{suffix}"
+    FORMATS[suffix](path)
+    assert [problem.extra for problem in ProblemFile(path=path, template="{prompt} = ?")()] == RECORDS
+
+
+def test_a_plain_function_reads_a_column_of_its_problem(write):
+    def within(texts: Texts) -> list[float]:
+        return [float(len(c) <= p.extra["limit"]) for c, p in zip(texts.completions, texts.problems or (), strict=True)]
+
+    problems = ProblemFile(path=write([{**RECORDS[0], "limit": 3}, {**RECORDS[1], "limit": 1}]))()
+    texts = Texts(completions=["abc", "abc"], answers=[p.answer for p in problems], problems=problems)
+    assert compute_rewards(within, texts).rewards.tolist() == [1, 0]
+
+
 def test_the_source_is_the_line(write):
     path = write("\n" + json.dumps(RECORDS[0]) + "\n\n  \n" + json.dumps(RECORDS[1]) + "\n\n")
     assert [p.source for p in ProblemFile(path=str(path))()] == [f"{path}:2", f"{path}:5"]
@@ -123,7 +140,7 @@ def test_verl_parquet(tmp_path, save):
     path = tmp_path / "train.parquet"
     save(path)
     problems = ProblemFile(path=path, answer_field="reward_model.ground_truth")()
-    assert problems == [Problem(prompt=tuple(CHAT), answer="2", source=f"{path}:{n}") for n in (1, 2)]
+    assert problems == [Problem(prompt=tuple(CHAT), answer="2", source=f"{path}:{n}", extra=VERL) for n in (1, 2)]
     assert (
         ProblemFile(path=path, prompt_field="prompt.1.content", answer_field="ability", limit=1)()[0].prompt == "1+1=?"
     )
@@ -165,7 +182,11 @@ def test_a_file_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"path": "a.txt"}, r"data\.path .* must end in \.jsonl, \.json, \.csv, \.parquet, got a\.txt"),
+        ({"path": "a.txt"}, r"data\.path .* must end in \.jsonl, .*, \.jsonl\.gz, .*, got a\.txt"),
+        ({"path": "a.parquet.gz"}, r"data\.path .* must end in .*, got a\.parquet\.gz"),
+        ({"path": ["a.jsonl", "a.txt"]}, r"data\.path .* must end in .*, got a\.txt"),
+        ({"path": []}, r"data\.path .* must be a path, a list of paths, .*, got \[\]"),
+        ({"path": ["a.jsonl", 3]}, r"data\.path .* must be a path, a list of paths, .*, got \['a\.jsonl', 3\]"),
         ({"limit": 0}, r"data\.limit .* must be null \(all problems\) or at least 1, got 0"),
         ({"skip": -1}, r"data\.skip .* must be at least 0, got -1"),
         ({"template": "no field"}, r"data\.template='no field' must name the fields it uses"),

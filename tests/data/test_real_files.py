@@ -27,6 +27,15 @@ def test_svamp():
     assert str(problems[0].prompt).endswith("into 93 groups How big is each group of bananas?")
 
 
+def test_all_of_them_as_one_set():
+    """Their columns differ, but each has a problem's text and an answer under the names of its own kind."""
+    files = [str(real(f"{name}/test.jsonl")) for name in ("aime24", "amc23")]
+    problems = ProblemFile(path=files, prompt_field="problem")()
+    assert len(problems) == 70
+    assert {p.source.rpartition(":")[0] for p in problems} == set(files)
+    assert problems[0].extra.keys() != problems[-1].extra.keys()
+
+
 @pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("amc23", 40)])
 def test_competitions(name, count):
     problems = ProblemFile(path=real(f"{name}/test.jsonl"), prompt_field="problem")()

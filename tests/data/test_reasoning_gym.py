@@ -40,7 +40,7 @@ def test_options_and_template_reach_the_task():
     )()
     assert str(problem.prompt).startswith("Q: ")
     assert str(problem.prompt).endswith("\nA:")
-    assert problem.entry["metadata"]["num_animals"] == 2
+    assert problem.extra["metadata"]["num_animals"] == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from rlmod.reward.math_verify import MathVerify
 from rlmod.types import Problem, Texts
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1=?"}]
+REPLY = {"role": "assistant", "content": "It is 2.\n#### 2"}
+NO_FIELD = {"answer_field": None}
 DEFAULTS = dict(prompt_field="prompt", answer_field="answer", template=None, answer_pattern=None, limit=None, skip=0)
 
 
@@ -19,7 +21,7 @@ def problem(record: object, **fields: object) -> Problem:
 def test_dotted_fields_lead_into_objects_and_lists():
     record = {"a.b": "literal", "q": {"text": ["no", "yes"]}, "r": {"truth": 3}}
     fields = {"prompt_field": "q.text.1", "answer_field": "r.truth"}
-    assert problem(record, **fields) == Problem(prompt="yes", answer="3", source="f:1")
+    assert problem(record, **fields) == Problem(prompt="yes", answer="3", source="f:1", extra=record)
     assert problem(record, **fields | {"prompt_field": "a.b"}).prompt == "literal"
 
 
@@ -32,7 +34,7 @@ def test_template():
 
 def test_numpys_objects_are_taken_as_pythons():
     record = {"prompt": np.array(CHAT, dtype=object), "answer": np.float64(27)}
-    assert problem(record) == Problem(prompt=tuple(CHAT), answer="27", source="f:1")
+    assert problem(record) == Problem(prompt=tuple(CHAT), answer="27", source="f:1", extra=record)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,52 @@ def test_the_answer_pattern_takes_its_last_match():
     assert problem(record, answer_pattern="#### (.+)").answer == "1,234"
 
 
+def test_without_an_answer_field_the_last_reply_is_the_answer_or_there_is_none():
+    assert problem({"prompt": "Write a poem.", "answer": "unused"}, answer_field=None).answer == ()
+    record = {"prompt": [*CHAT, REPLY]}
+    assert problem(record, answer_field=None) == Problem(
+        prompt=tuple(CHAT), answer=REPLY["content"], source="f:1", extra=record
+    )
+    assert problem(record, answer_field=None, answer_pattern="#### (.+)").answer == "2"
+    earlier = [CHAT[1], REPLY, CHAT[1]]
+    assert (
+        problem({"prompt": earlier}, answer_field=None).prompt,
+        problem({"prompt": earlier}, answer_field=None).answer,
+    ) == (
+        tuple(earlier),
+        (),
+    )
+
+
+def test_a_field_of_an_object_is_an_answer_and_the_object_reaches_the_reward():
+    record = {"prompt": "?", "answer": {"value": 2.0, "unit": "m"}}
+    found = problem(record, answer_field="answer.value")
+    assert (found.answer, found.extra["answer"]) == ("2", {"value": 2.0, "unit": "m"})
+
+
+@pytest.mark.parametrize("kind", [list, lambda parts: np.array(parts, dtype=object)])
+def test_parts_with_text_are_joined(kind):
+    parts = [{"type": "text", "text": "1+1", "image": None}, {"type": "text", "text": "=?"}]
+    record = {"prompt": [CHAT[0], {"role": "user", "content": kind(parts)}], "answer": 2}
+    assert problem(record).prompt == tuple(CHAT)
+
+
+def test_sharegpts_names():
+    turns = [{"from": "system", "value": "Think."}, {"from": "human", "value": "1+1=?"}]
+    record = {"conversations": [*turns, {"from": "gpt", "value": "2"}]}
+    found = problem(record, prompt_field="conversations", answer_field=None)
+    assert (found.prompt, found.answer) == (tuple(CHAT), "2")
+    assert problem({"conversations": turns, "answer": 2}, prompt_field="conversations").prompt == tuple(CHAT)
+
+
+def test_every_column_is_in_extra_without_a_copy():
+    record = {"prompt": "?", "answer": 1, "level": Decimal("0.10"), "tests": {"inputs": ["1", "2"]}, "unused": None}
+    for fields in ({}, {"template": "{prompt} {level}"}):
+        extra = problem(record, **fields).extra
+        assert extra is record
+    assert str(extra["level"]) == "0.10"
+
+
 BAD_RECORDS = [
     ({"prompt": "a", "gt": {"x": 1, "y": 2}}, {}, r":1: data\.answer_field=answer, .* there are: prompt, gt\.x, gt\.y"),
     ({"question": "a", "answer": 1}, {}, r":1: data\.prompt_field=prompt, .* there are: question, answer"),
@@ -95,16 +143,46 @@ BAD_RECORDS = [
     ({"prompt": "a", "answer": "1\ud800"}, {}, r":1: the answer that .* half a character"),
     ({"prompt": "a", "answer": "so 1"}, {"answer_pattern": "#### (.+)"}, r":1: data\.answer_pattern=.* ends in 'so 1'"),
     ({"prompt": "a", "answer": "####"}, {"answer_pattern": "####(.*)"}, ":1: the answer .* is empty"),
-    ({"prompt": ["a"], "answer": 1}, {}, ":1: a chat message must have role and content, got str"),
-    ({"prompt": [{"from": "u", "value": "a"}], "answer": 1}, {}, "role and content, got the keys from, value"),
+    ({"prompt": ["a"], "answer": 1}, {}, ":1: a chat message must have role and content, or from and value, got str"),
+    ({"prompt": [{"from": "u", "value": "a"}], "answer": 1}, {}, ":1: .* role must be one of human, gpt, .*, got 'u'"),
+    ({"prompt": [{"name": "u", "value": "a"}], "answer": 1}, {}, "or from and value, got the keys name, value"),
     ({"prompt": [{"role": "human", "content": "a"}], "answer": 1}, {}, "role must be one of .*user.*, got 'human'"),
-    ({"prompt": [{"role": "user", "content": [1]}], "answer": 1}, {}, ":1: .*content must be text, got list"),
+    ({"prompt": [{"role": "user", "content": 1}], "answer": 1}, {}, ":1: .*content must be text or a list .*, got int"),
+    ({"prompt": [{"role": "user", "content": [1]}], "answer": 1}, {}, ":1: a part .* must be an object .*, got int"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "answer": 1},
+        {},
+        ":1: .* a part of the type 'image_url', but the policy reads only text",
+    ),
+    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}], "answer": 1}, {}, ":1: .* but its text is None"),
     ({"prompt": [{"role": "user", "content": ""}], "answer": 1}, {}, ":1: the prompt is empty"),
     (
-        {"prompt": [*CHAT, {"role": "assistant", "content": "2"}], "answer": 2},
+        {"prompt": [*CHAT, REPLY], "answer": 2},
         {},
-        "last chat message is the assistant's",
+        r":1: the last chat message is the assistant's; data\.answer_field=null takes it as the answer",
     ),
+    (
+        {"prompt": [*CHAT, REPLY, REPLY]},
+        NO_FIELD,
+        ":1: the last chat message is the assistant's, and so is the one before",
+    ),
+    ({"prompt": [REPLY]}, NO_FIELD, ":1: the prompt is empty: no chat message before the assistant's last one"),
+    (
+        {"prompt": [*CHAT, REPLY | {"content": " "}]},
+        NO_FIELD,
+        r":1: the answer that the assistant's last message \(.*\) gives is empty",
+    ),
+    (
+        {"prompt": "a"},
+        NO_FIELD | {"answer_pattern": "#### (.+)"},
+        r":1: data\.answer_pattern=.* has no answer to search",
+    ),
+    (
+        {"prompt": "a", "answer": {"value": 1, "unit": "m"}},
+        {},
+        r":1: data\.answer_field=answer is an object, .* one of its fields, answer\.value, answer\.unit",
+    ),
+    ({"prompt": "a", "answer": {}}, {}, ":1: .* is an object, .* it has no fields"),
 ]
 
 

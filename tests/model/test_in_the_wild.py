@@ -185,7 +185,7 @@ def test_a_format_reward_sees_the_tag_that_the_chat_template_opens(caplog):
     assert compute_rewards(reward, texts).rewards.tolist() == [1.0, 0.0]
     check_completion_prefix(reward, encoded, tokenizer)
     assert not caplog.records
-    plain = PromptEncoder().encode(problems, tokenizer)
+    plain = PromptEncoder(chat=False).encode(problems, tokenizer)
     with pytest.raises(ValueError, match=r"reward\.completion_prefix='<think>' .* that of a:1 ends in 'hi'"):
         check_completion_prefix(reward, plain, tokenizer)
 

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import rlmod
-from rlmod.rollout.prompts import PromptEncoder
+from rlmod.rollout.prompts import PromptEncoder, _say_that_chat_is_on
 from rlmod.sampler.hf import HF
 from rlmod.types import Problem
 from tests.command_line import refused, refused_eval
@@ -74,8 +74,38 @@ def test_the_pad_token_is_the_tokenizers(tokenizer):
 
 
 def test_messages_go_through_the_chat_template(chatty):
-    encoded = PromptEncoder().encode(problems(CHAT, "plain", CHAT), chatty)
-    assert text(encoded, chatty) == ["u<1+1>a<", "plain", "u<1+1>a<"]
+    encoded = PromptEncoder().encode(problems(CHAT, "2+2", CHAT), chatty)
+    assert text(encoded, chatty) == ["u<1+1>a<", "u<2+2>a<", "u<1+1>a<"]
+
+
+def test_the_chat_template_is_used_if_there_is_one_and_said_once(tokenizer, caplog):
+    _say_that_chat_is_on.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert text(PromptEncoder().encode(problems("1+1"), tokenizer), tokenizer) == ["1+1"]
+        assert not caplog.records
+        tokenizer.chat_template = TEMPLATE
+        for _ in range(2):  # the training and the held-out problems
+            assert text(PromptEncoder().encode(problems("1+1"), tokenizer), tokenizer) == ["u<1+1>a<"]
+        assert text(PromptEncoder(chat=False).encode(problems("1+1"), tokenizer), tokenizer) == ["1+1"]
+    (record,) = caplog.records
+    assert "data.encoder.chat=false leaves plain text as it is" in record.getMessage()
+
+
+def test_text_that_has_been_through_a_template_is_named(chatty, caplog):
+    PromptEncoder().encode(problems("1+1<eos>"), chatty)
+    assert (
+        "a.jsonl:1: the prompt holds the special token <eos>, so it may have been through a chat template"
+        in caplog.text
+    )
+    caplog.clear()
+    PromptEncoder(chat=False).encode(problems("1+1<eos>"), chatty)
+    PromptEncoder().encode(problems("1+1", CHAT), chatty)
+    assert not caplog.records
+
+
+def test_the_shipped_policies_read_plain_text():
+    for name in ("tiny", "strong"):
+        assert not AutoTokenizer.from_pretrained(TINY.parent / name).chat_template
 
 
 def test_plain_text_as_a_user_message(chatty):
@@ -92,9 +122,9 @@ def test_a_system_message_of_the_prompts_own(chatty):
         PromptEncoder(system="Add.").encode(problems(own), chatty)
 
 
-def test_a_system_message_needs_a_chat(chatty):
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.encoder\.system .* data\.encoder\.chat=true"):
-        PromptEncoder(system="Add.").encode(problems("1+1"), chatty)
+def test_a_system_message_needs_a_chat(tokenizer):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.encoder\.system .* tokenizer has no chat template"):
+        PromptEncoder(system="Add.").encode(problems("1+1"), tokenizer)
 
 
 def test_messages_where_chat_is_off(chatty):
@@ -134,7 +164,7 @@ def test_arguments_reach_the_chat_template_and_one_that_it_does_not_read_is_name
 def test_arguments_of_the_template_in_a_command_line(tmp_path, monkeypatch):
     given = "+data.encoder.template_arguments"
     message = refused(monkeypatch, tmp_path, "debug=short", f"{given}.enable_thinking=false")
-    assert "data.encoder.template_arguments is set, but the prompt is plain text; set data.encoder.chat=true" in message
+    assert "data.encoder.template_arguments is set, but the prompt is plain text, and the policy's tokenizer" in message
     message = refused_eval(monkeypatch, "policy=tiny", f"output={tmp_path / 'a'}", f"{given}.tokenize=false")
     assert (
         "data.encoder.template_arguments.tokenize is an argument of apply_chat_template that rlmod sets itself"
@@ -147,8 +177,8 @@ def test_special_tokens_in_front_stay_and_an_eos_at_the_end_goes(chatty):
     processor = TemplateProcessing(single="# $A <eos>", pair="# $A $B <eos>", special_tokens=special)
     chatty.backend_tokenizer.post_processor = processor
     assert chatty("1+1")["input_ids"][-1] == chatty.eos_token_id
-    encoded = PromptEncoder().encode(problems("1+1", CHAT), chatty)
-    assert text(encoded, chatty) == ["#1+1", "u<1+1>a<"]
+    assert text(PromptEncoder(chat=False).encode(problems("1+1"), chatty), chatty) == ["#1+1"]
+    assert text(PromptEncoder().encode(problems(CHAT), chatty), chatty) == ["u<1+1>a<"]
 
 
 def test_an_eos_that_a_chat_template_ends_with_stays(chatty):

@@ -157,6 +157,22 @@ def test_each_round_holds_every_problem_once_in_a_new_order():
     assert sorted(names(data().next_prompts(12))) == sorted(rounds[0] + rounds[1])
 
 
+def test_the_order_of_a_pass_is_shuffled_once(monkeypatch):
+    shuffled = []
+    original = RLData._shuffle
+    monkeypatch.setattr(RLData, "_shuffle", lambda self, index: shuffled.append(index) or original(self, index))
+    one = data()
+    received = [name for _ in range(9) for name in names(one.next_prompts(4))]
+    assert shuffled == [0, 1, 2, 3, 4, 5]
+    assert len(one.orders) <= 2
+    generators = [torch.Generator().manual_seed(index) for index in range(6)]
+    assert received == [str(i) for generator in generators for i in torch.randperm(6, generator=generator).tolist()]
+    one.module.seed = 1  # another module
+    assert names(one.next_prompts(6)) == [
+        str(i) for i in torch.randperm(6, generator=torch.Generator().manual_seed(1_000_003 + 6)).tolist()
+    ]
+
+
 def test_ranks_get_different_problems():
     received = [names(data(rank, ranks=2).next_prompts(3)) for rank in range(2)]
     assert sorted(received[0] + received[1]) == [str(i) for i in range(6)]

@@ -215,7 +215,7 @@ def _parse_sample(record: Mapping[str, Any]) -> Sample:
         step=int(record["step"]),
         when=str(record["when"]),
         prompt=str(record["prompt"]),
-        answer=str(record.get("answer", "")),
+        answer=" | ".join(map(str, answer)) if isinstance(answer := record.get("answer", ""), list) else str(answer),
         completion=record["completion"],
         reward=None if record["reward"] is None else float(record["reward"]),
         truncated=bool(record.get("truncated", False)),

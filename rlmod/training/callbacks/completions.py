@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rlmod.rollout.collect import RolloutBatch
 from rlmod.training.module import RLModule
-from rlmod.types import Rollouts
+from rlmod.types import Rollouts, accepted_answers
 
 TOKENS_SHOWN = 512
 """Maximum number of tokens of a completion that are recorded one by one."""
@@ -100,8 +100,8 @@ def _build_table(samples: list[dict[str, Any]], title: str) -> Table:
         table.add_row(
             Text(_last_characters(sample["prompt"])),
             Text(_last_characters(sample["completion"])),
-            Text(_last_characters(sample["answer"])),
-            f"{sample['reward']:.2f}",
+            Text(_last_characters(" | ".join(accepted_answers(sample["answer"])))),
+            "" if sample["reward"] is None else f"{sample['reward']:.2f}",
         )
     return table
 
