@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -350,10 +351,12 @@ def test_a_prompt_with_an_odd_end_is_found_among_many_that_end_alike(tokenizer, 
     prompts[47] = "47+1= "  # white space after the text does not count
     encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
     encoded.check_endings("1=", tokenizer, "key")
-    prompts[53] = "="
-    encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
-    with pytest.raises(ValueError, match=r"key='1=' must be the end of every prompt, but that of = ends in '='"):
-        encoded.check_endings("1=", tokenizer, "key")
+    for odd in ("=", "53+2="):
+        prompts[53] = odd
+        encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
+        message = rf"key='1=' must be the end of every prompt, but that of {re.escape(odd)} ends in '{re.escape(odd)}'"
+        with pytest.raises(ValueError, match=message):
+            encoded.check_endings("1=", tokenizer, "key")
 
 
 def test_a_resumed_run_gets_the_same_prompts(tokenizer, calls, tmp_path):
