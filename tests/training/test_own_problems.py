@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlmod.data.arithmetic import Arithmetic
+from rlmod.training.callbacks.completions import _build_table
 from rlmod.types import Texts
 from tests.command_line import refused, run_train
 
@@ -62,3 +63,9 @@ def test_several_answers_are_shown(tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, *RUN, f"data.path={path}", f"output={tmp_path / 'run'}")
     assert samples(tmp_path / "run")[0]["answer"] == ["12", "34"]
     assert "12 | 34" in capsys.readouterr().out
+
+
+def test_a_completion_without_a_reward_is_shown_without_a_number():
+    sample = {"prompt": "?", "completion": "x", "answer": (), "reward": None}
+    table = _build_table([sample], "completions")
+    assert list(table.columns[-1].cells) == [""]

@@ -101,6 +101,12 @@ def test_what_a_run_holds_is_escaped(tmp_path, place):
     assert "&lt;/div&gt;&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;&#34;?" in page
 
 
+@pytest.mark.parametrize(("answer", "shown"), [("4", "4"), (["4", "four"], "4 | four"), ([], "")])
+def test_all_correct_answers_of_a_sample_are_read(tmp_path, answer, shown):
+    line = sample(1, "train", "2+2?", "4", 1.0) | {"answer": answer}
+    assert runs.read_run(write_run(tmp_path, samples=[line])).samples[0].answer == shown
+
+
 def test_config_and_names_are_escaped(tmp_path):
     page = page_of(write_run(tmp_path, config="policy: <script>1</script>\n", overrides=["policy=<script>2</script>"]))
     assert "<script" not in page
