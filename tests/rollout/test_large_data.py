@@ -353,7 +353,9 @@ def test_a_prompt_with_an_odd_end_is_found_among_many_that_end_alike(tokenizer, 
     encoded.check_endings("1=", tokenizer, "key")
     for odd in ("=", "53+2="):
         prompts[53] = odd
-        encoded = PromptEncoder(chat=False).encode([Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer)
+        encoded = PromptEncoder(chat=False).encode(
+            [Problem(prompt=p, answer="1", source=p) for p in prompts], tokenizer
+        )
         message = rf"key='1=' must be the end of every prompt, but that of {re.escape(odd)} ends in '{re.escape(odd)}'"
         with pytest.raises(ValueError, match=message):
             encoded.check_endings("1=", tokenizer, "key")
