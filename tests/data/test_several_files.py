@@ -136,7 +136,9 @@ def test_packed_files(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not packed\n", gzip.compress(PACKED[".jsonl.gz"].encode())[:-9], b"\x1f\x8b\x08" + b"\0" * 40]
+    "content",
+    [b"not packed\n", gzip.compress(PACKED[".jsonl.gz"].encode())[:-9], b"\x1f\x8b\x08" + b"\0" * 40],
+    ids=["plain text", "cut off", "altered"],
 )
 def test_a_damaged_packed_file_is_named(tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
