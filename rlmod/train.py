@@ -90,6 +90,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod import distributed
     from rlmod.config.benchmarks import encode_benchmarks, load_benchmarks
     from rlmod.data._large import load_problems
+    from rlmod.model.policy import positions
     from rlmod.training import checkpoint as checkpoints
     from rlmod.training.precision import explain_slow_bf16
 
@@ -121,7 +122,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod.training.datamodule import RLData
 
     data = RLData(train=problems, held_out=held_out, benchmark=benchmark)
-    data.prepare_components(components, tokenizer)
+    data.prepare_components(components, tokenizer, positions(components.policy.shape()))
     cli.silence_libraries()
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _build_trainer(cfg, checkpoints.own_step(folder, checkpoint))

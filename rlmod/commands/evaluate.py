@@ -136,7 +136,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     from rlmod.config.validation import check_types
     from rlmod.data._large import load_problems
     from rlmod.interfaces import prepare
-    from rlmod.model.policy import HFPolicy
+    from rlmod.model.policy import HFPolicy, positions
 
     _check_settings(cfg)
     device, unreadable = _resolve_device(cfg.device), unreadable_answer(cfg)
@@ -158,6 +158,7 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
         encoded[name] = _naming(name, partial(found.without_unreadable, find_unreadable(found, reward), unreadable))
         check_completion_prefix(reward, encoded[name], tokenizer)
         encoded[name].check_max_model_len(sampler, "sampler")
+        encoded[name].check_positions(positions(specification.shape()), sampler, "sampler")
     prepare([sampler, reward], [problem for each in encoded.values() for problem in each.problems], tokenizer)
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)

@@ -258,6 +258,13 @@ def embedding_rows(model: nn.Module) -> int:
     return cast(Any, model).get_input_embeddings().weight.shape[0]
 
 
+def positions(config: "PreTrainedConfig | None") -> int | None:
+    """Return the longest sequence that a model was made for, in tokens; None if its config does not say."""
+    text = None if config is None else config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Return the ids of all special tokens by their text, including those without a role such as EOS."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

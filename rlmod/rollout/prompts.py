@@ -81,6 +81,19 @@ class EncodedProblems:
                 "data.encoder.max_tokens, so that longer prompts are dropped and counted"
             )
 
+    def check_positions(self, positions: int | None, sampler: object, key: str) -> None:
+        """ValueError if the policy has fewer ``positions`` than the longest prompt and a completion need. ``key`` is the sampler's."""
+        completion: int | None = getattr(sampler, "max_new_tokens", None)
+        if positions is None or completion is None or not self.ids:
+            return
+        longest = int(self.rows.lengths.argmax())
+        if (length := int(self.rows.lengths[longest])) + completion > positions:
+            raise ValueError(
+                f"{key}.max_new_tokens={completion}: the longest prompt has {length} tokens ({self.problems[longest].source}), and with a "
+                f"completion it needs {length + completion} positions, but the policy has {positions} (max_position_embeddings): lower "
+                f"{key}.max_new_tokens or data.encoder.max_tokens, or choose a size= that fits this policy"
+            )
+
     def check_token_ids(self, embeddings: int) -> None:
         """Raise ValueError if a prompt has a token id that the policy has no embedding for."""
         if self.rows.highest < embeddings:

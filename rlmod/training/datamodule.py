@@ -27,7 +27,7 @@ from rlmod.contracts import check_per_token, name_component_on_error
 from rlmod.data._store import sources_of
 from rlmod.interfaces import Aggregation, prepare
 from rlmod.model.packing import pack_by_length, rows_that_train
-from rlmod.model.policy import embedding_rows
+from rlmod.model.policy import embedding_rows, positions
 from rlmod.rollout.prompts import EncodedProblems
 from rlmod.types import Prompts, Rollouts, concatenate
 
@@ -200,7 +200,7 @@ class RLData(L.LightningDataModule):
         if not self.components_ready:
             compatibility.check(module, trainer.world_size)
             self.train.without_unreadable(find_unreadable(self.train, module.reward), "error")
-            self.prepare_components(module, module.tokenizer)
+            self.prepare_components(module, module.tokenizer, positions(getattr(module.policy, "config", None)))
         if not self.validation_sets:
             self._change(trainer, "limit_val_batches", 0)
         if stage == "fit":
@@ -208,8 +208,18 @@ class RLData(L.LightningDataModule):
             check_trainer(trainer, needed)
             self._change(trainer, "accumulate_grad_batches", needed)
 
-    def prepare_components(self, algorithm: Algorithm, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Let the components check the problems or load weights of their own, once. ValueError for a prompt that is too long."""
+    def prepare_components(
+        self, algorithm: Algorithm, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    ) -> None:
+        """Let the components check the problems or load weights of their own, once. ValueError for a prompt that is too long.
+
+        ``positions`` is the longest sequence that the policy was made for, in tokens; None: any.
+        """
+        for problems, key, sampler in (
+            (self.train, "sampler", algorithm.sampler),
+            *((each, "validation.sampler", algorithm.validation.sampler) for each in self.validation_sets.values()),
+        ):
+            problems.check_positions(positions, sampler, key)
         prepare(
             [algorithm.sampler, algorithm.guide, algorithm.reward, algorithm.reference], self.train.problems, tokenizer
         )
