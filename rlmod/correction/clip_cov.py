@@ -22,7 +22,7 @@ class ClipCov:
 
     Source: Clip-Cov, arXiv:2505.22617, eq. 11 and 12; share 2e-4, bounds 1 and 5. Its loss has no clip of the ratio: loss=unclipped.
     Differs: [D] the covariance is that of pi_old's log-probabilities over the whole rollout batch, on all ranks; verl's is the current
-    policy's in each step. Both are equal in the first update. SkyRL's default share is 0.2. [D] A guide's tokens are no candidates.
+    policy's in each step. Both are equal in the first update. SkyRL's default share is 0.2. [D] A guide's tokens are not candidates.
     Degenerate: without candidates nothing changes. If all advantages are equal there are none.
     Reads: logprobs, advantages, mask; from_guide, with a guide.
     """

@@ -19,7 +19,7 @@ class MaskedImportance:
         token       rho = pi_old / pi_sampler of the token
         sequence    rho = the product over the completion's tokens, which a loss with one ratio per completion needs
 
-    A ratio far from 1 tells that engine and trainer disagree on the token, as after another choice of experts in a mixture-of-experts
+    A ratio far from 1 shows that engine and trainer disagree on the token, as after another choice of experts in a mixture-of-experts
     model. ``correction.truncated_importance`` keeps such a token with the weight ``cap``; here it has no gradient at all. It stays in
     the normaliser, so the gradient is that of the full loss without its terms.
 

@@ -18,7 +18,7 @@ class OverlongFiltering:
     The completion is removed from both the numerator and the normaliser. Its reward still counts in the group's statistics.
 
     Source: DAPO, arXiv:2503.14476, sec. 3.4 ("overlong filtering"), which masks the loss of truncated samples.
-    Differs: in nothing stated. [D] The group's mean and std still count the completion, as in TRL.
+    Differs: nothing. [D] The group's mean and std still count the completion, as in TRL.
     Degenerate: without truncated completions nothing changes. If all are truncated the step is skipped, with the sampler's warning.
     Reads: truncated, mask, advantages.
     """

@@ -24,7 +24,7 @@ class ProblemFile:
     """The problems of files, one per record, in the files' order.
 
     ``.jsonl`` has one object per line, ``.json`` one list of objects, ``.csv`` a header; ``.parquet`` may nest. ``.jsonl.gz``,
-    ``.json.gz`` and ``.csv.gz`` are packed with gzip. The cells of a CSV are text and stay unchanged. In the other formats numbers become
+    ``.json.gz`` and ``.csv.gz`` are compressed. The cells of a CSV are text and stay unchanged. In the other formats numbers become
     text as they are written (``0.10``, ``0.0000001``), but a whole number stored as a float loses its ``.0``. A list of answers is a
     problem with several correct answers. All columns of a record are in ``Problem.extra``.
 

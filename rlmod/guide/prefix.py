@@ -36,7 +36,7 @@ class Prefix:
     prompt is a group of its own. Its completions are on-policy: the ratio is pi_theta / pi_old on the guided prompt, and no loss falls on
     the prefix.
 
-    Source: [R] POPE, arXiv:2601.18779, from two summaries of it.
+    Source: [R] POPE, arXiv:2601.18779, from two summaries of it; its full text was not at hand.
     Differs: [D] the lengths are 1/4, 1/2 and 3/4 of the solution. [D] A problem that no length solves stays dropped: its group would have
     no advantage. [D] At most as many guided prompts as ``zero_reward.prompts``, by default one for each plain one.
     Degenerate: if the policy solves every prompt, or no failed problem has a solution, nothing changes.

@@ -1,4 +1,4 @@
-"""FIPO: the clipped surrogate, with each token weighed by how the policy has moved on the tokens after it.
+"""FIPO: the clipped surrogate, with each token weighted by how the policy has moved on it and the later ones.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
@@ -27,7 +27,7 @@ class Fipo:
         f_{i,t} = sg(clip(exp F_{i,t}, influence_low, influence_high))
         f_{i,t} is clipped to [0.8, 1] too, if A < 0 and w > safety
 
-    A token counts more if the policy has raised the probability of the tokens from it on. The sum needs the current policy, so this is a
+    A token counts more if the policy has raised the probability of it and the later ones. The sum needs the current policy, so this is a
     loss: a correction is made before training, where every w is 1.
 
     Source: FIPO, arXiv:2603.19835, and its code. For small models the authors take influence_low = 0.8.

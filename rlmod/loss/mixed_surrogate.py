@@ -27,7 +27,7 @@ class MixedSurrogate:
 
     Source: [R] MIX, arXiv:2507.12931, modelled on LUFFY, arXiv:2504.14945, eq. 5 to 7, whose form is guide.ratio=one,
     guide_shaping=saturating, guide_clip=none.
-    Degenerate: without guide completions, or with the defaults of this class, it equals ClippedSurrogate.
+    Degenerate: without guide completions, or with the same bounds it equals ClippedSurrogate.
     Reads: logprobs, advantages, mask; from_guide, with guide completions.
     """
 

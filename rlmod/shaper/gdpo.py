@@ -1,4 +1,4 @@
-"""GDPO: each term of the reward is normalized over its group by itself, so that no term drowns in another.
+"""GDPO: each term of the reward is normalized over its group by itself, so that no term dominates.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """

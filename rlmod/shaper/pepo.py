@@ -1,4 +1,4 @@
-"""PEPO: the advantage of a correct completion, shared out over its tokens by their entropy against their neighbours'.
+"""PEPO: the advantage of a correct completion, distributed over its tokens by their entropy relative to their neighbours'.
 
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
