@@ -354,7 +354,7 @@ class AdaptiveRegularizer(Loss, Protocol):
     def after_step(self, metrics: Mapping[str, float]) -> None:
         """Called on every rank after each optimizer step, with the means of its metrics over the step's tokens on all ranks.
 
-        It is not called after a step that is skipped because its gradient is not finite.
+        It is not called after a step that is skipped because its gradient is not finite, nor after one in which no token counts.
         """
         ...
 

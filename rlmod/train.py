@@ -90,6 +90,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod import distributed
     from rlmod.config.benchmarks import encode_benchmarks, load_benchmarks
     from rlmod.data._large import load_problems
+    from rlmod.data.arithmetic import Arithmetic
     from rlmod.model.policy import positions
     from rlmod.training import checkpoint as checkpoints
     from rlmod.training.precision import explain_slow_bf16
@@ -106,6 +107,11 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
             if changed := checkpoints.changed_settings(checkpoint, cfg):
                 log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
         checkpoints.write_config(folder, cfg)
+        if components.policy.is_shipped and not isinstance(components.train, Arithmetic):
+            log.warning(
+                "policy.path=%s only knows the embedded arithmetic (data=arithmetic); for other problems give policy=hf policy.path=...",
+                components.policy.path,
+            )
     wait = cfg.guard.rank_timeout
     train_set = load_problems(components.train, wait)
     held_out_set = load_problems(components.held_out, wait) if components.held_out else None
@@ -122,8 +128,8 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod.training.datamodule import RLData
 
     data = RLData(train=problems, held_out=held_out, benchmark=benchmark)
-    data.prepare_components(components, tokenizer, positions(components.policy.shape()))
     cli.silence_libraries()
+    data.prepare_components(components, tokenizer, positions(components.policy.shape()))
     L.seed_everything(cfg.seed, verbose=False)
     trainer = _build_trainer(cfg, checkpoints.own_step(folder, checkpoint))
     device = trainer.strategy.root_device.type

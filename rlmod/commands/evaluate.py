@@ -152,13 +152,18 @@ def _evaluate_policy(cfg: DictConfig, reward: Any) -> dict[str, Any]:
     cli.silence_libraries()
     tokenizer = specification.tokenizer()
     encoder = instantiate(cfg.data.encoder, _convert_="all")
+
+    def encode(problems: Any) -> Any:
+        found = encoder.encode(problems, tokenizer)
+        found = found.without_unreadable(find_unreadable(found, reward), unreadable)
+        check_completion_prefix(reward, found, tokenizer)
+        found.check_max_model_len(sampler, "sampler")
+        found.check_positions(positions(specification.shape()), sampler, "sampler")
+        return found
+
     encoded: dict[str, Any] = {}
     for name, each in problems.items():
-        found = _naming(name, partial(encoder.encode, each, tokenizer))
-        encoded[name] = _naming(name, partial(found.without_unreadable, find_unreadable(found, reward), unreadable))
-        check_completion_prefix(reward, encoded[name], tokenizer)
-        encoded[name].check_max_model_len(sampler, "sampler")
-        encoded[name].check_positions(positions(specification.shape()), sampler, "sampler")
+        encoded[name] = _naming(name, partial(encode, each))
     prepare([sampler, reward], [problem for each in encoded.values() for problem in each.problems], tokenizer)
     policy: Any = specification.model(tokenizer).eval()
     policy.to(device)

@@ -38,14 +38,21 @@ def read_recordings(source: Path) -> list[Located]:
     if not lines:
         raise ValueError(f"completions={source}: the file is empty")
     if _is_lm_eval(lines[0][1]):
-        return list(_lm_eval(source, lines))
+        found = list(_lm_eval(source, lines))
+        if any(isinstance(record["answer"], str) and "\n" in record["answer"].strip() for _, record in found):
+            log.warning(
+                "targets of %s have several lines, as GSM8K's solutions do: reward=math_verify reads the answer after ####, while "
+                "reward=exact_match compares with the whole text",
+                source,
+            )
+        return found
     for where, record in lines:
         for field in ("completion", "answer"):
             if field not in record:
                 raise ValueError(f"{where}: no field {field}; it has {', '.join(record) or 'none'}")
         if not isinstance(record["completion"], str):
             raise ValueError(f"{where}: completion must be text, got {type(record['completion']).__name__}")
-        _check_answer(record["answer"], "answer", where)
+        _check_answers(record["answer"], "answer", where)
         found.append((where, record))
     return found
 
@@ -73,12 +80,14 @@ def _check_answer(answer: object, field: str, where: str) -> None:
 def _check_target(record: Mapping[str, Any], where: str) -> Any:
     """Return ``target``: one answer, or a list of answers of which each is correct."""
     target = record.get("target")
-    if not (isinstance(target, list) and target):
-        _check_answer(target, "target", where)
-        return target
-    for one in target:
-        _check_answer(one, "target", where)
+    _check_answers(target, "target", where)
     return target
+
+
+def _check_answers(answers: object, field: str, where: str) -> None:
+    """ValueError unless it is an answer or a list of answers of which each is correct."""
+    for one in answers if isinstance(answers, list) and answers else [answers]:
+        _check_answer(one, field, where)
 
 
 def _is_lm_eval(record: Mapping[str, Any]) -> bool:

@@ -208,7 +208,7 @@ def _explain(error: BaseException) -> str:
             return "a group got null: give one of its options, as in guide=none; `rlmod-train --help` lists the groups with their options"
         if isinstance(cause, ValueError) and not isinstance(cause, OmegaConfBaseException):
             return str(cause)
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}; give a writable folder, as output=FOLDER"
     return str(error)
 

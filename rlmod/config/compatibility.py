@@ -31,6 +31,7 @@ from rlmod.interfaces import (
 from rlmod.reference.base import Base
 from rlmod.regularizer.kl_cov import KLCov as KLCovPenalty
 from rlmod.rollout.zero_reward import ZeroReward
+from rlmod.shaper.zero import Zero
 
 
 @runtime_checkable
@@ -87,6 +88,11 @@ def check(algorithm: Algorithm, ranks: int = 1) -> None:
             "correction.truncated_importance.level=sequence"
         )
     _check_penalties(algorithm)
+    if isinstance(algorithm.shaper, Zero) and not algorithm.correction and not algorithm.regularizer:
+        raise ValueError(
+            "shaper=zero without a correction or a regularizer: no step would have a gradient; give correction=[distillation] with "
+            "reference=teacher, or another shaper"
+        )
     _check_corrected_once(algorithm)
     extra = algorithm.zero_reward.max_rows(algorithm.batch.prompts // ranks, ranks, g)
     algorithm.batch.micro_batches(g, ranks, extra)

@@ -114,9 +114,11 @@ class Validation:
         for name in ("pass_at", "maj_at", "best_at"):
             for k in getattr(self, name):
                 if not 1 <= k <= n:
-                    inherited = " (null there means the numbers of the other sets)" if self.benchmark else ""
+                    remedy = (
+                        f"; give {place}.{name}=[], if it was taken over from the other sets" if self.benchmark else ""
+                    )
                     raise ValueError(
-                        f"{place}.{name} holds {k}, but k must be between 1 and {sampled} = {n}{inherited}"
+                        f"{place}.{name} holds {k}, but k must be between 1 and {sampled} = {n}: raise that{remedy}"
                     )
         if self.maj_at and find_answer_reader(self.reward) is None:
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 
 from rlmod.correction._covariance import check_share, on_policy_covariance, share_of
 from rlmod.ops import all_gather, all_sum
@@ -45,13 +46,11 @@ class ClipCov:
         cov, mask = on_policy_covariance(rollouts)
         candidates = mask & (self.low < cov) & (cov < self.high)
         drawn = share_of(self.share, int(all_sum(mask.sum())))
-        # Every rank draws a number for each of its candidates, and the lowest of all ranks win. torch's generator is in the checkpoint.
-        numbers = torch.rand(int(candidates.sum())).double().to(cov.device)
-        everyone = all_gather(numbers)
-        if len(everyone) > drawn:
-            numbers = torch.where(numbers <= everyone.kthvalue(drawn).values, 0.0, 1.0)
-        else:
-            numbers = torch.zeros_like(numbers)
+        # Rank 0 draws for all ranks: their generators may be equal, or not. torch's generator is in the checkpoint.
+        counts = all_gather(candidates.sum().double()[None]).long().tolist()
+        rank = dist.get_rank() if len(counts) > 1 else 0
+        order = torch.randperm(sum(counts)).double() if rank == 0 else torch.zeros(sum(counts)).double()
+        mine = all_sum(order.to(cov.device))[sum(counts[:rank]) :][: counts[rank]]
         left_out = torch.zeros_like(mask)
-        left_out[candidates] = numbers == 0
+        left_out[candidates] = mine < drawn
         return replace(rollouts, advantages=torch.where(left_out, 0, require(rollouts.advantages, "advantages")))

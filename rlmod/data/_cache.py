@@ -73,13 +73,8 @@ class Writer:
     def write(self, data: Any) -> int:
         """Append to the payload."""
         view = memoryview(data).cast("B")
-        try:
+        with self._naming_the_folder():
             self.file.write(view)
-        except OSError as error:
-            raise ValueError(
-                f"the data is large, so it goes to a file in {self.path.parent}, which cannot be written to its end ({error}): make room, "
-                f"or name another folder in the environment variable {VARIABLE}"
-            ) from error
         self.checksum = zlib.crc32(view, self.checksum)
         self.digest.update(view)
         self.length += len(view)
@@ -88,8 +83,20 @@ class Writer:
     def tell(self) -> int:
         return self.length
 
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """Raise ValueError that names the folder and the variable if the file cannot be written to its end."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"the data is large, so it goes to a file in {self.path.parent}, which cannot be written to its end ({error}): make room, "
+                f"or name another folder in the environment variable {VARIABLE}"
+            ) from error
+
     def flush(self) -> None:
-        self.file.flush()
+        with self._naming_the_folder():  # the last bytes are in a buffer until here
+            self.file.flush()
 
     def close(self) -> None:
         """Do nothing: the file stays open for its trailer."""
@@ -103,12 +110,21 @@ class Writer:
         """Append the trailer, and give the file its name."""
         record = {**facts, "name": target.name, "length": self.length, "checksum": self.checksum}
         trailer = json.dumps(record).encode()
-        self.file.write(trailer + END.pack(len(trailer), zlib.crc32(trailer), MAGIC))
-        self.flush()
-        os.fsync(self.file.fileno())  # otherwise a crash of the machine could leave the name without the contents
-        os.replace(self.path, target)
+        with self._naming_the_folder():
+            self.file.write(trailer + END.pack(len(trailer), zlib.crc32(trailer), MAGIC))
+            self.file.flush()
+            os.fsync(self.file.fileno())  # otherwise a crash of the machine could leave the name without the contents
+            os.fchmod(self.file.fileno(), 0o666 & ~_umask())  # a temporary file is the user's own
+            os.replace(self.path, target)
         self.remove.detach()
         self.file.close()
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def cache_folder() -> Path | None:
@@ -202,7 +218,12 @@ def _only_writer(target: Path, seconds: float) -> Iterator[None]:
     lock = target.with_name(f".lock-{target.name}")
     deadline, told = time.monotonic() + seconds, False
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            log.warning("%s cannot be opened (%s), so this process writes without a lock", lock, error)
+            yield
+            return
         held = _try_lock(descriptor)
         if held and _is_same_file(descriptor, lock):
             break
@@ -246,6 +267,10 @@ def read_stored(path: Path, warn: bool = True) -> Stored | None:
             _check_payload(file, facts)
         return _map(path, facts["length"], facts)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        if warn:
+            log.warning("%s may not be read (%s): it belongs to another user; it is written anew", path, error)
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         if warn:

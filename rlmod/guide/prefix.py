@@ -71,8 +71,8 @@ class Prefix:
                 f"guide.lengths={list(self.lengths)} must be at least one share, each above the one before it"
             )
         for name in ("prompt", "prefix"):
-            if f"{{{name}}}" not in self.template:
-                raise ValueError(f"guide.template must contain {{{name}}}, got {self.template!r}")
+            if self.template.count(f"{{{name}}}") != 1:
+                raise ValueError(f"guide.template must contain {{{name}}} once, got {self.template!r}")
 
     @property
     def completions_per_prompt(self) -> int:
@@ -133,7 +133,8 @@ class Prefix:
         assert found is not None
         tokens = self._tokens(found[0])
         number = min(max(math.floor(share * len(tokens)), 1), len(tokens) - 1)
-        prefix = cast(str, self.tokenizer[0].decode(tokens[:number]))
+        # A token may end in the middle of a character, which decodes to U+FFFD.
+        prefix = cast(str, self.tokenizer[0].decode(tokens[:number])).rstrip("\ufffd") or found[0][:1]
         if isinstance(problem.prompt, str):
             return replace(problem, prompt=self._fill(problem.prompt, prefix))
         *before, last = problem.prompt

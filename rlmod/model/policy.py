@@ -63,11 +63,20 @@ class HFPolicy:
             )
 
     @property
+    def is_shipped(self) -> bool:
+        """True if the path names a policy that rlmod ships, which only knows the embedded arithmetic."""
+        return self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
+
+    @property
     def location(self) -> str:
         """The path to load from: a shipped policy's folder, the path with ~ expanded, or the path as given."""
-        shipped = SHIPPED / self.path
-        is_shipped = self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
-        return str(shipped) if is_shipped else str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
+        return (
+            str(SHIPPED / self.path)
+            if self.is_shipped
+            else str(Path(self.path).expanduser())
+            if self.path[:1] == "~"
+            else self.path
+        )
 
     @property
     def is_adapter(self) -> bool:

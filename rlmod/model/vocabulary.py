@@ -13,7 +13,10 @@ def check_same_vocabulary(other: HFPolicy, tokenizer: "PreTrainedTokenizerBase",
 
     ``key`` is the config key of ``other``; ``remedy`` says why it matters and what would be right.
     """
-    own = other.tokenizer()
+    try:
+        own = other.tokenizer()
+    except ValueError as error:
+        raise ValueError(str(error).replace("policy.path=", f"{key}.path=", 1)) from error
     mine, theirs = own.get_vocab(), tokenizer.get_vocab()
     if mine == theirs and own.eos_token_id == tokenizer.eos_token_id:
         return

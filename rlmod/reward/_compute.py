@@ -15,6 +15,9 @@ from rlmod.interfaces import Reward, unwrap
 from rlmod.reward._failures import RewardError, RewardResult, Rewards, heartbeat, quote_completion
 from rlmod.types import Texts
 
+STATISTICS = ("mean", "std", "min", "max")
+"""Last parts of the names of metrics, which no term of a reward may have."""
+
 __all__ = ["RewardError", "RewardResult", "call_reward", "compute_rewards", "read_result", "reward_name"]
 
 
@@ -102,6 +105,12 @@ def add_terms(
     invalid: dict[int, str] | None = None,
 ) -> RewardResult:
     """Return the result whose rewards are the sum of these terms, and whose outcomes are the sum of those that count for correctness."""
+    for name in terms:
+        if name.split("/")[-1] in STATISTICS:
+            raise RewardError(
+                f"the reward {reward_name(reward)} has a term named {name!r}, which its metric reward/{name} would mix up with a statistic "
+                f"of the terms ({', '.join(STATISTICS)}); give it another name"
+            )
     excluded = getattr(unwrap(reward), "excluded_terms", ())
     included = [values for key, values in terms.items() if key not in excluded]
     outcomes = torch.stack(included).sum(0) if included else torch.zeros(len(texts), dtype=torch.float32)

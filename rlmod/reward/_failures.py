@@ -166,7 +166,8 @@ def apply_on_error(settings: RewardSettings, rows: Sequence[Row], texts: Texts, 
         effect = "abstains from" if settings.on_error == "abstain" else "gives reward 0 to"
         index = failed[0]
         _warn(
-            f"{name} {effect} {len(failed)} of {len(rows)} completions, on which it failed. The first is row {index} ({rows[index].detail})"
+            f"{name} failed on {len(failed)} of {len(rows)} completions, and {effect} each of them. The first is row {index} "
+            f"({rows[index].detail})"
             f"{quote_completion(texts, index)}"
         )
     abstained = torch.tensor(

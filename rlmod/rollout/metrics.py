@@ -177,6 +177,7 @@ TOTALS = (
     "prompts/unfilled",
     "guide/tokens",
     "zero_reward/prompts",
+    "zero_reward/guide_tokens",
 )
 """Metrics that are summed across ranks, like all failures/ counts."""
 
@@ -202,9 +203,13 @@ def merge_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [rank[name] for rank in measured]
         if name in TOTALS or name.startswith("failures/"):
             reduced[name] = sum(values)
-        elif name == "completions/longest" or name.endswith(("_max", "/max")):
+        elif (
+            name == "completions/longest"
+            or name.endswith("/max")
+            or (name.startswith("sampler/") and name.endswith("_max"))
+        ):
             reduced[name] = max(values)
-        elif name.endswith(("_min", "/min")):
+        elif name.endswith("/min") or (name.startswith("sampler/") and name.endswith("_min")):
             reduced[name] = min(values)
         elif name.startswith("reward/") and name.endswith("/std"):
             # E[x^2] - E[x]^2 over all ranks, from each rank's std and mean.
@@ -222,7 +227,8 @@ def merge_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _weighted_mean(ranks: Sequence[Mapping[str, float]], values: Sequence[float], name: str) -> float:
     """Average the ranks' values of a metric. A rank of weight 0 has no value to speak of: NaN if all have."""
-    weight = {"reward": "completions/scored"}.get(name.split("/")[0], "prompts/seen")
+    weights_of = {"reward": "completions/scored", "zero_reward": "zero_reward/prompts"}
+    weight = weights_of.get(name.split("/")[0], "prompts/seen")
     weight = "completions/tokens" if name == "completions/entropy" else weight
     weights = [rank[weight] for rank in ranks]
     if not sum(weights):

@@ -41,6 +41,16 @@ OPENED_TAG = re.compile(r"(<(?:think|thinking|thought|reasoning)>)\s*$")
 """A tag at the end of a prompt that opens the model's reasoning."""
 
 
+def _max_model_len(sampler: object) -> int | None:
+    return getattr(sampler, "engine", {}).get("max_model_len", getattr(sampler, "max_model_len", None))
+
+
+def max_prompt_tokens(sampler: object) -> int | None:
+    """Return the length of the longest prompt that a sampler can complete, in tokens; None: any."""
+    limit = _max_model_len(sampler)
+    return None if limit is None else limit - cast(Any, sampler).max_new_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedProblems:
     """Problems with their token ids."""
@@ -69,7 +79,7 @@ class EncodedProblems:
 
         ``key`` is the sampler's config key, for the message.
         """
-        limit: int | None = getattr(sampler, "engine", {}).get("max_model_len", getattr(sampler, "max_model_len", None))
+        limit = _max_model_len(sampler)
         if limit is None or not self.ids:
             return
         completion = cast(Any, sampler).max_new_tokens

@@ -16,6 +16,7 @@ import torch
 from rlmod.interfaces import PromptGuide
 from rlmod.rollout.groups import RewardedGroups, interleave, select_texts, without_abstained
 from rlmod.rollout.metrics import guide_metrics
+from rlmod.rollout.prompts import max_prompt_tokens
 from rlmod.types import Texts, concatenate
 
 if TYPE_CHECKING:
@@ -149,8 +150,15 @@ def _sample_prompted(
     """Let the policy complete guided prompts of the failed problems: with more help as long as no completion is correct."""
     guide, attempts = stages.guide, []
     assert isinstance(guide, PromptGuide)
+    longest = max_prompt_tokens(stages.sampler)
     for attempt in range(guide.attempts):
         prompts = guide.guided_prompts(each.prompts.pick(failed), attempt)
+        if longest is not None:  # a guided prompt that the engine would truncate gets no further help
+            fits = (prompts.mask.sum(1) <= longest).tolist()
+            failed = [index for index, short in zip(failed, fits, strict=True) if short]
+            prompts = prompts.pick([row for row, short in enumerate(fits) if short])
+            if not failed:
+                break
         rows = stages.logprob_pass(stages.sampler(stages.policy, prompts, stages.seed(next(stages.guide_calls), 1)))
         attempts.append(stages.reward_groups(rows, prompts, first_group))
         first_group += len(failed)

@@ -3,7 +3,7 @@
 [S] stated by the source, [D] our decision, [R] our reconstruction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import ClassVar
@@ -43,6 +43,8 @@ class Gdpo:
     def __post_init__(self) -> None:
         if self.eps <= 0:
             raise ValueError(f"shaper.eps must be positive, got {self.eps}")
+        if not isinstance(self.weights, Mapping):
+            raise ValueError(f"shaper.weights must be a number for each term by name, got {self.weights!r}")
         for name, weight in self.weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise ValueError(f"shaper.weights.{name} must be a finite number, got {weight!r}")
@@ -50,6 +52,10 @@ class Gdpo:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "R T"]:
         rewards = require(rollouts.rewards, "rewards")
         terms = rollouts.terms or {"reward": rewards}
+        if rollouts.terms and (unknown := [name for name in self.weights if not self._names_a_term(name, terms)]):
+            raise ValueError(
+                f"shaper.weights names {unknown[0]!r}, which is no term of the reward; the terms are {', '.join(terms)}"
+            )
         index, groups = group_index(rollouts.group)
         counted = rollouts.mask.any(1, keepdim=True)
         total = torch.zeros_like(rewards)[:, None]
@@ -59,6 +65,10 @@ class Gdpo:
             )
         batch = standardize(total, counted, torch.zeros_like(index), 1, eps=self.eps, over_ranks=True)
         return batch * rollouts.mask
+
+    @staticmethod
+    def _names_a_term(name: str, terms: Iterable[str]) -> bool:
+        return any(term == name or term.split("/")[0] == name for term in terms)
 
     def _weight(self, name: str) -> float:
         return abs(self.weights.get(name, self.weights.get(name.split("/")[0], 1.0)))

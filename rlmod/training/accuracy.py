@@ -6,7 +6,9 @@
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -138,14 +140,16 @@ def _majority(votes: list[list[int]], silent: int, k: int) -> float:
     For each answer that may be correct and each number t of its votes in the subset, count the subsets in which no other answer has more
     than t votes, by the number of answers that tie with it.
     """
-    total = 0.0
+    number = silent + sum(count for count, _ in votes)
+    # Beyond a thousand completions the numbers of subsets no longer fit a float.
+    kind, total = (object, Fraction(0)) if number > 1000 else (float, 0.0)
     for index, (size, right) in enumerate(votes):
         others = [count for i, (count, _) in enumerate(votes) if i != index]
         for t in range(1, min(size, k) + 1) if right else ():
             rest = k - t
             # Completions that cannot tie: without an answer, or of an answer with fewer than t completions.
             free = silent + sum(count for count in others if count < t)
-            ways = np.zeros((rest // t + 1, rest + 1))  # by ties, by completions drawn
+            ways = np.zeros((rest // t + 1, rest + 1), dtype=kind)  # by ties, by completions drawn
             ways[0] = [math.comb(free, drawn) for drawn in range(rest + 1)]
             for count in (count for count in others if count >= t):
                 after = np.zeros_like(ways)
@@ -153,9 +157,10 @@ def _majority(votes: list[list[int]], silent: int, k: int) -> float:
                     after[:, drawn:] += math.comb(count, drawn) * ways[:, : rest + 1 - drawn]
                 after[1:, t:] += math.comb(count, t) * ways[:-1, : max(rest + 1 - t, 0)]
                 ways = after
-            wins = sum(ways[ties, rest] / (ties + 1) for ties in range(len(ways)))
-            total += wins * math.comb(size, t) * right / size
-    return float(total / math.comb(silent + sum(count for count, _ in votes), k))
+            divide = Fraction if kind is object else operator.truediv
+            wins = sum(divide(ways[ties, rest], ties + 1) for ties in range(len(ways)))
+            total += divide(wins * math.comb(size, t) * right, size)
+    return float(total / math.comb(number, k))
 
 
 def best_at_k(

@@ -87,6 +87,8 @@ from rlmod.types import Prompts, Rollouts, concatenate, require
 
 KEEP_ALL, UNIFORM, TOKEN_MEAN, CLIPPED_SURROGATE = KeepAll(), Uniform(), TokenMean(), ClippedSurrogate()
 ADAMW = partial(torch.optim.AdamW, lr=1e-6)
+FLAT_BATCHES = 3
+"""Rollout batches in a row without a difference between tokens after which a warning says so."""
 log = logging.getLogger(__name__)
 
 
@@ -151,7 +153,7 @@ class RLModule(L.LightningModule):
         """True once the sampler's log-probabilities have been compared with those of a forward pass."""
         self.advantage_spread: dict[str, float] = {}
         """Spread of the current rollout batch's advantages, before the corrections."""
-        self.flat_warned = False
+        self.flat_warned, self.flat_batches = False, 0
         self.step_micro_batches: list[tuple[Rollouts, Float[Tensor, ""]]] = []
         """The micro-batches of this optimizer step, with their losses."""
         self.suspects: list[Rollouts] = []
@@ -363,16 +365,23 @@ class RLModule(L.LightningModule):
         return replace(rollouts, advantages=advantages)
 
     def _warn_if_flat(self) -> None:
-        """Say once that the token-level shaper does nothing on this rollout batch."""
-        if self.flat_warned or not shapes_no_token(self.shaper, self.advantage_spread):
+        """Say once that the token-level shaper has done nothing on several rollout batches."""
+        flat = shapes_no_token(self.shaper, self.advantage_spread)
+        self.flat_batches = self.flat_batches + 1 if flat else 0
+        if self.flat_warned or self.flat_batches < FLAT_BATCHES:
             return
         self.flat_warned = True
         if is_rank_zero():
+            clipped = getattr(self.shaper, "entropy_clip", None) is not None
             log.warning(
-                "the shaper %s gave every completion of this rollout batch one advantage for all of its tokens (shaper/spread_within is "
-                "about 0), so it works like a sequence-level one: all entropies of a class may be on one bound (shaper.entropy_clip=null "
-                "has none), or equal at each position, or each completion is the only one of its class",
+                "the shaper %s gave every completion of %d rollout batches in a row one advantage for all of its tokens "
+                "(shaper/spread_within is about 0), so it works like a sequence-level one: %sentropies may be equal at each position, or "
+                "each completion is the only one of its class, as in groups that are nearly all correct",
                 component_name(self.shaper),
+                FLAT_BATCHES,
+                "all entropies of a class may be on one bound (shaper.entropy_clip=null has none), or "
+                if clipped
+                else "",
             )
 
     def _correct(self, rollouts: Rollouts) -> Rollouts:
@@ -424,8 +433,9 @@ class RLModule(L.LightningModule):
         """Tell the adaptive regularizers the means of their metrics over this optimizer step, if the step counts."""
         for name, regularizer in self.adaptive.items():
             totals = self.adaptive_metrics[name].reduce_and_reset()
-            if step_counts:
-                regularizer.after_step({key: total / count for key, (total, count) in totals.items() if count})
+            means = {key: total / count for key, (total, count) in totals.items() if count}
+            if step_counts and means:  # none: no token of the step counts
+                regularizer.after_step(means)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

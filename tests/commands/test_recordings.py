@@ -145,3 +145,20 @@ def test_a_file_that_is_none_of_these_is_named(tmp_path, monkeypatch):
     assert "log.json:2: not a JSON file" in refused_eval(monkeypatch, f"completions={broken}", output)
     (tmp_path / "log.eval").write_bytes(b"PK")
     assert "inspect log convert" in refused_eval(monkeypatch, f"completions={tmp_path / 'log.eval'}", output)
+
+
+def test_several_answers_of_rlmods_own_samples_are_read(tmp_path):
+    lines = [{"completion": "4", "answer": ["0", 4.0]}, {"completion": "5", "answer": 5}]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert [answer_of(record) for _, record in read_recordings(path)] == [("0", "4"), "5"]
+    path.write_text('{"completion": "4", "answer": []}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1: answer must be text or a number, got \[\]"):
+        read_recordings(path)
+
+
+def test_targets_with_a_whole_solution_get_a_hint(tmp_path, caplog):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(lm_eval(0, "#### 7")) + "\n", encoding="utf-8")
+    read_recordings(path)
+    assert "have several lines" in caplog.text

@@ -78,7 +78,7 @@ def test_settings_that_a_set_leaves_null_are_those_of_the_validation():
         (["benchmark=[aime24,aime24]"], "benchmark=[aime24,aime24]: aime24 is given twice; give each set once"),
         (["benchmark=aime24", "benchmark.aime24.pth=a.jsonl"], "unknown key benchmark.aime24.pth; did you mean benchmark.aime24.path"),
         (["benchmark=aime24", "benchmark.aime24.maj_at=[64]"], "benchmark.aime24.maj_at holds 64, but k must be between 1 and benchmark"),
-        (["benchmark=gsm8k", "validation.sampler.completions_per_prompt=8", "validation.pass_at=[8]"], "null there means"),
+        (["benchmark=gsm8k", "validation.sampler.completions_per_prompt=8", "validation.pass_at=[8]"], "taken over from the other sets"),
         (["benchmark=aime24", "benchmark.aime24.completions_per_prompt=0"], "completions_per_prompt must be null or at least 1, got 0"),
         (["benchmark=aime24", "benchmark.aime24.completions_per_prompt=two"], "completions_per_prompt must be a whole number or null"),
         (["benchmark=aime24", "benchmark.aime24.path=a.txt"], "benchmark.aime24.path must end in .jsonl"),

@@ -7,6 +7,7 @@ from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF
 from rlmod.types import Problem
 from tests.command_line import SHORT, refused, refused_eval
+from tests.runs import finished
 
 
 def test_a_size_for_a_larger_policy_says_what_does_not_fit(monkeypatch, tmp_path):
@@ -34,3 +35,13 @@ def test_the_longest_prompt_and_a_completion_may_fill_the_positions_exactly():
         encoded.check_positions(10, HF(completions_per_prompt=1, max_new_tokens=5), "sampler")
     assert positions(HFPolicy(path="tiny").shape()) == 4096
     assert positions(None) is None
+
+
+def test_a_shipped_policy_on_other_problems_gets_a_word(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "1+1:", "answer": "2"}\n', encoding="utf-8")
+    other = ("data=problem_file", f"data.path={file}", "data.validation=null", "trainer.max_epochs=1")
+    said = (finished(tmp_path / "a", *SHORT[:1], *other, "batch.prompts=1") / "train.log").read_text(encoding="utf-8")
+    assert "policy.path=tiny only knows the embedded arithmetic" in said
+    said = (finished(tmp_path / "b", *SHORT, "trainer.max_epochs=1") / "train.log").read_text(encoding="utf-8")
+    assert "only knows" not in said

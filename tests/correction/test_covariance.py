@@ -142,6 +142,20 @@ def test_two_ranks_equal_one():
     assert int(drawn.sum()) == int(0.02 * rows.mask.sum())
 
 
+def test_ranks_with_equal_generators_leave_out_no_more_than_the_share():
+    rows = shaped(3)
+
+    def part(rank):
+        torch.manual_seed(0)
+        half = rows.rows((rows.group >= 2) == bool(rank))
+        return [ClipCov(share=0.05, low=0.1)(half).advantages.tolist() for _ in range(5)]
+
+    first, second = on_ranks(part)
+    drawn = [(torch.tensor([*a, *b]) == 0) & (rows.advantages != 0) for a, b in zip(first, second, strict=True)]
+    assert [int(each.sum()) for each in drawn] == [int(0.05 * rows.mask.sum())] * 5
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) > 1
+
+
 def test_the_penalty_needs_the_selection_and_says_so_before_weights_load():
     alone = Components.from_config(composed("regularizer=[kl_cov]", "output=unused"))
     with pytest.raises(ValueError, match=r"regularizer\.kl_cov .*correction=\[kl_cov\]"):

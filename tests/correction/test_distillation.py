@@ -1,6 +1,5 @@
 """On-policy distillation: a teacher scores the policy's tokens, alone or beside the reward."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -63,6 +62,16 @@ def test_a_teacher_with_another_vocabulary_is_refused():
         Teacher(policy=teacher).prepare([], tokenizer)
 
 
+def test_a_teacher_that_does_not_exist_is_named_by_its_key(monkeypatch, tmp_path):
+    said = refused(monkeypatch, tmp_path, "experiment=distill", "reference=teacher", "reference.policy.path=nowhere")
+    assert "reference.policy.path=nowhere: the tokenizer cannot be loaded" in said
+
+
+def test_without_an_advantage_from_anywhere_nothing_would_train(monkeypatch, tmp_path):
+    said = refused(monkeypatch, tmp_path, "experiment=distill", "correction=[]", "reference=none")
+    assert "shaper=zero without a correction or a regularizer" in said
+
+
 def test_it_needs_a_reference_and_a_teacher_needs_a_path(monkeypatch, tmp_path):
     said = refused(monkeypatch, tmp_path, "correction=[distillation]")
     assert "correction.distillation reads reference_logprobs, and there is no reference" in said
@@ -73,10 +82,11 @@ def test_it_needs_a_reference_and_a_teacher_needs_a_path(monkeypatch, tmp_path):
         Distillation(weight=-1)
 
 
-def test_without_a_reward_that_trains_no_warning_speaks_of_signal(tmp_path, caplog):
+def test_without_a_reward_that_trains_no_warning_speaks_of_signal(tmp_path):
     """No completion is ever correct, so every group is without signal; the teacher trains the policy all the same."""
     impossible = ("experiment=distill", *SHORT, "reward.correct=0", "trainer.max_epochs=2", "batch.minibatches=1")
-    with caplog.at_level(logging.WARNING):
-        run = finished(tmp_path / "run", *impossible)
-    assert "has signal" not in caplog.text
+    run = finished(tmp_path / "run", *impossible)
+    assert "has signal" not in (run / "train.log").read_text(encoding="utf-8")
+    other = finished(tmp_path / "other", *SHORT, "reward.correct=0", "trainer.max_epochs=1")
+    assert "has signal" in (other / "train.log").read_text(encoding="utf-8")
     assert all(float(row["train/grad_norm"]) > 0 for row in metrics(run) if row.get("train/grad_norm"))

@@ -201,3 +201,35 @@ def test_the_folder(name, base, expected, tmp_path, monkeypatch):
 def test_an_empty_variable_is_no_cache(monkeypatch):
     monkeypatch.setenv(_cache.VARIABLE, "")
     assert obtain("a", never, 1) is None
+
+
+def test_a_file_may_be_read_by_other_users_as_the_umask_says(folder):
+    before = os.umask(0o022)
+    try:
+        obtain("a", made, 1)
+    finally:
+        os.umask(before)
+    assert (folder / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_lock_of_another_user_does_not_end_the_run(folder, caplog):
+    folder.mkdir(parents=True)
+    (folder / ".lock-a").mkdir()  # cannot be opened for writing, whoever asks
+    assert bytes(obtain("a", made, 1).payload) == b"0123456789"
+    assert "writes without a lock" in caplog.text
+
+
+def test_a_full_disk_is_named_wherever_it_is_noticed(folder, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cache.os, name, full)
+            with pytest.raises(ValueError, match=rf"cannot be written to its end .*{_cache.VARIABLE}"):
+                obtain(f"b-{name}", made, 1)
+    writer = Writer()
+    writer.write(b"0")
+    monkeypatch.setattr(writer, "file", type("Full", (), {"flush": staticmethod(full)})())
+    with pytest.raises(ValueError, match=r"cannot be written to its end"):
+        writer.flush()

@@ -57,6 +57,26 @@ def test_the_template_puts_it_into_the_last_message_of_a_chat():
     assert made._guided(chat, 0.25).prompt[0]["content"] == "s"
 
 
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode(self, text, add_special_tokens):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_prefix_ends_with_a_whole_character():
+    made = guide()
+    made.tokenizer[:] = [Bytes()]
+    root = replace(SOLVED, extra={"solution": "x=√2+1"})  # 8 bytes, of which √ has three
+    assert [made._guided(root, share).prompt for share in (0.25, 0.4, 0.5, 0.65)] == [
+        "3+5*2:x=", "3+5*2:x=", "3+5*2:x=", "3+5*2:x=√",
+    ]  # fmt: skip
+    assert made._guided(replace(SOLVED, extra={"solution": "√2"}), 0.25).prompt == "3+5*2:√"
+
+
 def test_solutions_may_come_from_a_file(tmp_path, caplog):
     path = tmp_path / "solutions.jsonl"
     path.write_text(json.dumps({"prompt": "3+5*2:", "completion": "3+5=8#8"}) + "\n", encoding="utf-8")
@@ -79,7 +99,8 @@ def test_solutions_may_come_from_a_file(tmp_path, caplog):
         ({"path": "x.jsonl"}, r"guide\.path or guide\.field: give the one"),
         ({"field": None}, r"guide\.path or guide\.field: give the one"),
         ({"field": None, "path": "missing.jsonl"}, r"guide\.path=missing\.jsonl: there is no such file"),
-        ({"template": "{prompt}"}, r"guide\.template must contain \{prefix\}"),
+        ({"template": "{prompt}"}, r"guide\.template must contain \{prefix\} once"),
+        ({"template": "{prompt} {prefix} {prompt}"}, r"guide\.template must contain \{prompt\} once"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -153,6 +174,16 @@ def test_the_shortest_prefix_that_solves_a_problem_trains_in_a_group_of_its_own(
     )
     # 3 + 2 + 2 guided prompts of 4 completions of 2 tokens were sampled.
     assert batch.metrics["guide/tokens"] == 7 * 4 * 2
+
+
+def test_a_guided_prompt_that_the_engine_would_cut_is_not_sampled(monkeypatch):
+    """The plain prompts have 6 tokens, and the guided ones 9, 12 and 15; this engine has room for 12 and a completion."""
+    monkeypatch.setattr(Scripted, "max_model_len", 14, raising=False)
+    monkeypatch.setattr(Scripted, "max_new_tokens", 2, raising=False)
+    batch = gather(12, 15)
+    assert batch.rollouts.rows(batch.rollouts.sub_batch == 1).prompt_mask.sum(1).tolist() == [12] * 4
+    assert batch.metrics["zero_reward/guide_failed"] == 0.5
+    assert batch.metrics["guide/tokens"] == 4 * 4 * 2
 
 
 def test_no_more_prompts_are_guided_than_the_limit():

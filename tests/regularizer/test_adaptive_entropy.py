@@ -65,6 +65,16 @@ def test_the_entropy_is_the_mean_over_all_tokens_of_the_step():
     assert made.adaptive["adaptive"].state_dict() == {"coefficient": 0.005, "entropy": 2.0}
 
 
+def test_a_step_in_which_no_token_counts_changes_nothing(tmp_path):
+    made = module(regularizer={"adaptive": AdaptiveEntropy(target=100.0)})
+    made.adaptive_metrics["adaptive"].add("policy_entropy", torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    made._adapt(step_counts=True)
+    assert made.adaptive["adaptive"].state_dict() == {"coefficient": 0.0, "entropy": float("inf")}
+    # Every completion is cut off, and left out of the loss.
+    cut = ("correction=[overlong_filtering]", "sampler.max_new_tokens=2", "trainer.max_epochs=1")
+    assert finished(tmp_path / "run", "experiment=adaptive_entropy", *SHORT, *cut).is_dir()
+
+
 def test_a_checkpoint_holds_the_coefficient_and_the_entropy():
     regularizer = AdaptiveEntropy(target=0.3)
     applied(regularizer, 0.2)

@@ -61,7 +61,7 @@ def test_ranks_raise_the_error_of_one_of_them_together():
 def test_a_row_that_fails_leaves_the_others_as_they_are(on_error, workers):
     reward = supervised(on_error=on_error, workers=workers)
     with pytest.warns(
-        UserWarning, match=r"3 of 6 completions, on which it failed\. The first is row 1 .*no such thing"
+        UserWarning, match=r"failed on 3 of 6 completions, and .* each of them\. The first is row 1 .*no such thing"
     ):
         result = compute_rewards(reward, texts("1", "raise", "2.5", "nan", "text 7", "-1"))
     assert result.rewards.tolist() == [1.0, 0.0, 2.5, 0.0, 0.0, -1.0]

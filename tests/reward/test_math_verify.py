@@ -127,7 +127,8 @@ def test_a_row_that_hangs_is_killed_and_counted_and_the_others_keep_their_reward
     (before,) = children(server)
     start = time.monotonic()
     with pytest.warns(
-        UserWarning, match=r"gives reward 0 to 2 of 5 completions, .* row 1 \(it took longer than 0\.5 s\)"
+        UserWarning,
+        match=r"failed on 2 of 5 completions, and gives reward 0 to each of them.* row 1 \(it took longer than 0\.5 s\)",
     ) as shown:
         result = reward(texts).result
     assert len(shown) == 1

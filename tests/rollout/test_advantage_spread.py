@@ -8,6 +8,7 @@ import torch
 from rlmod.rollout.metrics import advantage_spread, shapes_no_token
 from rlmod.shaper.token_entropy import TokenEntropy
 from rlmod.shaper.uniform import Uniform
+from rlmod.training.module import FLAT_BATCHES
 from rlmod.types import Rollouts, build_rollouts
 from tests.ranks import on_ranks
 from tests.rollouts import one_group, ragged
@@ -52,8 +53,22 @@ def test_entropies_on_one_bound_shape_no_token_and_the_module_says_so_once(shape
     spread = advantage_spread([replace(record, advantages=shaper(record))])
     assert shapes_no_token(shaper, spread) == flat
     made = module(shaper=shaper)
-    for _ in range(2):
+    said = []
+    for _ in range(FLAT_BATCHES + 2):
         made.shape(record)
         made._warn_if_flat()
+        said.append(caplog.text.count("one advantage for all of its tokens"))
     assert made.advantage_spread == pytest.approx(spread)
-    assert caplog.text.count("one advantage for all of its tokens") == flat
+    assert said == [0] * (FLAT_BATCHES - 1) + [int(flat)] * 3
+    # Only a cause that is possible is named.
+    assert ("shaper.entropy_clip=null" in caplog.text) == (flat and shaper.entropy_clip is not None)
+
+
+def test_a_batch_with_a_difference_between_tokens_starts_the_count_anew(caplog):
+    made = module(shaper=TokenEntropy())
+    for within in (0.0, 0.0, 1.0, 0.0, 0.0):
+        made.advantage_spread = {"shaper/spread_within": within, "shaper/spread_between": 1.0}
+        made._warn_if_flat()
+    assert "one advantage" not in caplog.text
+    made._warn_if_flat()
+    assert "3 rollout batches in a row" in caplog.text

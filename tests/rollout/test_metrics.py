@@ -60,6 +60,40 @@ def test_ranks_together_are_one_rank_with_all_completions():
     assert merge_ranks([rank(first), rank(second)]) == pytest.approx({**rank(first + second), "prompts/seen": 4})
 
 
+def test_a_terms_name_does_not_decide_how_it_is_averaged():
+    ranks = [{"reward/score_max": value, "completions/scored": 2.0, "prompts/seen": 1.0} for value in (0.2, 0.8)]
+    assert merge_ranks(ranks)["reward/score_max"] == pytest.approx(0.5)
+    ranks = [{"sampler/difference_max": value, "prompts/seen": 1.0} for value in (0.2, 0.8)]
+    assert merge_ranks(ranks)["sampler/difference_max"] == 0.8
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "min", "max", "inner/std"])
+def test_a_term_may_not_have_the_name_of_a_statistic(name):
+    with pytest.raises(ValueError, match=rf"a term named '{name}'.*give it another name"):
+        run([1, 2], 2, reward=lambda texts: {"answer": exact(texts), name: exact(texts)})
+
+
+def test_guided_prompts_weigh_the_metrics_of_the_zero_reward_batch():
+    ranks = [
+        {
+            "prompts/seen": 4.0,
+            "zero_reward/prompts": 9.0,
+            "zero_reward/guide_failed": 1.0,
+            "zero_reward/guide_tokens": 90.0,
+        },
+        {
+            "prompts/seen": 4.0,
+            "zero_reward/prompts": 1.0,
+            "zero_reward/guide_failed": 0.0,
+            "zero_reward/guide_tokens": 10.0,
+        },
+        {"prompts/seen": 4.0, "zero_reward/prompts": 0.0, "zero_reward/guide_failed": 0.0},
+    ]
+    merged = merge_ranks(ranks)
+    assert merged["zero_reward/guide_failed"] == pytest.approx(0.9)
+    assert merged["zero_reward/guide_tokens"] == 100
+
+
 def test_a_rank_whose_whole_batch_has_no_reward_does_not_hide_the_others():
     merged = merge_ranks([rank([]), rank([1.0, 0.0])])
     assert merged == pytest.approx({**rank([1.0, 0.0]), "prompts/seen": 4})

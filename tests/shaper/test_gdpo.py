@@ -81,6 +81,13 @@ def test_the_weights_are_those_of_the_reward_by_default():
     assert composed("experiment=gdpo", "reward=exact_match").shaper.weights == {}
 
 
+def test_a_weight_of_no_term_is_refused():
+    with pytest.raises(
+        ValueError, match=r"shaper\.weights names 'formt', which is no term of the reward; the terms are answer, format"
+    ):
+        Gdpo(weights={"formt": 2})(of_terms({"answer": [1, 0], "format": [0, 1]}))
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), True])
 def test_a_weight_that_is_no_number_is_refused(weight):
     with pytest.raises(ValueError, match=r"shaper\.weights\.format must be a finite number"):

@@ -115,3 +115,13 @@ def test_many_completions_are_counted_in_floating_point():
     value = majority(answers, "right", 128)
     assert 0.5 < value < 1
     assert math.isclose(value + majority(answers, "wrong", 128), 1, rel_tol=1e-9)
+
+
+def test_thousands_of_completions_are_counted_exactly():
+    from rlmod.training.accuracy import _majority
+
+    # Two answers with equally many votes: each wins as often as the other. Python's whole numbers do not overflow.
+    assert _majority([[1030, 1030], [1030, 0]], 0, 515) == pytest.approx(0.5)
+    assert _majority([[2048, 2048]], 0, 1024) == 1.0
+    # The numbers of subsets are the same just below and above the bound at which the arithmetic changes.
+    assert _majority([[600, 600], [399, 0]], 1, 3) == pytest.approx(_majority([[600, 600], [399, 0]], 2, 3), abs=2e-3)
