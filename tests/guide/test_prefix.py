@@ -69,7 +69,7 @@ class Bytes:
 
 def test_a_prefix_ends_with_a_whole_character():
     made = guide()
-    made.tokenizer[:] = [Bytes()]
+    made.tokenizer[:] = [Bytes()]  # pyright: ignore[reportArgumentType, reportCallIssue]
     root = replace(SOLVED, extra={"solution": "x=√2+1"})  # 8 bytes, of which √ has three
     assert [made._guided(root, share).prompt for share in (0.25, 0.4, 0.5, 0.65)] == [
         "3+5*2:x=", "3+5*2:x=", "3+5*2:x=", "3+5*2:x=√",

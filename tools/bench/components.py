@@ -32,7 +32,7 @@ def ready(rows: int, length: int, seed: int = 0) -> Rollouts:
         completion_ids=torch.full((rows, length), 5), mask=mask, group=torch.arange(rows) // G, rewards=rewards,
         outcomes=rewards, logprobs=logprobs * mask, sampler_logprobs=logprobs * mask,
         reference_logprobs=logprobs * mask, entropy=3 * torch.rand(rows, length, generator=draw) * mask,
-        truncated=lengths == length,
+        truncated=lengths == length, extra={"kl_cov": mask}, terms={"answer": rewards, "length": -lengths.float()},
     )  # fmt: skip
 
 
