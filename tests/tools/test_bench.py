@@ -106,7 +106,8 @@ def test_every_component_is_measured():
         for file in (ROOT / "conf" / stage).glob("*.yaml")
         if file.stem != "none"
     }
-    assert all(float(row[2]) > 0 for row in rows)
+    # shaper=zero makes a tensor of zeros, in less than the table's hundredths of a millisecond.
+    assert all(float(row[2]) > 0 for row in rows if row[1] != "`zero`")
 
 
 def test_a_collection_of_ready_rollouts_keeps_the_groups_with_signal():
