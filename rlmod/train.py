@@ -386,9 +386,11 @@ def _held_out_accuracy(trainer: "L.Trainer", module: Any, data: Any) -> float | 
 
 
 def _print_summary(result: dict[str, Any], page: Path) -> None:
+    training = f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
+    if not result["held_out"]:
+        print(f"no held-out problems; {training}")
     if held_out := result["held_out"]:
         name, last = held_out["metric"].removeprefix("val/"), held_out["last"]
-        training = f"{result['steps']} steps, {result['seconds']['training']:.0f} s of training"
         start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
         if held_out["after"] is not None:
             print(f"held-out {name}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; {training}")

@@ -37,11 +37,12 @@ def test_the_longest_prompt_and_a_completion_may_fill_the_positions_exactly():
     assert positions(None) is None
 
 
-def test_a_shipped_policy_on_other_problems_gets_a_word(tmp_path):
+def test_a_shipped_policy_on_other_problems_gets_a_word(tmp_path, capsys):
     file = tmp_path / "sums.jsonl"
     file.write_text('{"prompt": "1+1:", "answer": "2"}\n', encoding="utf-8")
     other = ("data=problem_file", f"data.path={file}", "data.validation=null", "trainer.max_epochs=1")
     said = (finished(tmp_path / "a", *SHORT[:1], *other, "batch.prompts=1") / "train.log").read_text(encoding="utf-8")
     assert "policy.path=tiny only knows the embedded arithmetic" in said
+    assert "no held-out problems; 1 steps, " in capsys.readouterr().out
     said = (finished(tmp_path / "b", *SHORT, "trainer.max_epochs=1") / "train.log").read_text(encoding="utf-8")
     assert "only knows" not in said

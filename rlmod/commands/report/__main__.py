@@ -1,0 +1,3 @@
+from rlmod.commands.report import main
+
+main()
