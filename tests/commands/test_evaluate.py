@@ -67,7 +67,7 @@ def test_gsm8k_through_the_command(tmp_path, monkeypatch):
         (['{"completion": "1", "answer": "1"}', "{broken"], ["in.jsonl:2", "not a JSON object"]),
         (['{"completion": "1"}'], ["in.jsonl:1", "no field answer", "completion"]),
         (['{"completion": 3, "answer": "1"}'], ["in.jsonl:1", "completion must be text"]),
-        (['{"completion": "3", "answer": [1]}'], ["in.jsonl:1", "answer must be text or a number"]),
+        (['{"completion": "3", "answer": {"is": 1}}'], ["in.jsonl:1", "answer must be text or a number"]),
         (["[1]"], ["in.jsonl:1", "must be a JSON object"]),
         ([], ["the file is empty"]),
     ],
