@@ -87,8 +87,6 @@ class ProblemStore(Sequence[Problem]):
             return NotImplemented
         return len(self) == len(other) and all(map(Problem.__eq__, self, other))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def select(self, indices: Sequence[int] | np.ndarray) -> "ProblemStore":
         """Return the problems at these ascending indices, without reading them."""
         rows = np.asarray(indices, dtype=np.int64)

@@ -11,45 +11,33 @@ from rlmod.types import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubOrFile:
+class HubOrFile(HubDataset):
     """The problems of the file ``path`` or, if that is null, of one split of the data set ``name``.
 
-    The other fields mean the same as in rlmod.data.problem_file.ProblemFile and rlmod.data.hub_dataset.HubDataset.
+    The other fields mean the same as in rlmod.data.hub_dataset.HubDataset.
     """
 
-    name: str
     path: str | Path | Sequence[Any] | Mapping[str, Any] | None = None
-    config: str | None = None
+    """A file, or several, as in rlmod.data.problem_file.ProblemFile."""
     split: str = "test"
-    prompt_field: str = "prompt"
-    answer_field: str | None = "answer"
-    template: str | None = None
-    answer_pattern: str | None = None
-    limit: int | None = None
-    skip: int = 0
 
     def __post_init__(self) -> None:
-        self._source()
+        super().__post_init__()
+        if self.path is not None:
+            self._build_file()
 
     def __call__(self) -> Sequence[Problem]:
+        if self.path is not None:
+            return self._build_file()()
         try:
-            return self._source()()
+            return super().__call__()
         except ValueError as error:
-            if self.path is None and ("cannot be loaded" in str(error) or "needs datasets" in str(error)):
+            if "cannot be loaded" in str(error) or "needs datasets" in str(error):
                 raise ValueError(
                     f"{error}; without the hub, give a local file with the same fields: data.path=FILE"
                 ) from error
             raise
 
-    def _source(self) -> HubDataset | ProblemFile:
-        shared: dict[str, Any] = {
-            "prompt_field": self.prompt_field,
-            "answer_field": self.answer_field,
-            "template": self.template,
-            "answer_pattern": self.answer_pattern,
-            "limit": self.limit,
-            "skip": self.skip,
-        }
-        if self.path is not None:
-            return ProblemFile(path=self.path, **shared)
-        return HubDataset(name=self.name, config=self.config, split=self.split, **shared)
+    def _build_file(self) -> ProblemFile:
+        assert self.path is not None
+        return ProblemFile(path=self.path, **vars(self._build_conversion()))

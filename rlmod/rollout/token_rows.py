@@ -59,8 +59,6 @@ class TokenRows(Sequence[tuple[int, ...]]):
             return NotImplemented
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def array(self, index: int) -> np.ndarray:
         """Return one row, without a copy."""
         start = self.starts[index]

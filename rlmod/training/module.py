@@ -140,6 +140,10 @@ class RLModule(L.LightningModule):
         self.set_metrics = nn.ModuleList(map(SetMetrics, (self.validation, *self.benchmark.values())))
         self.validation_sets: tuple[str, ...] = ("", *self.benchmark)
         """Names of the validation sets with problems, in the order of their loaders; "" is the held-out set. ``RLData`` sets it."""
+        self._reset()
+
+    def _reset(self) -> None:
+        """Set the state that a run changes to that before the first iteration."""
         self.rollout_batch: RolloutBatch | None = None
         """The current iteration's rollout batch, with advantages, for callbacks to read."""
         self.validated: dict[str, list[RolloutBatch]] = {}

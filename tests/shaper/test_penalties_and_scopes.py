@@ -36,22 +36,22 @@ def two_groups() -> Rollouts:
     )  # fmt: skip
 
 
-def close(values: torch.Tensor, expected: list, tolerance: float = 6e-7) -> None:
+def assert_near(values: torch.Tensor, expected: list, tolerance: float = 6e-7) -> None:
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), atol=tolerance, rtol=0)
 
 
 def test_a_penalty_reaches_incorrect_completions_by_hand():
     plus, minus, _ = TokenEntropy().shape_rewards(with_penalty())
-    close(plus[:2], [[1.15, 1.05 + 0.05], [1.05, 1.10]])
-    close(minus[2:], [[-1.04, -1.10], [-1.66, -1.60]])
-    close(
+    assert_near(plus[:2], [[1.15, 1.05 + 0.05], [1.05, 1.10]])
+    assert_near(minus[2:], [[-1.04, -1.10], [-1.66, -1.60]])
+    assert_near(
         TokenEntropy()(with_penalty()),
         [[1.019398, 0.934448], [0.849498, 0.934448], [-0.485147, -0.564897], [-1.309232, -1.229481]],
     )
     plus, minus, _ = SequenceEntropy().shape_rewards(with_penalty())
-    close(plus[:2, 0], [17 / 15, 16 / 15])
-    close(minus[2:, 0], [-37 / 35, -23 / 14])
-    close(SequenceEntropy()(with_penalty())[:, 0], [0.917668, 0.812792, -0.468727, -1.187150])
+    assert_near(plus[:2, 0], [17 / 15, 16 / 15])
+    assert_near(minus[2:, 0], [-37 / 35, -23 / 14])
+    assert_near(SequenceEntropy()(with_penalty())[:, 0], [0.917668, 0.812792, -0.468727, -1.187150])
 
 
 @pytest.mark.parametrize("shaper", [TokenEntropy(alpha1=0.7), SequenceEntropy(beta1=0.7)])
@@ -96,11 +96,11 @@ def test_every_scope_by_hand():
     }
     for scope, expected in r_plus.items():
         plus, _, classes = TokenEntropy(entropy_scope=scope).shape_rewards(two_groups())
-        close(plus[classes.correct[:, 0]], expected)
+        assert_near(plus[classes.correct[:, 0]], expected)
     wrong = one_group([1, 0, 0], [[1, 1], [4, 1], [1, 1]])
     r_minus = {"row": [[-1.04, -1.16], [-1.10, -1.10]], "matrix": [[-1.030769, -1.123077], [-1.123077, -1.123077]]}
     for scope, expected in r_minus.items():
-        close(TokenEntropy(entropy_scope=scope).shape_rewards(wrong)[1][1:], expected)
+        assert_near(TokenEntropy(entropy_scope=scope).shape_rewards(wrong)[1][1:], expected)
 
 
 def by_loops(rows: Rollouts, scope: str, mean: str) -> list[list[float]]:
@@ -141,7 +141,7 @@ def test_every_scope_equals_the_equations_in_plain_loops(scope, mean):
         [-0.1 * (i % 4) for i in range(len(rows))],
     )
     plus, minus, _ = TokenEntropy(entropy_scope=scope, mean=mean).shape_rewards(rows)
-    close(plus + minus, by_loops(rows, scope, mean), 1e-9)
+    assert_near(plus + minus, by_loops(rows, scope, mean), 1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -171,7 +171,7 @@ def test_what_a_scope_leaves_alone():
         assert torch.equal(shaper(entropy_scope="batch")(one), shaper()(one))
     alone = one_group([1, 0], [[3, 1], [2, 5]])
     for scope in ("group", "batch"):  # a cell alone gets a2
-        close(TokenEntropy(entropy_scope=scope).shape_rewards(alone)[0][0], [1.1, 1.1])
+        assert_near(TokenEntropy(entropy_scope=scope).shape_rewards(alone)[0][0], [1.1, 1.1])
 
 
 def test_two_ranks_have_the_sums_of_one():
@@ -185,8 +185,8 @@ def test_two_ranks_have_the_sums_of_one():
     for shaper in (TokenEntropy(entropy_scope="batch"), SequenceEntropy(entropy_scope="batch")):
         whole = shaper(rows)
         parts = on_ranks(lambda rank, shaper=shaper: shaper(halves[rank]).tolist())
-        close(whole[~last], parts[0], 1e-9)
-        close(whole[last][:, :3], parts[1], 1e-9)
+        assert_near(whole[~last], parts[0], 1e-9)
+        assert_near(whole[last][:, :3], parts[1], 1e-9)
 
 
 @pytest.mark.parametrize(
