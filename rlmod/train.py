@@ -278,7 +278,7 @@ def _fit(
     trainer: "L.Trainer", module: Any, data: Any, checkpoint: Path | None, folder: Path, started: float
 ) -> dict[str, Any]:
     from rlmod.commands.report import write_report
-    from rlmod.model.policy import saved_weights, trained_weights
+    from rlmod.model.saving import saved_weights, trained_weights
     from rlmod.strategy._sharding import Sharding
     from rlmod.training.callbacks.checkpoints import Checkpoints
     from rlmod.training.checkpoint import check_same_policy

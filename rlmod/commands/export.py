@@ -65,7 +65,8 @@ def _convert(checkpoint: Path, folder: Path, dtype: str | None) -> None:
     import torch
 
     from rlmod.config import cli
-    from rlmod.model.policy import HFPolicy, save_policy
+    from rlmod.model.policy import HFPolicy
+    from rlmod.model.saving import save_policy
 
     config = checkpoint / "config.yaml"
     dtype = dtype or select(read_config(config), "policy.dtype")

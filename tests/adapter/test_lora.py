@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from rlmod.adapter.lora import LoRA
 from rlmod.model.logprobs import completion_logits
-from rlmod.model.policy import HFPolicy, save_policy
+from rlmod.model.policy import HFPolicy
+from rlmod.model.saving import save_policy
 from rlmod.reference.base import Base
 from rlmod.types import Rollouts, build_rollouts
 

@@ -15,7 +15,8 @@ from rlmod.config.build import build_reward, check_completion_prefix
 from rlmod.guide.demonstrations import Demonstrations
 from rlmod.model import noise
 from rlmod.model.logprobs import completion_logprobs
-from rlmod.model.policy import SHIPPED, HFPolicy, completion_texts, embedding_rows, save_policy, turn_end_ids
+from rlmod.model.policy import SHIPPED, HFPolicy, completion_texts, embedding_rows, turn_end_ids
+from rlmod.model.saving import save_policy
 from rlmod.reward._compute import compute_rewards
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.sampler.hf import HF

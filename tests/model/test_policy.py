@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlmod.model.logprobs import completion_logits
-from rlmod.model.policy import SHIPPED, HFPolicy, save_policy
+from rlmod.model.policy import SHIPPED, HFPolicy
+from rlmod.model.saving import save_policy
 from rlmod.types import build_rollouts
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from rlmod import ops
 from rlmod.config.cli import Stopped
-from rlmod.model.policy import placeholders, save_policy
+from rlmod.model.saving import placeholders, save_policy
 from rlmod.reward._failures import RewardError
 from rlmod.strategy._sharding import Sharding
 from rlmod.training import checkpoint as checkpoints
