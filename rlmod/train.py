@@ -288,7 +288,9 @@ def _fit(
         check_same_policy(saved, trained_weights(module.policy, saved))
     if checkpoint is None:
         module.history["before"] = _held_out_accuracy(trainer, module, data)
-        module.history["benchmarks"] = _accuracies(module.held_out)
+        sets = {"": module.held_out, **module.held_out["benchmarks"]}
+        module.history["benchmarks"] = {name: sets[name]["accuracy"] for name in module.held_out["benchmarks"]}
+        module.history["intervals"] = {name: result["interval"] for name, result in sets.items()}
     module.fit_started = time.perf_counter()
     state = checkpoint / "trainer.ckpt" if checkpoint else None
     try:
@@ -335,6 +337,10 @@ def _held_out_results(module: Any, data: Any, after: float | None) -> dict[str, 
         "problems": module.held_out["problems"],
         "before": module.history["before"],
         "after": after,
+        "intervals": {
+            "before": module.history["intervals"].get(""),
+            "after": None if after is None else module.held_out["interval"],
+        },
         "last": last,
     }
     benchmarks = {
@@ -343,15 +349,15 @@ def _held_out_results(module: Any, data: Any, after: float | None) -> dict[str, 
             "problems": found["problems"],
             "before": module.history["benchmarks"].get(name),
             "after": None if after is None else found["accuracy"],
+            "intervals": {
+                "before": module.history["intervals"].get(name),
+                "after": None if after is None else found.get("interval"),
+            },
             "last": {"step": last["step"], "accuracy": found["accuracy"]},
         }
         for name, found in module.held_out["benchmarks"].items()
     }
     return {"held_out": objective if data.validation_sets else None, "benchmarks": benchmarks}
-
-
-def _accuracies(held_out: dict[str, Any]) -> dict[str, float]:
-    return {name: result["accuracy"] for name, result in held_out["benchmarks"].items()}
 
 
 def _write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -394,6 +400,9 @@ def _print_summary(result: dict[str, Any], page: Path) -> None:
         start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
         if held_out["after"] is not None:
             print(f"held-out {name}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; {training}")
+            if (intervals := held_out.get("intervals")) and None not in intervals.values():
+                words = [f"{low:.4f} to {high:.4f}" for low, high in intervals.values()]
+                print(f"95 % intervals: {' -> '.join(words)}")
         else:
             earlier = (
                 "there was none"

@@ -7,7 +7,6 @@
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,8 +22,6 @@ from rlmod.commands.recordings import answer_of, read_recordings
 from rlmod.config import cli
 
 log = logging.getLogger(__name__)
-
-Z = 1.959964  # standard normal quantile of a 95 % interval
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -321,6 +318,8 @@ def _summarize(samples: list[dict[str, Any]], settings: Any, cfg: DictConfig, dr
     from rich.console import Console
     from rich.table import Table
 
+    from rlmod.training.accuracy import interval
+
     n, counted, values = _per_problem(samples, settings)
     name = settings.benchmark
     summary: dict[str, Any] = {"problems": len(counted), "completions_per_problem": n, "dropped_problems": dropped}
@@ -369,28 +368,6 @@ def _per_problem(samples: list[dict[str, Any]], settings: Any) -> tuple[int, Any
     values |= {f"maj@{k}": majority_at_k(correct, answers, k, counted) for k in settings.maj_at}
     values |= {f"best@{k}": best_at_k(rewards, k, counted) for k in settings.best_at}
     return n, counted, values
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return a 95 % interval for the mean of per-problem values in [0, 1]: Wilson's interval for the mean p.
-
-    If a value lies outside, as best@k of other rewards may, it is the normal one: mean +- z std / sqrt(n).
-
-    The units are problems, because completions of one problem are not independent. n problems with values of 0 and 1, as with one
-    completion per problem, count as n. Other values vary less and count as more: (n + 4) q (1 - q) / variance - 4. Here the mean q and the
-    variance include two additional problems at 0 and two at 1 (Agresti and Coull), because near 0 and 1 almost all values are equal and
-    the variance alone is too small. Thus the interval of 0 of 30 is wider than 0, and a mean just below 1 has no narrower interval than 1.
-    """
-    p = sum(values) / len(values)
-    if min(values) < 0 or max(values) > 1:
-        half = Z * math.sqrt(sum((v - p) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
-        return p - half, p + half
-    more = [*values, 0.0, 0.0, 1.0, 1.0]
-    q = sum(more) / len(more)
-    effective = q * (1 - q) / (sum((v - q) ** 2 for v in more) / len(more)) * len(more) - 4
-    middle = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
-    half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def main() -> None:

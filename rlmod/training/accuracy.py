@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
+Z = 1.959964  # standard normal quantile of a 95 % interval
+
 
 class MeanAtK(Metric):
     """mean@k: the share of correct completions, with k completions per problem. It estimates the accuracy of a single sample."""
@@ -82,19 +84,59 @@ class ProblemMean(Metric):
     """The mean of a number per problem, over batches and ranks. A problem whose number is NaN is left out."""
 
     total: Tensor
+    squares: Tensor
     problems: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("total", "squares"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("problems", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, values: Float[Tensor, " problems"]) -> None:
         self.total = self.total + values.nansum()
+        self.squares = self.squares + values.square().nansum()
         self.problems = self.problems + (~values.isnan()).sum()
 
     def compute(self) -> Tensor:
         return (self.total / self.problems).float()
+
+
+class ProblemInterval(ProblemMean):
+    """The 95 % interval [low, high] of the mean of a number in [0, 1] per problem, over batches and ranks; NaN without problems."""
+
+    def compute(self) -> Tensor:
+        problems, total, squares = (state.item() for state in (self.problems, self.total, self.squares))
+        return torch.tensor(wilson_interval(problems, total, squares) if problems else (math.nan, math.nan))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return a 95 % interval for the mean of one value per problem: ``wilson_interval`` if all lie in [0, 1].
+
+    If a value lies outside, as best@k of other rewards may, it is the normal one: mean +- z std / sqrt(n). The units are problems, because
+    completions of one problem are not independent.
+    """
+    total = sum(values)
+    if min(values) >= 0 and max(values) <= 1:
+        return wilson_interval(len(values), total, sum(value**2 for value in values))
+    mean = total / len(values)
+    half = Z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
+    return mean - half, mean + half
+
+
+def wilson_interval(n: float, total: float, squares: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval for the mean p of n values in [0, 1], from their sum and the sum of their squares.
+
+    n values of 0 and 1, as with one completion per problem, count as n. Other values vary less and count as more:
+    (n + 4) q (1 - q) / variance - 4. Here the mean q and the variance include two additional problems at 0 and two at 1 (Agresti and
+    Coull), because near 0 and 1 almost all values are equal and the variance alone is too small. Thus the interval of 0 of 30 is wider
+    than 0, and a mean just below 1 has no narrower interval than 1.
+    """
+    p, q = total / n, (total + 2) / (n + 4)
+    effective = q * (1 - q) / ((squares + 2) / (n + 4) - q**2) * (n + 4) - 4
+    middle = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * math.sqrt(max(p * (1 - p), 0) / effective + Z**2 / (4 * effective**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def majority_at_k(

@@ -148,7 +148,13 @@ class RLModule(L.LightningModule):
         """The current iteration's rollout batch, with advantages, for callbacks to read."""
         self.validated: dict[str, list[RolloutBatch]] = {}
         """Samples of the current or last validation by the name of the set, one entry per batch, for callbacks to read."""
-        self.held_out: dict[str, Any] = {"step": None, "problems": 0, "accuracy": None, "benchmarks": {}}
+        self.held_out: dict[str, Any] = {
+            "step": None,
+            "problems": 0,
+            "accuracy": None,
+            "interval": None,
+            "benchmarks": {},
+        }
         """Result of the last validation, and the optimizer step after which it ran. ``benchmarks`` has problems and accuracy of each."""
         self.own_checkpoint = False
         """True if this run resumes from a checkpoint in its own folder, with the same settings, so that ``held_out`` is still valid."""
@@ -169,7 +175,7 @@ class RLModule(L.LightningModule):
         self.adaptive = {name: each for name, each in self.regularizer.items() if isinstance(each, AdaptiveRegularizer)}
         self.adaptive_metrics = {name: StepMetrics() for name in self.adaptive}
         """Metrics of the adaptive regularizers in the current optimizer step."""
-        self.history: dict[str, Any] = {"before": None, "benchmarks": {}, "seconds": 0.0}
+        self.history: dict[str, Any] = {"before": None, "benchmarks": {}, "intervals": {}, "seconds": 0.0}
         """Accuracy before training on the held-out problems and on each benchmark, and seconds of training before the run was resumed."""
         self.fit_started = time.perf_counter()
 
@@ -507,7 +513,11 @@ class RLModule(L.LightningModule):
             computed = metrics.compute()
             self.log_dict(computed, batch_size=1)
             problems = int(ops.all_sum(torch.tensor(metrics.problems, device=self.device)))
-            results[name] = {"problems": problems, "accuracy": float(computed[self._settings(name).objective])}
+            results[name] = {
+                "problems": problems,
+                "accuracy": float(computed[self._settings(name).objective]),
+                "interval": metrics.compute_interval(),
+            }
             metrics.reset()
         benchmarks = {name: result for name, result in results.items() if name}
         self.held_out = {"step": self.global_step, **results[self.validation_sets[0]], "benchmarks": benchmarks}
@@ -548,7 +558,7 @@ class RLModule(L.LightningModule):
                 "without every_n_train_steps"
             )
         self.tokens_sampled = checkpoint["tokens_sampled"]
-        self.history = {"benchmarks": {}, **checkpoint["history"]}
+        self.history = {"benchmarks": {}, "intervals": {}, **checkpoint["history"]}
         self.held_out = {**self.held_out, **checkpoint.get("held_out", {})} if self.own_checkpoint else self.held_out
         if isinstance(self.reference, MovingReference):
             if "reference" not in checkpoint:

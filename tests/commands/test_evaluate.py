@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlmod.commands.evaluate import _check_columns, interval
+from rlmod.commands.evaluate import _check_columns
+from rlmod.training.accuracy import interval
 from tests.command_line import SHORT, refused_eval, run_eval, run_train
 from tests.real import real
 

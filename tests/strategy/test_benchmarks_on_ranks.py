@@ -1,6 +1,7 @@
 """Several validation sets on two ranks: the numbers of one."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def validated(folder: Path, *words: str) -> dict[str, float]:
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         first = next(csv.DictReader(file))
     assert first["step"] == "0"
-    return {column: float(first[column]) for column in COLUMNS}
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    low, high = result["benchmarks"]["easy"]["intervals"]["before"]
+    return {**{column: float(first[column]) for column in COLUMNS}, "low": low, "high": high}
 
 
 def test_two_ranks_measure_what_one_measures(tmp_path):

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from rlmod.training.accuracy import MeanAtK, PassAtK, pass_at_k
+from rlmod.training.accuracy import MeanAtK, PassAtK, ProblemInterval, interval, pass_at_k
 
 
 @pytest.mark.parametrize("right", range(6))
@@ -40,6 +40,17 @@ def test_completions_without_a_reward_count_neither_as_correct_nor_as_completion
     mean.update(correct, counted=counted)
     assert metric.compute().item() == pytest.approx(5 / 6)
     assert mean.compute().item() == pytest.approx(4 / 6)
+
+
+def test_an_interval_over_batches_is_that_of_all_problems():
+    shares = [0.0, 0.25, 1.0, 1.0, 0.5, 0.75, 0.0]
+    metric = ProblemInterval()
+    for part in (shares[:3], shares[3:], [float("nan")]):  # no completion of the last problem has a reward
+        metric.update(torch.tensor(part, dtype=torch.float64))
+    assert metric.compute().tolist() == pytest.approx(interval(shares))
+    empty = ProblemInterval()
+    empty.update(torch.tensor([float("nan")], dtype=torch.float64))
+    assert empty.compute().isnan().all()
 
 
 def test_more_than_were_sampled_is_refused():
