@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from rlmod.loss.clipped_surrogate import ClippedSurrogate
+from rlmod.training.accuracy import interval
 from rlmod.training.module import RLModule
 from tests.command_line import SHORT, refused, run_train
 from tests.runs import QUICK, metrics, weights
@@ -31,6 +33,11 @@ def test_a_run_leaves_what_a_person_looks_for(run):
     rows = metrics(run)
     validated = [float(row["val/mean@1"]) for row in rows if row["val/mean@1"]]
     assert validated == pytest.approx([result["held_out"]["before"], result["held_out"]["after"]], abs=1e-6)
+    # One completion for each of 64 problems: the interval is that of a count.
+    for when in ("before", "after"):
+        value = result["held_out"][when]
+        expected = interval([1.0] * round(64 * value) + [0.0] * round(64 * (1 - value)))
+        assert result["held_out"]["intervals"][when] == pytest.approx(expected, abs=1e-6)
     trained = [row for row in rows if row["reward/mean"]]
     assert len(trained) == 4
     assert result["tokens"] == sum(float(row["completions/tokens"]) for row in trained)
@@ -168,11 +175,26 @@ def test_multirun_has_a_folder_a_run_and_one_failure_loses_nothing(tmp_path):
 
 def test_the_lines_show_the_rollout_batch_that_they_name(tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", "callbacks.progress_bar.lines=4")
-    shown = [
-        line.split("reward ")[1][:5] for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")
-    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")]
+    shown = [line.split("reward ")[1][:5] for line in lines]
+    for line in lines[:-1]:
+        assert re.search(r"tok/s [\d,]+  ETA \d:\d\d:\d\d$", line)
+    assert "ETA" not in lines[-1]
     assert shown == [f"{float(row['reward/mean']):.3f}" for row in metrics(tmp_path / "a") if row["reward/mean"]]
     assert len(set(shown)) > 1
+
+
+def test_a_long_validation_shows_its_progress(tmp_path, monkeypatch, capsys):
+    """Without a terminal a line after each batch here, because the time between two lines is 0."""
+    monkeypatch.setattr("rlmod.training.callbacks.progress_bar.SECONDS_BETWEEN_LINES", 0.0)
+    short = ("validation.prompts_per_batch=24", "trainer.limit_val_batches=1.0", "trainer.max_epochs=1")
+    run_train(monkeypatch, *QUICK, *short, f"output={tmp_path / 'a'}")
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith("validation:")]
+    assert len(lines) == 4  # 64 problems in 3 batches, twice; the last batch ends the validation
+    for line, done in zip(lines, (1, 2, 1, 2), strict=True):
+        assert re.fullmatch(rf"validation: {done} of 3 batches in 0:0\d:\d\d  ETA 0:0\d:\d\d", line)
+    assert output.index("validation:") < output.index("iteration 1/1")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
