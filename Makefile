@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-fast test-slow test-vllm test-weekly test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
+.PHONY: help quickstart real-policy learn-real test test-fast test-slow test-vllm test-real test-weekly test-all coverage check gpu-rehearsal bench bench-gpu docs recipes oracle policies clean
 
 help:
 	@echo "make quickstart   set up, train the tiny policy with GTPO, write the report (a few minutes on 2 cores)"
+	@echo "make real-policy  fetch SmolLM2-135M-Instruct into the cache, for policy=smollm2 (a minute; 100 MB)"
+	@echo "make learn-real   train it on sums, GTPO and GRPO, three seeds each, and controls; writes docs/real_model.md (two hours)"
 	@echo "make test         set up, run the tests that are neither slow nor of vLLM (10 to 20 minutes on 2 cores)"
 	@echo "make test-fast    run the tests of formulas, contracts and words (under a minute of CPU)"
 	@echo "make test-slow    run the tests that kill runs or start two processes (some minutes)"
 	@echo "make test-vllm    run the tests that use vLLM, on the CPU, in .venv-vllm"
+	@echo "make test-real    fetch the real policy and run the tests that use it (a few minutes)"
 	@echo "make test-weekly  run the long forms of tests that 'make test' runs in a short form"
-	@echo "make test-all     run test, test-slow, test-vllm and test-weekly, one after the other"
+	@echo "make test-all     run test, test-slow, test-vllm, test-real and test-weekly, one after the other"
 	@echo "make coverage     print the share of lines that make test-fast covers"
 	@echo "make check        check lint, types and layer contracts"
 	@echo "make gpu-rehearsal  run every stage of tools/gpu in a small size, on a CPU"
@@ -35,9 +38,15 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/rlmod-train experiment=quickstart
 
+real-policy: $(READY)
+	$(BIN)/rlmod-fetch smollm2
+
+learn-real: real-policy
+	$(BIN)/python tools/learn_real.py
+
 # One worker per core, one thread per worker: more threads compete for the cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm and not weekly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not vllm and not weekly and not real"
 
 # Formulas, contracts and words: the first tests to run after changing a component.
 FAST := tests/shaper tests/loss tests/aggregation tests/correction tests/regularizer tests/filter tests/rollout/test_collect.py \
@@ -48,9 +57,9 @@ test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
 test-weekly: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "weekly and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "weekly and not vllm and not real"
 
-test-all: test test-slow test-vllm test-weekly
+test-all: test test-slow test-vllm test-real test-weekly
 
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=rlmod --cov-report=term:skip-covered $(FAST)
@@ -59,10 +68,14 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python tools/gpu/rehearse.py
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow and not vllm and not weekly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "slow and not vllm and not weekly and not real"
 
 test-vllm: .venv-vllm/.ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/sampler
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m "vllm and not real" tests/sampler
+
+test-real: real-policy .venv-vllm/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "real and not vllm" tests/test_real_policy.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m "real and vllm" tests/sampler/test_vllm_real.py
 
 .venv-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

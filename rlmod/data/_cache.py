@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rlmod import distributed
+from rlmod.model.cache_folder import VARIABLE, cache_folder
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "RLMOD_CACHE"
-"""Environment variable with the folder; empty for none."""
 LARGE = 50_000
 """Number of problems beyond which they and their tokens live in files."""
 WAIT_SECONDS = 600.0
@@ -125,14 +124,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of the cache: ``$RLMOD_CACHE``, or rlmod in the user's cache folder; None if the variable is empty."""
-    named = os.environ.get(VARIABLE)
-    if named == "":
-        return None
-    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlmod").expanduser()
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from rlmod.model import noise, shared_prompts
+from rlmod.model import gguf, noise, shared_prompts
 from rlmod.types import Rollouts
 
 if TYPE_CHECKING:
@@ -24,12 +24,15 @@ SHIPPED = Path(__file__).parent / "policies"
 
 @dataclass(frozen=True, kw_only=True)
 class HFPolicy:
-    """A causal language model of transformers: a folder, a name on the hub, or one of ``tiny`` and ``strong``, which rlmod ships.
+    """A causal language model: a folder, a name on the hub, a GGUF file, or one of the names ``tiny``, ``strong`` and ``smollm2``.
 
-    Code that comes with a model is never executed, so a model that needs it is refused.
+    rlmod ships ``tiny`` and ``strong``; ``rlmod-fetch smollm2`` installs the third. A GGUF file is converted once to a Hugging Face folder
+    in the cache. Code that comes with a model is never executed, so a model that needs it is refused.
     """
 
     path: str
+    gguf_file: str | None = None
+    """Name of the GGUF file in the folder or hub repository ``path``; null: the path itself says what it is."""
     dtype: str = "float32"
     """Dtype of the trained weights; mixed precision is trainer.precision."""
     attention: str = "sdpa"
@@ -48,9 +51,13 @@ class HFPolicy:
             raise ValueError(
                 "policy.compile=true: torch.compile needs a C++ compiler; install g++ or clang++, or set policy.compile=false"
             )
-        # A path that can only be a folder is checked now, because importing transformers takes seconds.
-        is_folder = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
-        if is_folder and not Path(self.location).is_dir():
+        # A path that can only be a folder or a file is checked now, because importing transformers takes seconds.
+        is_place = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
+        if self.is_gguf:
+            if self.gguf_file is None or is_place:
+                gguf.find_file(self.path, self.gguf_file)
+            return
+        if is_place and not Path(self.location).is_dir():
             raise ValueError(self._load_error("policy", "there is no such folder"))
         if saved := sorted(Path(self.location).glob("checkpoints/step-*/policy")):
             raise ValueError(
@@ -67,20 +74,25 @@ class HFPolicy:
         return self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
 
     @property
+    def is_gguf(self) -> bool:
+        """True if the policy is a GGUF file."""
+        return self.gguf_file is not None or (self.path.endswith(".gguf") and not Path(self.path).expanduser().is_dir())
+
+    @property
     def location(self) -> str:
-        """The path to load from: a shipped policy's folder, the path with ~ expanded, or the path as given."""
-        return (
-            str(SHIPPED / self.path)
-            if self.is_shipped
-            else str(Path(self.path).expanduser())
-            if self.path[:1] == "~"
-            else self.path
-        )
+        """The path to load from: the path as given, or the folder that its name stands for. A GGUF file is converted first."""
+        if self.is_shipped:
+            return str(SHIPPED / self.path)
+        if self.is_gguf:
+            return str(gguf.convert(gguf.find_file(self.path, self.gguf_file)))
+        if self.path in gguf.PACKAGES and not Path(self.path).exists():
+            return str(gguf.packaged_folder(self.path))
+        return str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
 
     @property
     def is_adapter(self) -> bool:
         """True if the folder holds an adapter that a run with adapter=lora saved, not a full model."""
-        return (Path(self.location) / "adapter_config.json").is_file()
+        return not self.is_gguf and (Path(self.location) / "adapter_config.json").is_file()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer, with padding on the left. ValueError if it cannot be loaded or has no EOS token.
@@ -212,10 +224,11 @@ class HFPolicy:
 
     def _load_error(self, what: str, error: Exception | str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shipped = ", ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
+        shipped = sorted(folder.name for folder in SHIPPED.iterdir())
         return (
             f"policy.path={self.path}: the {what} cannot be loaded ({reason}). "
-            f"Give a folder in Hugging Face format, a name on the hub, or one of the shipped policies: {shipped}"
+            "Give a folder in Hugging Face format, a name on the hub, a GGUF file, or one of the policies that have a name here: "
+            f"{', '.join([*shipped, *gguf.PACKAGES])}"
         )
 
 
