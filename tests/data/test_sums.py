@@ -41,7 +41,7 @@ def test_the_order_is_fixed_and_mixed():
 def test_larger_numbers_and_other_examples():
     problems = Sums(split="train", largest=50, examples="1 + 1 = 2\n")()
     assert max(terms(problem.prompt)[0] for problem in problems) == 50
-    assert all(problem.prompt.startswith("1 + 1 = 2\n") for problem in problems)
+    assert all(str(problem.prompt).startswith("1 + 1 = 2\n") for problem in problems)
 
 
 @pytest.mark.parametrize(
