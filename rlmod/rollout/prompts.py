@@ -365,10 +365,30 @@ def _decode_endings(rows: TokenRows, length: int, tokenizer: "PreTrainedTokenize
 
 
 def _encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    # verbose=False: no warning about model_max_length, because max_tokens limits the length of a prompt.
-    rows = tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"] if texts else []
+    rows = _tokenize(texts, tokenizer, add_special_tokens=True)
     rows = [_strip_second_bos(row, cast(int | None, tokenizer.bos_token_id)) for row in rows]
     return [_strip_eos(row, cast(int | None, tokenizer.eos_token_id)) for row in rows]
+
+
+def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool) -> list[list[int]]:
+    """Return the tokens of each text, without their offsets in the text if the tokenizer is transformers' own: a tenth less time."""
+    # The first text takes the usual way, which also sets the backend: no truncation, no padding, special tokens as the tokenizer says.
+    # verbose=False: no warning about model_max_length, because max_tokens limits the length of a prompt.
+    usual = functools.partial(tokenizer, verbose=False, add_special_tokens=add_special_tokens, **ONLY_IDS)
+    if not texts or not _has_usual_methods(tokenizer, "__call__", "_encode_plus"):
+        return cast(Any, usual(texts))["input_ids"] if texts else []
+    first = cast(Any, usual(texts[:1]))["input_ids"]
+    rest = cast(Any, tokenizer).backend_tokenizer.encode_batch_fast(texts[1:], add_special_tokens=add_special_tokens)
+    return [*first, *(encoding.ids for encoding in rest)]
+
+
+def _has_usual_methods(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+    """Return True if the tokenizer is transformers' own fast one, and its class does nothing else in these methods."""
+    from transformers import TokenizersBackend
+
+    return isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(type(tokenizer), name, None) is getattr(TokenizersBackend, name, tokenizer) for name in names
+    )
 
 
 def _strip_second_bos(row: list[int], bos: int | None) -> list[int]:
@@ -397,15 +417,13 @@ def _encode_chats(
         )
     from jinja2 import TemplateError
 
+    render = functools.partial(
+        cast(Any, tokenizer).apply_chat_template, conversations, add_generation_prompt=True, **arguments
+    )
     try:
-        return cast(Any, tokenizer).apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            tokenizer_kwargs=dict(ONLY_IDS),
-            **arguments,
-        )
+        if _has_usual_methods(tokenizer, "apply_chat_template"):
+            return _tokenize(render(tokenize=False), tokenizer, add_special_tokens=False)
+        return render(tokenize=True, return_dict=False, tokenizer_kwargs=dict(ONLY_IDS))
     except (TemplateError, TypeError) as error:
         given = f" with data.encoder.template_arguments={dict(arguments)}" if arguments else ""
         raise ValueError(

@@ -186,6 +186,33 @@ def test_an_eos_that_a_chat_template_ends_with_stays(chatty):
     assert text(PromptEncoder().encode(problems(CHAT), chatty), chatty) == ["1+1<eos>"]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_way_without_offsets_gives_the_tokenizers_own_tokens(chat, chatty):
+    """Also where tokenizer.json says to truncate and to pad, and where special tokens are added."""
+    chatty.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 7)])
+    chatty.backend_tokenizer.enable_truncation(2)
+    chatty.backend_tokenizer.enable_padding()
+    asked = ["1", "1+1+1", "<eos>3", "17-3*2", ""] if chat else ["1", "1+1+1", "<eos>3", "17-3*2"]
+    encoded = PromptEncoder(chat=chat).encode(problems(*asked), chatty)
+    own = [
+        chatty.apply_chat_template([{"role": "user", "content": each}], add_generation_prompt=True, return_dict=False)
+        if chat
+        else chatty(each)["input_ids"]
+        for each in asked
+    ]
+    assert [list(row) for row in encoded.ids] == own
+    assert len({len(row) for row in own}) > 2
+
+
+def test_a_tokenizer_class_with_a_way_of_its_own_keeps_it(chatty):
+    class Own(type(chatty)):
+        def _encode_plus(self, text, **settings):
+            return super()._encode_plus([each.replace("x", "*") for each in text], **settings)
+
+    own = Own.from_pretrained(TINY)
+    assert text(PromptEncoder().encode(problems("3x5:", "1x2"), own), own) == ["3*5:", "1*2"]
+
+
 def test_a_prompt_without_tokens(tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl:2: the tokenizer returns no tokens for the prompt ''"):
         PromptEncoder().encode(problems("1", ""), tokenizer)
