@@ -111,7 +111,7 @@ def run_stage(name: str, limit: float) -> dict[str, Any]:
     environment = {
         **os.environ, "PYTHONUNBUFFERED": "1", "ANSWER": str(answer), "OUT": str(OUT), "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": ":".join(map(str, (Path.cwd(), SITE, VLLM_SITE))), "VLLM_CACHE_ROOT": str(TMP / "vllm-cache"),
-        "GPU_FILES": str(GPU),
+        "GPU_FILES": str(GPU), "RLMOD_CACHE": str(TMP / "rlmod-cache"),
     }  # fmt: skip
     with open(OUT / "log.txt", "a") as log:
         log.write(f"\n==== {name}\n")

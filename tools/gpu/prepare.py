@@ -57,19 +57,6 @@ def exclude_from_git() -> None:
             stream.write("/.gpu/\n")
 
 
-def sums() -> dict[str, list[dict[str, str]]]:
-    """Make sums and differences of 1 to 20 behind two worked examples; no pair of numbers is in both sets."""
-    sets: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for a in range(1, 21):
-        for b in range(1, 21):
-            held_out = hashlib.sha256(f"{min(a, b)},{max(a, b)}".encode()).digest()[0] < 64
-            for sign, answer in (("+", a + b), ("-", a - b)):
-                if answer > 0 or sign == "+":
-                    prompt = f"3 + 5 = 8\n12 - 4 = 8\n{a} {sign} {b} ="
-                    sets["test" if held_out else "train"].append({"prompt": prompt, "answer": str(answer)})
-    return sets
-
-
 def write_pieces(data: bytes, out: Path, letter: str, manifest: Path) -> None:
     for old in out.glob(f"{letter}[0-9]*"):
         shutil.rmtree(old)
@@ -85,12 +72,9 @@ def write_pieces(data: bytes, out: Path, letter: str, manifest: Path) -> None:
 def prepare_core(out: Path) -> Path:
     core = out / "core"
     shutil.rmtree(core, ignore_errors=True)
-    (core / "data").mkdir(parents=True)
+    core.mkdir(parents=True)
     download(core, *CORE, READS_GGUF)
     pip("wheel", "-q", "--no-deps", "-w", str(core), *SOURCE_ONLY)
-    for name, problems in sums().items():
-        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
-        (core / "data" / f"sums_{name}.jsonl").write_text(lines)
     return core
 
 

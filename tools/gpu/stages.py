@@ -20,8 +20,8 @@ import torch
 
 SMALL = bool(os.environ.get("SMALL"))
 TMP = Path(tempfile.gettempdir())
-REAL = TMP / "smollm2"
-"""SmolLM2-135M-Instruct as a Hugging Face folder."""
+REAL = TMP / "real.gguf"
+"""SmolLM2-135M-Instruct, as device.py has joined it from its pieces."""
 
 
 def say(**findings: Any) -> None:
@@ -311,19 +311,13 @@ def real_convert() -> None:
     """Convert GGUF to a Hugging Face folder; a greedy answer and the likelihood of a sentence show whether it is the real one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rlmod.model import gguf
+
     began = time.perf_counter()
-    if not (REAL / "config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(TMP, gguf_file="real.gguf")
-        read: Any = AutoModelForCausalLM.from_pretrained(TMP, gguf_file="real.gguf", dtype=torch.float32)
-        if hasattr(read.config, "quantization_config"):
-            del read.config.quantization_config
-        policy = type(read)(read.config)
-        policy.load_state_dict(read.state_dict())
-        policy.to(torch.bfloat16).save_pretrained(REAL)
-        tokenizer.save_pretrained(REAL)
+    folder = gguf.convert(REAL)
     say(convert_seconds=round(time.perf_counter() - began, 1))
-    tokenizer = AutoTokenizer.from_pretrained(REAL)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     policy = loaded.to(device()).eval()
     question = [{"role": "user", "content": "What is 7 + 7?"}]
     asked: Any = tokenizer.apply_chat_template(
@@ -342,20 +336,15 @@ def real_convert() -> None:
 
 def real(name: str, *overrides: str, seconds: float, several: bool = False) -> None:
     """Train the real policy on small sums, once or several times. Results are kept even if a run is cut off."""
-    data = Path(os.environ.get("GPU_FILES", ".gpu")) / "core" / "data"
     where = "gpu" if device().type == "cuda" else "cpu"
     full = ("batch.prompts=64", "batch.micro_batch=128", "trainer.max_epochs=20", "trainer.precision=bf16-mixed")
-    tiny = ("batch.prompts=2", "batch.micro_batch=16", "data.validation_limit=2", "trainer.max_epochs=1")
+    tiny = ("batch.prompts=2", "batch.micro_batch=16", "data.validation.largest=6", "trainer.max_epochs=1")
     folder = TMP / "runs" / f"{name}-{os.getpid()}"
     command = [
-        sys.executable, "-m", "rlmod.train", *(["-m"] if several else []), "policy=hf", f"policy.path={REAL}",
-        "data=problem_file", f"data.path={data}/sums_train.jsonl", f"data.validation_path={data}/sums_test.jsonl",
-        "reward=exact_match", "reward.pattern='^\\s*(\\d+)'", "sampler.completions_per_prompt=8", "sampler.max_new_tokens=4",
-        "optimizer.lr=2e-5", "guard.large_lr=true", "loss.clip_low=0.2", "loss.clip_high=0.28", "filter=dynamic_sampling",
-        "filter.max_generation_batches=3", f"trainer.accelerator={where}", "trainer.check_val_every_n_epoch=5",
-        "validation.sampler.completions_per_prompt=4", "validation.prompts_per_batch=167", "callbacks.completions.recorded=128",
-        "callbacks.progress_bar.lines=20", f"hydra.sweep.dir={folder}" if several else f"output={folder}",
-        *(tiny if SMALL else full), *overrides,
+        sys.executable, "-m", "rlmod.train", *(["-m"] if several else []), "experiment=real", f"policy.path={REAL}",
+        "filter.max_generation_batches=3", f"trainer.accelerator={where}", "validation.prompts_per_batch=167",
+        "callbacks.completions.recorded=128", "callbacks.progress_bar.lines=20",
+        f"hydra.sweep.dir={folder}" if several else f"output={folder}", *(tiny if SMALL else full), *overrides,
     ]  # fmt: skip
     began = time.perf_counter()
     process = subprocess.Popen(command)
