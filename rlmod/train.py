@@ -93,6 +93,7 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     from rlmod.data.arithmetic import Arithmetic
     from rlmod.model.policy import positions
     from rlmod.training import checkpoint as checkpoints
+    from rlmod.training.optimizer import check_rate_before_loading
     from rlmod.training.precision import explain_slow_bf16
 
     if (checkpoint := checkpoints.find_resume_checkpoint(folder, cfg)) is not None:
@@ -118,6 +119,8 @@ def _train_in(folder: Path, cfg: DictConfig, components: "Components", started: 
     benchmark_sets = load_benchmarks(components.benchmark_problems, wait)
     # The tokenizer is loaded after the problems, so that a missing file is reported before the hub is contacted.
     tokenizer = components.policy.tokenizer()
+    if not components.guard.large_lr:
+        check_rate_before_loading(components.optimizer, components.policy)
     problems = components.encoder.encode(train_set, tokenizer, wait)
     held_out = components.encoder.encode(held_out_set, tokenizer, wait) if held_out_set is not None else None
     benchmark = encode_benchmarks(benchmark_sets, components.encoder, tokenizer, wait)

@@ -44,7 +44,7 @@ def serve(cfg: DictConfig) -> None:
     policy.tokenizer().save_pretrained(folder)
     policy.shape().save_pretrained(folder)
     weights = folder / "weights.json"
-    weights.write_text(json.dumps(_weight_shapes(policy.shape())), encoding="utf-8")
+    weights.write_text(json.dumps(_weight_shapes(policy.skeleton())), encoding="utf-8")
     settings = {
         "host": host,
         "port": port,
@@ -69,13 +69,8 @@ def serve(cfg: DictConfig) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def _weight_shapes(config: Any) -> dict[str, list[int]]:
-    """Return the shape of each weight of a policy with this config, by name, as a run would send it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def _weight_shapes(model: Any) -> dict[str, list[int]]:
+    """Return the shape of each weight of a policy, by name, as a run would send it."""
     return {name: list(weight.shape) for name, weight in model.named_parameters()}
 
 

@@ -215,6 +215,13 @@ class HFPolicy:
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._load_error("config", error)) from error
 
+    def skeleton(self) -> "PreTrainedModel":
+        """Build the model, or the base model under an adapter, without weights: on the meta device."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.shape())
+
     def frozen(self) -> "PreTrainedModel":
         """Load this model as a guide or a reference: without gradients, in evaluation mode.
 

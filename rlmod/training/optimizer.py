@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from rlmod.interfaces import Optimizer, Schedule
+from rlmod.model.policy import HFPolicy
 
 if TYPE_CHECKING:
     import lightning as L
@@ -31,12 +33,23 @@ def check_learning_rate(optimizer: Any, policy: nn.Module) -> None:
     """Raise ValueError for a learning rate that suits a toy, in full fine-tuning of a policy of more than 50 M weights."""
     weights = list(policy.parameters())
     number = sum(weight.numel() for weight in weights)
-    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    rate = _highest_rate(optimizer)
     if all(weight.requires_grad for weight in weights) and number > LARGE_POLICY and rate > LARGE_RATE:
         raise ValueError(
             f"optimizer.lr={rate:g} for full fine-tuning of {number / 1e6:,.0f} M weights: above {LARGE_RATE:g} such a policy forgets what "
             "it knew; give size=gsm8k or optimizer.lr=1e-6, train an adapter (adapter=lora), or force it with guard.large_lr=true"
         )
+
+
+def check_rate_before_loading(optimizer: Optimizer, policy: HFPolicy) -> None:
+    """Raise ValueError as ``check_learning_rate`` does, from the policy's config alone: its weights take time to load."""
+    built: Any = optimizer([nn.Parameter(torch.zeros(1))])
+    if policy.adapter is None and not policy.is_adapter and _highest_rate(built) > LARGE_RATE:
+        check_learning_rate(built, policy.skeleton())
+
+
+def _highest_rate(optimizer: Any) -> float:
+    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
 
 
 def apply_new_hyperparameters(trainer: "L.Trainer", fresh: Any, schedule: Any | None) -> None:

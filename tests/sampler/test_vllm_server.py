@@ -119,7 +119,7 @@ class StandIn(ThreadingHTTPServer):
 @pytest.fixture(scope="module")
 def shapes_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("server") / "weights.json"
-    file.write_text(json.dumps(_weight_shapes(HFPolicy(path="tiny").shape())))
+    file.write_text(json.dumps(_weight_shapes(HFPolicy(path="tiny").skeleton())))
     return file
 
 

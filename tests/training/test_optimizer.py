@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from rlmod.adapter.lora import LoRA
 from rlmod.config.sizes import Guard
+from rlmod.model.policy import HFPolicy
 from rlmod.training import optimizer as optimizers
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer, check_learning_rate
-from tests.command_line import refused, run_train
+from tests.command_line import SHORT, refused, run_train
 from tests.runs import QUICK, weights
 from tests.training.modules import module
 
@@ -124,3 +126,18 @@ def test_the_module_asks_before_it_trains(forced, monkeypatch):
     else:
         with pytest.raises(ValueError, match=r"guard\.large_lr"):
             made.configure_optimizers()
+
+
+def test_a_command_is_refused_before_the_weights_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizers, "LARGE_POLICY", 1000)
+    monkeypatch.setattr("rlmod.model.policy.HFPolicy.model", lambda *_: pytest.fail("weights were loaded"))
+    assert "optimizer.lr=0.0001 for full fine-tuning of 0 M weights" in refused(monkeypatch, tmp_path, *SHORT)
+
+
+def test_an_adapter_is_not_refused(monkeypatch):
+    monkeypatch.setattr(optimizers, "LARGE_POLICY", 1000)
+    build = partial(torch.optim.AdamW, lr=1e-3)
+    optimizers.check_rate_before_loading(build, HFPolicy(path="tiny", adapter=LoRA()))
+    optimizers.check_rate_before_loading(partial(torch.optim.AdamW, lr=1e-5), HFPolicy(path="tiny"))
+    with pytest.raises(ValueError, match=r"guard\.large_lr"):
+        optimizers.check_rate_before_loading(build, HFPolicy(path="tiny"))
