@@ -23,7 +23,7 @@ help:
 	@echo "make bench        measure a step against TRL and a bare loop, components, growth, memory; writes docs/benchmarks.md (half an hour)"
 	@echo "make bench-gpu    time a step of 0.5 B parameters on a GPU, by stage; prints a table for docs/benchmarks.md"
 	@echo "make docs         write docs/algorithms.md, the index of the algorithms"
-	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (half an hour)"
+	@echo "make recipes      run every recipe on the embedded task; writes docs/recipes.md (two hours)"
 	@echo "make oracle       compare losses, advantages and gradients with TRL and verl; writes docs/oracle.md"
 	@echo "make policies     retrain the two shipped policies"
 	@echo "make clean        remove the virtual environment and build leftovers"
