@@ -5,6 +5,7 @@ rlmod-train experiment=gtpo size=gsm8k policy.path=Qwen/Qwen2.5-0.5B data.path=t
 
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -366,8 +367,17 @@ def _held_out_results(module: Any, data: Any, after: float | None) -> dict[str, 
 def _write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json atomically, because other ranks may be reading it."""
     partial = folder / ".partial-result.json"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(_without_nan(result), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / "result.json")
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with None for NaN, which JSON does not have: the accuracy where the reward abstained from all completions."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _versions() -> dict[str, str]:
@@ -403,8 +413,8 @@ def _print_summary(result: dict[str, Any], page: Path) -> None:
         start = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
         if held_out["after"] is not None:
             print(f"held-out {name}: {start}{held_out['after']:.4f} on {held_out['problems']} problems; {training}")
-            if (intervals := held_out.get("intervals")) and None not in intervals.values():
-                words = [f"{low:.4f} to {high:.4f}" for low, high in intervals.values()]
+            if any(intervals := (held_out.get("intervals") or {}).values()):
+                words = ["unknown" if each is None else f"{each[0]:.4f} to {each[1]:.4f}" for each in intervals]
                 print(f"95 % intervals: {' -> '.join(words)}")
         else:
             earlier = (

@@ -355,7 +355,7 @@ def _per_problem(samples: list[dict[str, Any]], settings: Any) -> tuple[int, Any
     """Return the completions per problem, which of them count [problems n], and each metric's value per problem."""
     import torch
 
-    from rlmod.training.accuracy import best_at_k, majority_at_k, pass_at_k
+    from rlmod.training.accuracy import best_at_k, majority_at_k, mean_at_k, pass_at_k
 
     n = settings.sampler.completions_per_prompt
     counted = torch.tensor([sample["correct"] is not None for sample in samples]).view(-1, n)
@@ -363,7 +363,7 @@ def _per_problem(samples: list[dict[str, Any]], settings: Any) -> tuple[int, Any
     rewards = torch.tensor([sample["reward"] or 0.0 for sample in samples], dtype=torch.float64).view(-1, n)
     answers = [sample.get("final_answer") for sample in samples]
     # A problem without a reward for any of its completions is left out: 0 / 0 is NaN.
-    values = {f"mean@{n}": correct.double().sum(1) / counted.sum(1)}
+    values = {f"mean@{n}": mean_at_k(correct, counted)}
     values |= {f"pass@{k}": pass_at_k(correct, k, counted) for k in settings.pass_at}
     values |= {f"maj@{k}": majority_at_k(correct, answers, k, counted) for k in settings.maj_at}
     values |= {f"best@{k}": best_at_k(rewards, k, counted) for k in settings.best_at}

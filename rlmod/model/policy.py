@@ -1,5 +1,6 @@
 """The policy and its tokenizer: loading, checks, and decoding of completions."""
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -53,8 +54,12 @@ class HFPolicy:
             )
         # A path that can only be a folder or a file is checked now, because importing transformers takes seconds.
         is_place = self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1  # a name on the hub has one
+        if self.gguf_file is not None and self._has_name:
+            raise ValueError(
+                f"policy.gguf_file={self.gguf_file}: policy.path={self.path} is a policy without such files"
+            )
         if self.is_gguf:
-            if self.gguf_file is None or is_place:
+            if self.gguf_file is None or is_place or Path(self.path).exists():
                 gguf.find_file(self.path, self.gguf_file)
             return
         if is_place and not Path(self.location).is_dir():
@@ -74,9 +79,14 @@ class HFPolicy:
         return self.path in {folder.name for folder in SHIPPED.iterdir()} and not Path(self.path).exists()
 
     @property
+    def _has_name(self) -> bool:
+        """True if the path is one of the names that stand for a policy here, and not a folder."""
+        return self.is_shipped or (self.path in gguf.PACKAGES and not Path(self.path).exists())
+
+    @property
     def is_gguf(self) -> bool:
         """True if the policy is a GGUF file."""
-        return self.gguf_file is not None or (self.path.endswith(".gguf") and not Path(self.path).expanduser().is_dir())
+        return not self.is_shipped and gguf.is_gguf(self.path, self.gguf_file)
 
     @property
     def location(self) -> str:
@@ -85,9 +95,9 @@ class HFPolicy:
             return str(SHIPPED / self.path)
         if self.is_gguf:
             return str(gguf.convert(gguf.find_file(self.path, self.gguf_file)))
-        if self.path in gguf.PACKAGES and not Path(self.path).exists():
+        if self._has_name:
             return str(gguf.packaged_folder(self.path))
-        return str(Path(self.path).expanduser()) if self.path[:1] == "~" else self.path
+        return str(gguf.expand(self.path, "policy.path")) if self.path[:1] == "~" else self.path
 
     @property
     def is_adapter(self) -> bool:
@@ -102,9 +112,10 @@ class HFPolicy:
         from transformers import AutoTokenizer
         from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+        location = self.location
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
-            tokenizer.rlmod_source_class = get_tokenizer_config(self.location).get("tokenizer_class")
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            tokenizer.rlmod_source_class = get_tokenizer_config(location).get("tokenizer_class")
         except (OSError, ValueError) as error:
             raise ValueError(self._load_error("tokenizer", error)) from error
         if tokenizer.eos_token_id is None:
@@ -126,13 +137,15 @@ class HFPolicy:
             "attn_implementation": self.attention,
             "trust_remote_code": False,
         }
+        location = self.location
         try:
             if self.is_adapter:
                 from peft import AutoPeftModelForCausalLM
 
-                model = AutoPeftModelForCausalLM.from_pretrained(self.location, is_trainable=True, **settings)
+                self.base_location()
+                model = AutoPeftModelForCausalLM.from_pretrained(location, is_trainable=True, **settings)
             else:
-                model = AutoModelForCausalLM.from_pretrained(self.location, **settings)
+                model = AutoModelForCausalLM.from_pretrained(location, **settings)
         except UnpicklingError as error:
             reason = "its .bin file holds more than weights, which could execute code; save it as safetensors"
             raise ValueError(self._load_error("model", reason)) from error
@@ -205,15 +218,23 @@ class HFPolicy:
         """Load the config of the model, or of the base model under an adapter, without weights."""
         from transformers import AutoConfig
 
-        location = self.location
+        location = self.base_location() if self.is_adapter else self.location
         try:
-            if self.is_adapter:
-                from peft import PeftConfig
-
-                location = str(PeftConfig.from_pretrained(location).base_model_name_or_path)
             return AutoConfig.from_pretrained(location, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(self._load_error("config", error)) from error
+
+    def base_location(self) -> str:
+        """Return where the model under a saved adapter is. ValueError if it was a folder that is gone."""
+        base = str(json.loads((Path(self.location) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        if base.startswith("/") and not Path(base).is_dir():
+            converted = Path(base).parent.name == "gguf"
+            remedy = "convert its GGUF file again, or run rlmod-fetch" if converted else "put it back"
+            raise ValueError(
+                f"policy.path={self.path} is an adapter, and the model under it is gone: there is no folder {base}; {remedy}, or write its "
+                "path in adapter_config.json"
+            )
+        return base
 
     def skeleton(self) -> "PreTrainedModel":
         """Build the model, or the base model under an adapter, without weights: on the meta device."""

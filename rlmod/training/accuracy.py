@@ -20,26 +20,6 @@ from torchmetrics import Metric
 Z = 1.959964  # standard normal quantile of a 95 % interval
 
 
-class MeanAtK(Metric):
-    """mean@k: the share of correct completions, with k completions per problem. It estimates the accuracy of a single sample."""
-
-    correct: Tensor
-    completions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("completions", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, correct: Bool[Tensor, "problems k"], counted: Bool[Tensor, "problems k"] | None = None) -> None:
-        counted = torch.ones_like(correct) if counted is None else counted
-        self.correct = self.correct + (correct & counted).sum()
-        self.completions = self.completions + counted.sum()
-
-    def compute(self) -> Tensor:
-        return self.correct / self.completions
-
-
 class PassAtK(Metric):
     """pass@k: the chance that at least one of k completions is correct, estimated from n >= k completions per problem.
 
@@ -65,6 +45,14 @@ class PassAtK(Metric):
 
     def compute(self) -> Tensor:
         return (self.passed / self.problems).float()
+
+
+def mean_at_k(
+    correct: Bool[Tensor, "problems k"], counted: Bool[Tensor, "problems k"] | None = None
+) -> Float[Tensor, " problems"]:
+    """Return the share of correct completions of each problem, float64; NaN for a problem without a counted completion."""
+    counted = torch.ones_like(correct) if counted is None else counted
+    return (correct & counted).sum(1, dtype=torch.float64) / counted.sum(1)
 
 
 def pass_at_k(correct: Bool[Tensor, "problems n"], k: int, counted: Bool[Tensor, "problems n"] | None = None) -> Tensor:
@@ -102,8 +90,20 @@ class ProblemMean(Metric):
         return (self.total / self.problems).float()
 
 
-class ProblemInterval(ProblemMean):
-    """The 95 % interval [low, high] of the mean of a number in [0, 1] per problem, over batches and ranks; NaN without problems."""
+class MeanAtK(ProblemMean):
+    """mean@k: the share of correct completions of a problem, averaged over problems. It estimates the accuracy of a single sample.
+
+    A problem without a counted completion is left out.
+    """
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, correct: Bool[Tensor, "problems k"], counted: Bool[Tensor, "problems k"] | None = None
+    ) -> None:
+        super().update(mean_at_k(correct, counted))
+
+
+class MeanInterval(MeanAtK):
+    """The 95 % interval [low, high] of mean@k; NaN without problems. The units are problems."""
 
     def compute(self) -> Tensor:
         problems, total, squares = (state.item() for state in (self.problems, self.total, self.squares))

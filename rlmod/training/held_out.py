@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 from rlmod.config.sizes import Validation
 from rlmod.rollout.validation import GradedBatch
-from rlmod.training.accuracy import MeanAtK, PassAtK, ProblemInterval, ProblemMean, best_at_k, majority_at_k
+from rlmod.training.accuracy import MeanAtK, MeanInterval, PassAtK, ProblemMean, best_at_k, majority_at_k
 
 
 class SetMetrics(nn.Module):
@@ -19,7 +19,7 @@ class SetMetrics(nn.Module):
         self.settings = settings
         self.problems = 0
         """Problems of this rank so far, without padding."""
-        self.mean, self.interval = MeanAtK(), ProblemInterval()
+        self.mean, self.interval = MeanAtK(), MeanInterval()
         self.passed = nn.ModuleList(PassAtK(k) for k in settings.pass_at)
         self.majority = nn.ModuleList(ProblemMean() for _ in settings.maj_at)
         self.best = nn.ModuleList(ProblemMean() for _ in settings.best_at)
@@ -31,8 +31,7 @@ class SetMetrics(nn.Module):
         correct, rewards = graded.correct.view(-1, n), graded.rewards.to(counted.device).view(-1, n)
         self.problems += 0 if padding else len(correct)
         self.mean.update(correct, counted=counted)
-        # A problem without a counted completion has no share: 0 / 0 is NaN.
-        self.interval.update((correct & counted).sum(1, dtype=torch.float64) / counted.sum(1))
+        self.interval.update(correct, counted=counted)
         for metric in self.passed:
             metric.update(correct, counted=counted)  # pyright: ignore[reportCallIssue]
         for metric, k in zip(self.majority, self.settings.maj_at, strict=True):

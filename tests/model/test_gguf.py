@@ -10,14 +10,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlmod.adapter.lora import LoRA
 from rlmod.commands import fetch
 from rlmod.model import cache_folder, gguf
 from rlmod.model.policy import HFPolicy
+from rlmod.model.saving import save_policy
 from rlmod.rollout.prompts import PromptEncoder
 from rlmod.types import Problem
 from tests.command_line import refused, run_train
@@ -29,7 +32,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path / "cache"))
-    gguf._convert_once.cache_clear()
     return tmp_path / "cache" / "gguf"
 
 
@@ -53,9 +55,9 @@ def test_weights_and_tokenizer_are_those_of_the_file(tmp_path):
 
 
 def test_a_quantized_file_is_dequantized_and_rounded_to_bfloat16(tmp_path):
-    from gguf import GGMLQuantizationType, GGUFReader, dequantize
+    from gguf import GGUFReader, dequantize
 
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", quantization=GGMLQuantizationType.Q8_0)
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", types=("Q8_0",))
     folder = gguf.convert(file)
     weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     (stored,) = (tensor for tensor in GGUFReader(str(file)).tensors if tensor.name == "blk.0.ffn_up.weight")
@@ -72,7 +74,6 @@ def test_a_file_is_converted_once_under_any_name(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "_write", lambda *_: pytest.fail("it is converted again"))
     copy = shutil.copy(file, tmp_path / "copy.gguf")
     assert folder == gguf.convert(Path(copy)) == Path(HFPolicy(path=str(tmp_path), gguf_file="copy.gguf").location)
-    gguf._convert_once.cache_clear()  # as in another process
     assert gguf.convert(file) == folder
 
 
@@ -82,17 +83,39 @@ def altered(folder: Path) -> None:
         file.write(b"\xff\xff\xff\x7f")
 
 
-def of_another_version(folder: Path) -> None:
+def set_fact(folder: Path, **changed: object) -> None:
     facts = json.loads((folder / gguf.FACTS).read_text())
-    (folder / gguf.FACTS).write_text(json.dumps(facts | {"format": gguf.FORMAT + 1}))
+    (folder / gguf.FACTS).write_text(json.dumps(facts | changed))
+
+
+def to_link(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.parent / "nowhere")
 
 
 DAMAGES = {
     "an altered byte": (altered, r"model.safetensors is not what was written"),
-    "a missing file": (lambda folder: (folder / "config.json").unlink(), r"config.json is not what was written"),
-    "another version": (of_another_version, r"was written by another version of rlmod"),
+    "a missing file": (lambda folder: (folder / "config.json").unlink(), r"config.json is missing"),
+    "another version": (
+        lambda folder: set_fact(folder, format=gguf.FORMAT + 1),
+        r"was written by another version of rlmod",
+    ),
     "facts that are no facts": (lambda folder: (folder / gguf.FACTS).write_text("[]"), r"rlmod.json cannot be read"),
     "no facts": (lambda folder: (folder / gguf.FACTS).unlink(), r"rlmod.json cannot be read"),
+    "facts without an end": (
+        lambda folder: (folder / gguf.FACTS).write_text("[" * 100_000),
+        r"rlmod.json cannot be read",
+    ),
+    "no file in the facts": (
+        lambda folder: set_fact(folder, files={}),
+        r"chat_template.jinja|config.json is missing, or was not written",
+    ),
+    "another source": (lambda folder: set_fact(folder, sha256="abc"), r"was converted from another file"),
+    "a file of somebody else": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"adapter_config.json is missing, or was not written by rlmod",
+    ),
+    "a link to nothing": (to_link, r"there is no folder"),
 }
 
 
@@ -103,7 +126,6 @@ def test_a_damaged_folder_is_named_and_converted_again(damage, tmp_path, caplog,
     folder = gguf.convert(file)
     before = (folder / "model.safetensors").read_bytes()
     act(folder)
-    gguf._convert_once.cache_clear()
     # A policy of a package has no file at hand: its error says how to install it again.
     package = gguf.Package(requirement="x==1", member="x/y.gguf", sha256=gguf.hash_file(file), title="Tiny")
     monkeypatch.setitem(gguf.PACKAGES, "package", package)
@@ -112,7 +134,7 @@ def test_a_damaged_folder_is_named_and_converted_again(damage, tmp_path, caplog,
     ):
         HFPolicy(path="package")
     assert gguf.convert(file) == folder
-    assert "it is converted again" in caplog.text
+    assert ("it is converted again" in caplog.text) == (damage != "a link to nothing")
     assert (folder / "model.safetensors").read_bytes() == before  # byte for byte
     assert Path(HFPolicy(path="package").location) == folder
 
@@ -121,6 +143,26 @@ REFUSED = {
     "unknown architecture": (
         {"architecture": "nosuch"},
         r"architecture nosuch is not supported.*give the model in Hugging Face format",
+    ),
+    "a bias that the model has not": (
+        {"more": {"blk.0.attn_q.bias": (32,)}},
+        r"hold 21,856 numbers, but .* 21,824: a part would be lost",
+    ),
+    "scaled rotary embedding": (
+        {"more": {"rope_freqs.weight": (4,)}},
+        r"lost, as rope_freqs.weight, the scaling of its rotary embedding",
+    ),
+    "rotary settings": (
+        {"keys": {"llama.rope.scaling.type": "yarn"}},
+        r"llama.rope.scaling.type is yarn, which transformers does not",
+    ),
+    "other heads": (
+        {"key_heads": 4},
+        r"its weight model.layers.0.self_attn.k_proj.weight has the shape \[16, 32\], .* say \[32, 32\]",
+    ),
+    "unknown splits": (
+        {"splits": "tekken"},
+        r"its tokenizer splits text as 'tekken', and only gpt-2, smollm, llama-bpe, qwen2 are known",
     ),
     "missing weight": (
         {"without": "blk.1.ffn_down"},
@@ -143,7 +185,7 @@ def test_a_file_that_cannot_be_converted_is_refused_and_leaves_nothing(case, tmp
 def test_a_file_that_ends_early_is_refused(length, tmp_path):
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=rf"{file} cannot be converted .*the file is damaged"):
+    with pytest.raises(ValueError, match=rf"{file} cannot be converted: .*the file is damaged"):
         HFPolicy(path=str(file)).tokenizer()
 
 
@@ -153,6 +195,19 @@ def test_a_file_that_ends_early_is_refused(length, tmp_path):
         (["policy.path=none.gguf"], "policy.path=none.gguf: none.gguf cannot be read (No such file or directory)"),
         (["policy.path=./here", "policy.gguf_file=a.gguf"], "policy.gguf_file=a.gguf"),
         (["policy.path=PLACE/text.gguf"], "text.gguf is no GGUF file: it begins with b'hell', not with b'GGUF'"),
+        (["policy.path=NONE.GGUF"], "policy.path=NONE.GGUF: NONE.GGUF cannot be read (No such file or directory)"),
+        (["policy.path=text.gguf/"], "is no GGUF file"),
+        (
+            ["policy.path=text.gguf", "policy.gguf_file=text.gguf"],
+            "text.gguf is a file itself: leave out policy.gguf_file",
+        ),
+        (["policy.path=nowhere", "policy.gguf_file=a.gguf"], "there is no folder nowhere"),
+        (["policy.path=tiny", "policy.gguf_file=a.gguf"], "policy.path=tiny is a policy without such files"),
+        (["policy.path=smollm2", "policy.gguf_file=a.gguf"], "policy.path=smollm2 is a policy without such files"),
+        (
+            ['policy.path="~nosuchuser/a.gguf"'],
+            "policy.path=~nosuchuser/a.gguf: there is no home folder ~nosuchuser; give the whole path",
+        ),
         (["policy=smollm2"], "policy.path=smollm2: SmolLM2-135M-Instruct (Apache-2.0) is not installed"),
     ],
 )
@@ -167,11 +222,67 @@ def test_a_wrong_file_is_refused_before_anything_loads(overrides, sentence, tmp_
 
 def test_without_the_package_gguf_the_error_names_it(tmp_path, monkeypatch):
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package gguf: pip install 'rlmod\[gguf\]'"):
-        HFPolicy(path=str(file)).tokenizer()
+    found = gguf.importlib.util.find_spec
+    for package in ("gguf", "accelerate"):
+        monkeypatch.setattr(
+            gguf.importlib.util, "find_spec", lambda name, lost=package: None if name == lost else found(name)
+        )
+        with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'rlmod\[gguf\]'"):
+            HFPolicy(path=str(file)).tokenizer()
     with pytest.raises(ValueError, match=r"pip install 'rlmod\[gguf\]'"):
         fetch.fetch("smollm2")
+
+
+@pytest.mark.parametrize("types", [("F16",), ("F32", "F16")])
+def test_weights_that_are_not_quantized_are_kept_exactly(types, tmp_path):
+    from gguf import GGUFReader
+
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", types=types)
+    weights = AutoModelForCausalLM.from_pretrained(gguf.convert(file)).state_dict()
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in GGUFReader(str(file)).tensors}
+    for name, theirs in (
+        ("embed_tokens", "token_embd"),
+        ("layers.0.mlp.up_proj", "blk.0.ffn_up"),
+        ("norm", "output_norm"),
+    ):
+        assert torch.equal(weights[f"model.{name}.weight"].float(), stored[f"{theirs}.weight"])
+
+
+@pytest.mark.parametrize(("splits", "pieces"), [("smollm", 4), ("gpt-2", 3)])
+def test_text_is_split_as_the_file_says(splits, pieces, tmp_path):
+    """smollm splits digits first, so that two line ends before a number stay together: "\n\n7" has a merge of its own."""
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", splits=splits)
+    tokenizer: Any = HFPolicy(path=str(file)).tokenizer()
+    found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n77" if splits == "smollm" else "a\n77")
+    assert len(found) == pieces, found
+    assert (tokenizer.convert_ids_to_tokens(tokenizer("\n\n7").input_ids) == ["ĊĊ", "7"]) == (splits == "smollm")
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_the_bos_is_put_before_a_text_if_the_file_says_so(wanted, tmp_path):
+    keys = {} if wanted is None else {"tokenizer.ggml.add_bos_token": wanted}
+    tokenizer = HFPolicy(path=str(write_tiny_gguf(tmp_path / "tiny.gguf", keys=keys))).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("7").input_ids) == (["<|im_start|>", "7"] if wanted else ["7"])
+
+
+def test_an_adapter_whose_base_is_gone_says_so(tmp_path, cache, monkeypatch):
+    specification = HFPolicy(path=str(write_tiny_gguf(tmp_path / "tiny.gguf")), adapter=LoRA(rank=2))
+    tokenizer = specification.tokenizer()
+    save_policy(specification.model(tokenizer), tokenizer, tmp_path / "adapter")
+    adapter = HFPolicy(path=str(tmp_path / "adapter"))
+    assert adapter.shape().model_type == "llama"
+    shutil.rmtree(cache)
+    for load in (adapter.shape, lambda: adapter.model(tokenizer)):
+        with pytest.raises(
+            ValueError, match=rf"the model under it is gone: there is no folder {cache}/.*; convert its GGUF file again"
+        ):
+            load()
+
+
+def test_a_folder_that_was_deleted_is_converted_again(tmp_path, cache):
+    file = write_tiny_gguf(tmp_path / "tiny.gguf")
+    shutil.rmtree(gguf.convert(file))
+    assert (gguf.convert(file) / "config.json").is_file()
 
 
 def test_an_empty_variable_is_refused(tmp_path, monkeypatch):
@@ -187,7 +298,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, cache):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(ValueError, match=rf"{cache}, which cannot be written to its end .*{cache_folder.VARIABLE}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{cache}, which failed .*name another folder in the environment variable {cache_folder.VARIABLE}",
+        ):
             gguf.convert(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -226,10 +340,15 @@ def test_a_run_trains_a_gguf_file_and_its_checkpoint_is_an_ordinary_folder(tmp_p
     assert HFPolicy(path=str(saved)).shape().model_type == "llama"
 
 
-def wheel(path: Path, contents: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
+def wheel(path: Path, contents: dict[str, bytes], flip: bool = False) -> Path:
+    """Write a wheel; ``flip`` damages the compressed bytes of its first file."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in contents.items():
             archive.writestr(name, data)
+    if flip:
+        data = bytearray(path.read_bytes())
+        data[30 + len(next(iter(contents)))] ^= 0xFF
+        path.write_bytes(data)
     return path
 
 
@@ -250,6 +369,10 @@ def test_fetch_installs_the_file_of_a_wheel_once(tmp_path, monkeypatch, capsys):
 
 
 BROKEN = {
+    "damaged": (
+        lambda path: wheel(path, {"x/tiny.gguf": b"G" * 5000}, flip=True),
+        r"does not hold x/tiny.gguf .*the download is broken",
+    ),
     "another file": (
         lambda path: wheel(path, {"x/tiny.gguf": b"GGUF"}),
         r"x/tiny.gguf has the digest .*, not abc: the download is broken",
@@ -274,7 +397,7 @@ def test_fetch_refuses_a_broken_download(case, tmp_path, monkeypatch, capsys, ca
     with pytest.raises(SystemExit, match=r"^1$"):
         fetch.main(["package", "--wheel", str(tmp_path / "x.whl")])
     assert_line_matches(capsys.readouterr().err, sentence)
-    assert not cache.exists()
+    assert list(cache.iterdir()) == []
 
 
 def assert_line_matches(text: str, pattern: str) -> None:
@@ -292,6 +415,19 @@ def test_fetch_says_what_to_do_without_the_index_or_pip(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
     with pytest.raises(ValueError, match=r"this environment has no pip: .*--wheel FILE"):
         fetch.fetch("package")
+
+
+def test_fetch_looks_at_the_cache_before_it_downloads(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_download", lambda *_: pytest.fail("it downloads"))
+    (tmp_path / "file").write_text("")
+    for value, sentence in (
+        (str(tmp_path / "file"), "cannot be written"),
+        ("", "is empty"),
+        ("~nosuchuser", "there is no home folder"),
+    ):
+        monkeypatch.setenv(cache_folder.VARIABLE, value)
+        with pytest.raises(ValueError, match=rf"{sentence}.*"):
+            fetch.fetch("smollm2")
 
 
 def test_the_log_says_where_it_converts(tmp_path, caplog):

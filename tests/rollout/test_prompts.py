@@ -213,6 +213,17 @@ def test_a_tokenizer_class_with_a_way_of_its_own_keeps_it(chatty):
     assert text(PromptEncoder().encode(problems("3x5:", "1x2"), own), own) == ["3*5:", "1*2"]
 
 
+def test_a_tokenizer_class_with_chats_of_its_own_keeps_them(chatty):
+    class Own(type(chatty)):
+        def apply_chat_template(self, conversation, *, tokenize, **_):
+            assert tokenize
+            return [[7, 8] for _ in conversation]
+
+    own = Own.from_pretrained(TINY)
+    own.chat_template = TEMPLATE
+    assert PromptEncoder().encode(problems("3+5", "1"), own).ids == ((7, 8), (7, 8))
+
+
 def test_a_prompt_without_tokens(tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl:2: the tokenizer returns no tokens for the prompt ''"):
         PromptEncoder().encode(problems("1", ""), tokenizer)

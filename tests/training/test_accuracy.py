@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from rlmod.training.accuracy import MeanAtK, PassAtK, ProblemInterval, interval, pass_at_k
+from rlmod.training.accuracy import MeanAtK, MeanInterval, PassAtK, interval, pass_at_k
 
 
 @pytest.mark.parametrize("right", range(6))
@@ -39,18 +39,29 @@ def test_completions_without_a_reward_count_neither_as_correct_nor_as_completion
     metric.update(correct, counted=counted)
     mean.update(correct, counted=counted)
     assert metric.compute().item() == pytest.approx(5 / 6)
-    assert mean.compute().item() == pytest.approx(4 / 6)
+    # 1 of 3, 2 of 2, 1 of 1: each problem counts alike, as in rlmod-eval.
+    assert mean.compute().item() == pytest.approx((1 / 3 + 1 + 1) / 3)
 
 
-def test_an_interval_over_batches_is_that_of_all_problems():
-    shares = [0.0, 0.25, 1.0, 1.0, 0.5, 0.75, 0.0]
-    metric = ProblemInterval()
-    for part in (shares[:3], shares[3:], [float("nan")]):  # no completion of the last problem has a reward
-        metric.update(torch.tensor(part, dtype=torch.float64))
-    assert metric.compute().tolist() == pytest.approx(interval(shares))
-    empty = ProblemInterval()
-    empty.update(torch.tensor([float("nan")], dtype=torch.float64))
+def test_an_interval_over_batches_and_abstentions_is_that_of_the_problems_shares():
+    rows = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()
+    counted = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    metric, mean = MeanInterval(), MeanAtK()
+    for part in (slice(0, 2), slice(2, 5)):
+        metric.update(rows[part], counted=counted[part])
+        mean.update(rows[part], counted=counted[part])
+    shares = [0.5, 1.0, 0.0, 0.5]  # no completion of the last problem has a reward
+    low, high = metric.compute().tolist()
+    assert (low, high) == pytest.approx(interval(shares))
+    assert low < mean.compute().item() < high
+    empty = MeanInterval()
+    empty.update(rows[4:], counted=counted[4:])
     assert empty.compute().isnan().all()
+
+
+def test_values_above_1_have_a_normal_interval():
+    """std of 0.5 and 1.5 is sqrt(1/2), and that of the mean of two is 1/2."""
+    assert interval([0.5, 1.5]) == pytest.approx((1 - 1.959964 / 2, 1 + 1.959964 / 2))
 
 
 def test_more_than_were_sampled_is_refused():

@@ -14,6 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 from rlmod.adapter.lora import LoRA
 from rlmod.config.sizes import Guard
 from rlmod.model.policy import HFPolicy
+from rlmod.model.saving import save_policy
 from rlmod.training import optimizer as optimizers
 from rlmod.training.optimizer import apply_new_hyperparameters, build_optimizer, check_learning_rate
 from tests.command_line import SHORT, refused, run_train
@@ -134,10 +135,19 @@ def test_a_command_is_refused_before_the_weights_load(tmp_path, monkeypatch):
     assert "optimizer.lr=0.0001 for full fine-tuning of 0 M weights" in refused(monkeypatch, tmp_path, *SHORT)
 
 
-def test_an_adapter_is_not_refused(monkeypatch):
+def test_an_adapter_is_not_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(optimizers, "LARGE_POLICY", 1000)
     build = partial(torch.optim.AdamW, lr=1e-3)
     optimizers.check_rate_before_loading(build, HFPolicy(path="tiny", adapter=LoRA()))
     optimizers.check_rate_before_loading(partial(torch.optim.AdamW, lr=1e-5), HFPolicy(path="tiny"))
+    adapted = HFPolicy(path="tiny", adapter=LoRA(rank=2))
+    save_policy(adapted.model(adapted.tokenizer()), adapted.tokenizer(), tmp_path / "adapter")
+    optimizers.check_rate_before_loading(build, HFPolicy(path=str(tmp_path / "adapter")))
     with pytest.raises(ValueError, match=r"guard\.large_lr"):
         optimizers.check_rate_before_loading(build, HFPolicy(path="tiny"))
+
+
+def test_the_highest_rate_of_several_groups_counts():
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in (1e-6, 2e-5, 1e-7)]
+    with pytest.raises(ValueError, match=r"optimizer\.lr=2e-05"):
+        check_learning_rate(torch.optim.AdamW(groups), Sized(60_000_000))

@@ -169,7 +169,7 @@ def _precision(cfg: DictConfig, policy: HFPolicy) -> tuple[Shape, int, bool]:
 
 
 def _shape(policy: HFPolicy, key: str) -> Shape:
-    return read_shape(str(_adapter_config(policy).get("base_model_name_or_path", policy.location)), f"{key}.path")
+    return read_shape(policy.base_location() if policy.is_adapter else policy.location, f"{key}.path")
 
 
 def _adapter_config(policy: HFPolicy) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ProgressBar(L.Callback):
         self.task = progress.add_task(
             "iterations", total=trainer.max_epochs, completed=trainer.current_epoch, numbers=""
         )
-        self.began, self.began_after = time.perf_counter(), trainer.current_epoch
+        self.began, self.began_at = time.perf_counter(), _share_done(trainer, trainer.current_epoch)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -132,8 +132,8 @@ class ProgressBar(L.Callback):
             and not self.console.is_terminal
             and done * self.lines // total > (done - 1) * self.lines // total
         ):
-            per_iteration = (time.perf_counter() - self.began) / (done - self.began_after)
-            eta = f"  ETA {_duration(per_iteration * (total - done))}" if total > done else ""
+            share, took = _share_done(trainer, done), time.perf_counter() - self.began
+            eta = f"  ETA {_duration(took * (1 - share) / (share - self.began_at))}" if share < 1 else ""
             self.console.print(f"iteration {done}/{total}  {numbers}{eta}", soft_wrap=True, highlight=False)
             self.held_out = ""  # printed in one line only
 
@@ -141,6 +141,12 @@ class ProgressBar(L.Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = self.validation = None
+
+
+def _share_done(trainer: L.Trainer, iterations: int) -> float:
+    """Return the share of the run that is done after so many iterations, by the limit that is reached first."""
+    shares = [iterations / trainer.max_epochs] if trainer.max_epochs and trainer.max_epochs > 0 else []
+    return max([*shares, trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else shares, default=1.0)
 
 
 def _duration(seconds: float) -> timedelta:
