@@ -226,7 +226,11 @@ class HFPolicy:
 
     def base_location(self) -> str:
         """Return where the model under a saved adapter is. ValueError if it was a folder that is gone."""
-        base = str(json.loads((Path(self.location) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        base = str(
+            json.loads((Path(self.location) / "adapter_config.json").read_text(encoding="utf-8"))[
+                "base_model_name_or_path"
+            ]
+        )
         if base.startswith("/") and not Path(base).is_dir():
             converted = Path(base).parent.name == "gguf"
             remedy = "convert its GGUF file again, or run rlmod-fetch" if converted else "put it back"

@@ -176,11 +176,12 @@ class EncodedProblems:
         for place, row in enumerate(rows):
             ids[place, width - len(row) :] = row
             mask[place, width - len(row) :] = True
-        return Prompts(
-            ids=torch.from_numpy(ids),
-            mask=torch.from_numpy(mask),
-            problems=tuple(self.problems[i] for i in indices),
-        )
+        problems = tuple(self.problems[i] for i in indices)
+        # Each place that was read maps 16 pages of a large file. Without this the process would seem to hold all of it in the end.
+        self.rows.forget()
+        if isinstance(self.problems, ProblemStore):
+            self.problems.stored.forget()
+        return Prompts(ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), problems=problems)
 
 
 @dataclass(frozen=True, kw_only=True)

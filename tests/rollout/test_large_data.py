@@ -384,6 +384,26 @@ def test_a_resumed_run_gets_the_same_prompts(tokenizer, calls, tmp_path):
     assert prompts(resumed, 50) == prompts(expected, 50) == prompts(first, 50)
 
 
+def resident(folder: Path) -> int:
+    """Return the KiB of this process's memory that are mapped files of a folder."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+def test_prompts_that_were_handed_out_leave_no_mapped_pages(tokenizer, calls, tmp_path):
+    encoded = start(ProblemFile(path=write(tmp_path / "a.jsonl")), tokenizer)
+    _ = encoded.problems[3], encoded.rows.array(3).sum()
+    assert resident(tmp_path / "cache") > 0
+    first = encoded.batch([5, 50, 7])
+    assert resident(tmp_path / "cache") == 0
+    assert torch.equal(first.ids, encoded.batch([5, 50, 7]).ids)
+
+
 def test_token_rows_are_a_sequence_of_tuples():
     rows = TokenRows.of([(1, 2), [3], (4, 5, 6)])
     assert rows == ((1, 2), (3,), (4, 5, 6))
