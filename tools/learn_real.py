@@ -299,6 +299,10 @@ READING = """**What this shows.** The policy learns to calculate, and not only a
 training too. GTPO and GRPO cannot differ much here. A completion has three or four tokens, and over these GTPO's advantages vary by less
 than a hundredth of what they vary between completions. To compare the two, take a task with long completions.
 
+**What format alone does.** `larger` asks `Question: Which number is larger, 328 or 301?`. In `larger_format` the reward is paid for any
+number of three digits at the beginning, correct or not. Held-out accuracy rises all the same, up to the level of guessing: before training
+most completions are not a number at all. Such a gain is none in arithmetic. On the sums a reward for the format has nothing to teach.
+
 """
 
 if __name__ == "__main__":
