@@ -184,6 +184,15 @@ def test_the_lines_show_the_rollout_batch_that_they_name(tmp_path, monkeypatch, 
     assert len(set(shown)) > 1
 
 
+def test_the_time_to_the_end_counts_the_limit_that_comes_first(tmp_path, monkeypatch, capsys):
+    limits = ("trainer.max_epochs=1000", "trainer.max_steps=2", "callbacks.progress_bar.lines=1000")
+    run_train(monkeypatch, *QUICK, f"output={tmp_path / 'a'}", *limits)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")]
+    assert [line.split()[1] for line in lines] == ["1/1000", "2/1000"]
+    assert re.search(r"ETA 0:00:\d\d$", lines[0])  # one more step, not 999 more
+    assert "ETA" not in lines[1]
+
+
 def test_a_long_validation_shows_its_progress(tmp_path, monkeypatch, capsys):
     """Without a terminal a line after each batch here, because the time between two lines is 0."""
     monkeypatch.setattr("rlmod.training.callbacks.progress_bar.SECONDS_BETWEEN_LINES", 0.0)

@@ -258,7 +258,7 @@ yourself.
     17 + 20 =
 
 The policy continues with at most four tokens, and a line end stops it. The number that the completion begins with is its answer. {problems}
-problems are held out; no pair of numbers, in neither order, is both there and in training.
+problems are held out. No pair of numbers is in both sets, in either order.
 
 **The settings**: 30 iterations of 8 prompts x 8 completions, one optimizer step each, AdamW with learning rate 2e-5, float32, dynamic
 sampling, token-mean aggregation, clip 0.2 and 0.28. GTPO is `shaper=token_entropy`, without bounds on the entropy; GRPO is
@@ -301,7 +301,7 @@ than a hundredth of what they vary between completions. To compare the two, take
 
 **What format alone does.** `larger` asks `Question: Which number is larger, 328 or 301?`. In `larger_format` the reward is paid for any
 number of three digits at the beginning, correct or not. Held-out accuracy rises all the same, up to the level of guessing: before training
-most completions are not a number at all. Such a gain is none in arithmetic. On the sums a reward for the format has nothing to teach.
+most completions are not a number at all. That gain is format alone.
 
 """
 

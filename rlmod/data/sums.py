@@ -16,7 +16,7 @@ class Sums:
 
     The examples show the form, so that a policy that has read such lines before answers in it. Differences below 0 are left out.
 
-    The train and held-out splits share no pair of numbers, in neither order: a hash of the pair decides the split (a quarter is held out).
+    A hash of each pair of numbers decides its split; a quarter is held out. So no pair is in both splits, in either order.
     """
 
     split: Literal["train", "held_out"]

@@ -1,5 +1,6 @@
 """The folder in which rlmod keeps what it computes once: large data, and policies converted from GGUF files."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def expand(path: str, key: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{key}={path}: there is no home folder {Path(path).parts[0]}; give the whole path") from error
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 digest of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

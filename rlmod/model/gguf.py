@@ -7,7 +7,6 @@ their quantization did.
 import contextlib
 import fcntl
 import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmod.model.cache_folder import VARIABLE, cache_folder, expand
+from rlmod.model.cache_folder import VARIABLE, cache_folder, expand, hash_file
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +116,11 @@ def convert(file: Path) -> Path:
     The cache knows the file by its digest, so a copy of it under another name is not converted again. Processes that need the same file
     wait for the one that converts. ValueError if the file cannot be converted or the folder cannot be written.
     """
-    digest = hash_file(file)
+    digest = known_hash(file)
     folder = folder_of(digest, str(file))
     if explain_unusable(folder, digest) is None:
         return folder
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"{file} is a GGUF file, and reading it needs the package {package}: pip install 'rlmod[gguf]'"
-            )
+    check_packages(str(file))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
@@ -142,6 +137,13 @@ def convert(file: Path) -> Path:
             f"the environment variable {VARIABLE}"
         ) from error
     return folder
+
+
+def check_packages(what: str) -> None:
+    """Raise ValueError if a package is missing that reading a GGUF file needs."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{what}: reading a GGUF file needs the package {package}: pip install 'rlmod[gguf]'")
 
 
 def _replace(folder: Path, file: Path, digest: str) -> None:
@@ -182,7 +184,7 @@ def _write(file: Path, digest: str, folder: Path) -> None:
         "format": FORMAT,
         "source": file.name,
         "sha256": digest,
-        "files": {each.name: [each.stat().st_size, hash_file(each)] for each in written},
+        "files": {each.name: [each.stat().st_size, known_hash(each)] for each in written},
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -201,23 +203,22 @@ def explain_unusable(folder: Path, digest: str) -> str | None:
         if different := names.symmetric_difference(facts["files"]):
             return f"{folder / min(different)} is missing, or was not written by rlmod"
         for name, (size, written) in facts["files"].items():
-            if (folder / name).stat().st_size != size or hash_file(folder / name) != written:
+            if (folder / name).stat().st_size != size or known_hash(folder / name) != written:
                 return f"{folder / name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder / FACTS} cannot be read ({type(error).__name__}: {error})"
     return None
 
 
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 digest of a file's contents. It is computed once for each state of the file."""
+def known_hash(file: Path) -> str:
+    """Return the SHA-256 digest of a file's contents, which is computed once for each state of the file."""
     stat = file.stat()
     return _hash(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=256)
 def _hash(file: Path, *_: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hash_file(file)
 
 
 def folder_of(digest: str, what: str) -> Path:

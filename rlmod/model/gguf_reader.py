@@ -154,7 +154,7 @@ def _weights(model: Any, reader: Any) -> dict[str, Tensor]:
 
 
 def _kept_dtype(types: set[str], weights: list[Tensor]) -> torch.dtype:
-    """Return the smallest dtype that holds all weights exactly; for a quantized file bfloat16, which rounds less than it did."""
+    """Return the smallest dtype that holds all weights exactly; bfloat16 for a quantized file."""
     if types - {"F32", "F16", "BF16"}:
         return QUANTIZED_AS
     for dtype in (torch.bfloat16, torch.float16):

